@@ -1,0 +1,62 @@
+"""Which features move, and when: checkpoints of both arms read in one fixed dictionary.
+
+Every checkpoint's residual stream on the same tokens is read with the swap readout; a feature's change against
+the base is mean |f_k^checkpoint − f_k^base| · ‖d_k‖ (ours). Top-n sets of checkpoints are compared by their overlap
+|A ∩ B| / n (the paper's measure). N token rows, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.readout import Reader
+
+READ_ROWS = 8192
+
+
+@torch.inference_mode()
+def change_from_base(crosscoder: Crosscoder, base: Tensor, tuned: Tensor, arm: str) -> Float[Tensor, " F"]:
+    """Mean |Δf_k| · ‖d_k^arm‖ over token rows (base and tuned [N, D], raw) in normalised units."""
+    read_base, read_arm = Reader(crosscoder, "base"), Reader(crosscoder, arm)
+    total = torch.zeros(crosscoder.n_features)
+    for start in range(0, len(base), READ_ROWS):
+        rows = slice(start, start + READ_ROWS)
+        total += (read_arm(tuned[rows]) - read_base(base[rows])).abs().sum(0)
+    return total / len(base) * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]
+
+
+def top_overlap(a_F: Float[Tensor, " F"], b_F: Float[Tensor, " F"], top: int) -> float:
+    """|top-n of a ∩ top-n of b| / n."""
+    n = min(top, len(a_F))
+    return len(set(a_F.topk(n).indices.tolist()) & set(b_F.topk(n).indices.tolist())) / n
+
+
+def overlap_rows(arm: str, changes: Mapping[int, Tensor], tops: list[int]) -> list[dict[str, Any]]:
+    """Overlap of every pair of checkpoints of one arm for every n; ``changes`` by checkpoint number."""
+    return [
+        {"arm": arm, "top": top, "a": a, "b": b, "overlap": top_overlap(changes[a], changes[b], top)}
+        for top in tops
+        for a in changes
+        for b in changes
+    ]
+
+
+def trajectory_rows(arm: str, changes: Mapping[int, Tensor], top: int) -> list[dict[str, Any]]:
+    """Change at every checkpoint (0, the base, by definition 0) of the features that are among the ``top`` at any."""
+    followed: set[int] = set()
+    for change in changes.values():
+        followed |= set(change.topk(min(top, len(change))).indices.tolist())
+    ranks = {number: change.argsort(descending=True).argsort() for number, change in changes.items()}
+    rows = [{"arm": arm, "checkpoint": 0, "feature_id": k, "change": 0.0, "rank": None} for k in sorted(followed)]
+    for number, change in changes.items():
+        rows += [
+            {"arm": arm, "checkpoint": number, "feature_id": k, "change": change[k].item(), "rank": int(ranks[number][k]) + 1}
+            for k in sorted(followed)
+        ]
+    return rows

@@ -1,0 +1,140 @@
+"""The only door to disk: stage outputs are folders that are published whole and verified on reading.
+
+A stage writes into a sibling folder; :func:`publish` describes it in ``manifest.json`` (size and sha256
+of every file, hash of parameters and code, hashes of the parents' manifests), flushes it and renames it
+into place. :func:`verify` checks a folder against its manifest before anything is computed from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class ContractError(Exception):
+    """Input that breaks its contract: one line naming file, field, expected, found and what to do."""
+
+    def __init__(self, file: Path | str, field: str, expected: object, found: object, todo: str) -> None:
+        super().__init__(f"{file}: {field}: expected {expected}, found {found}; {todo}")
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: object) -> str:
+    """sha256 of ``value`` in canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """One hash over names and contents of source files (folders: every ``*.py`` below)."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ContractError(path, "file", "a JSON file", "nothing", "run the stage that makes it: dvc repro") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ContractError(path, "content", "JSON", f"{error}", "restore it: dvc checkout, or rerun the stage") from None
+
+
+def staging_path(target: Path) -> Path:
+    """The temporary sibling under which ``target`` is written, the same for every rank."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def begin(target: Path) -> Path:
+    """An empty staging folder for ``target``."""
+    staging = staging_path(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapping[str, str]) -> str:
+    """Describe, flush and rename the staging folder of ``target``; returns the manifest's sha256."""
+    staging = staging_path(target)
+    files = {
+        path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(staging.rglob("*"))
+        if path.is_file()
+    }
+    write_json(
+        staging / MANIFEST,
+        {
+            "schema": SCHEMA,
+            "params": hash_json(dict(params)),
+            "code": code,
+            "parents": dict(sorted(parents.items())),
+            "files": files,
+        },
+    )
+    for path in staging.rglob("*"):
+        _flush(path)
+    _flush(staging)
+    digest = sha256_file(staging / MANIFEST)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(staging, target)
+    _flush(target.parent)
+    return digest
+
+
+def discard(target: Path) -> None:
+    """Remove what an unfinished stage wrote for ``target``."""
+    shutil.rmtree(staging_path(target), ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verify(folder: Path) -> str:
+    """Hash every file of ``folder`` against its manifest; returns the manifest's sha256.
+
+    Raises ContractError for a missing manifest, an unknown schema, and a missing, added or altered file."""
+    todo = f"restore it (dvc checkout {folder}) or rerun its stage (dvc repro)"
+    if not folder.is_dir():
+        raise ContractError(folder, "folder", "a published artifact", "nothing", "run the stage that makes it: dvc repro")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise ContractError(folder / MANIFEST, "schema", SCHEMA, manifest.get("schema"), "rerun its stage with this version")
+    listed = manifest["files"]
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found.pop(MANIFEST)
+    if missing := sorted(listed.keys() - found.keys()):
+        raise ContractError(folder / missing[0], "file", "listed in the manifest", "missing", todo)
+    if added := sorted(found.keys() - listed.keys()):
+        raise ContractError(folder / added[0], "file", "only files of the manifest", "an extra file", todo)
+    for name, entry in listed.items():
+        size = found[name].stat().st_size
+        if size != entry["size"]:
+            raise ContractError(folder / name, "size", f"{entry['size']} bytes", f"{size} bytes", todo)
+        digest = sha256_file(found[name])
+        if digest != entry["sha256"]:
+            raise ContractError(folder / name, "sha256", entry["sha256"][:12], digest[:12], todo)
+    return sha256_file(folder / MANIFEST)

@@ -1,0 +1,548 @@
+"""Parameters: one frozen class per section of params.yaml, and the switch between profiles.
+
+No class here holds a default: every number in force stands in params.yaml, where DVC can see it. A key
+that no class knows is an error that names it. Importing this module must stay cheap (no torch).
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PARAMS = Path("params.yaml")
+PROFILES = Path("conf/profiles")
+DEFAULT_PROFILE = "organism"
+
+
+class ConfigError(Exception):
+    """Parameters that cannot be used; the message is one line that says what to do."""
+
+
+class Params(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Model = Literal["base", "sft", "grpo"]
+Role = Literal["train", "find", "control", "heldout"]
+Position = Literal["prompt_last", "prompt", "generated", "all"]
+
+
+class FamilyTask(Params):
+    """A generated family of the model organism (featdiff.tasks.families)."""
+
+    source: Literal["family"]
+    role: Role
+
+
+class ReasoningGymTask(Params):
+    """A data set of the reasoning-gym package, scored by that package's own verifier."""
+
+    source: Literal["reasoning_gym"]
+    role: Role
+    dataset: str
+    """Name of the reasoning-gym data set, such as ``chain_sum``."""
+    options: dict[str, Any]
+    """Keyword arguments of that data set's configuration."""
+    instruction: str
+    """Sentence added after the question, such as "Give the final answer only."."""
+
+
+class SuiteTask(Params):
+    """Questions with options, from a local jsonl file or a hub data set, read by one adapter."""
+
+    source: Literal["suite"]
+    role: Role
+    adapter: Literal[
+        "openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"
+    ]  # fmt: skip
+    """The suite whose columns the file has; ``columns`` takes any file through ``columns`` below."""
+    path: str
+    """Local ``.jsonl`` file, or ``hub:<owner>/<name>[:<config>]@<commit>#<split>``."""
+    scoring: Literal["option_text", "option_text_norm", "option_letter", "generation"]
+    columns: dict[str, str] | None
+    """For the adapter ``columns``: which column holds ``question`` and ``answer``, and where there are any
+    ``options`` (a list, or several columns joined by commas), ``labels``, ``context``, ``solution``."""
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> SuiteTask:
+        if (self.adapter == "columns") != (self.columns is not None):
+            raise ValueError("columns: needed with adapter columns, and null with every other adapter")
+        return self
+
+
+Task = Annotated[FamilyTask | ReasoningGymTask | SuiteTask, Field(discriminator="source")]
+
+
+class SplitSizes(Params):
+    find: Positive
+    """Samples per task on which features are found."""
+    tune: Positive
+    """Samples per task on which dose and positions are chosen."""
+    report: Positive
+    """Samples per task on which effects are reported."""
+
+
+class CorpusParams(Params):
+    """Text on which crosscoders are fitted."""
+
+    texts: Positive
+    """Number of texts."""
+    math_share: Fraction
+    """Share of worked math among the texts; the rest is general text."""
+    general: str
+    """``organism`` (generated texts of every family) or a jsonl file with a ``text`` column, or ``hub:…``."""
+    max_chars: Positive
+    """Texts are cut to this many characters."""
+
+
+class PretrainTexts(Params):
+    """Texts from which the organism's base is pretrained."""
+
+    texts: Annotated[int, Field(ge=0)]
+    """How many; 0 where the base comes from elsewhere."""
+    steps_share: Fraction
+    """Share answered step by step."""
+    direct_right_share: Fraction
+    """Among the answers given at once, the share that is right."""
+
+
+class PrepareParams(Params):
+    tasks: Annotated[dict[Name, Task], Field(min_length=1)]
+    train_problems: Positive
+    """Problems for SFT and GRPO, over all tasks with role ``train``."""
+    teacher: Literal["own", "foreign"]
+    """Wording of the SFT solutions: the base's own or one it has never seen."""
+    chat: bool
+    """Whether prompts are put in the tokenizer's chat template (likelihood scoring never does)."""
+    max_question_chars: Positive
+    """Questions of suites that are longer than this, options included, are left out."""
+    samples: SplitSizes
+    corpus: CorpusParams
+    pretrain: PretrainTexts
+
+    @model_validator(mode="after")
+    def _has_training_domain(self) -> PrepareParams:
+        if not any(task.role == "train" for task in self.tasks.values()):
+            raise ValueError("no task has role: train; give at least one a training role")
+        if not any(task.role == "find" for task in self.tasks.values()):
+            raise ValueError("no task has role: find; features need at least one task to be found on")
+        return self
+
+
+class Pretraining(Params):
+    """Pretraining of the organism: packed rows, AdamW, warm-up then constant then linear decay."""
+
+    layers: Positive
+    d_model: Positive
+    d_mlp: Positive
+    heads: Positive
+    row_tokens: Positive
+    """Tokens in one packed row; samples in a row do not see each other."""
+    batch_tokens: Positive
+    """Tokens per update, over all processes."""
+    steps: Positive
+    lr: Rate
+    warmup_steps: Annotated[int, Field(ge=0)]
+    decay_share: Fraction
+    """Last share of the steps over which the learning rate falls linearly to 0."""
+    prompt_weight: Fraction
+    """Loss weight of prompt tokens, which are random and cannot be predicted."""
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class BaseParams(Params):
+    source: str
+    """``pretrain``, a local model folder, ``gguf:<package>`` (a GGUF file inside an installed package),
+    or ``hub:<owner>/<name>@<commit>``."""
+    dtype: Literal["float32", "bfloat16"]
+    pretraining: Pretraining
+
+
+class SFTParams(Params):
+    epochs: Rate
+    batch_size: Positive
+    """Problems per update, over all processes."""
+    micro_batch_size: Positive
+    """Problems per forward pass of one process."""
+    lr: Rate
+    warmup_share: Fraction
+    max_length: Positive
+    """Tokens; a longer sample is an error in `prepare`, never cut silently."""
+    checkpoints: Positive
+    """Checkpoints kept, evenly spaced, the last being the final model."""
+
+
+class GRPOParams(Params):
+    steps: Positive
+    """Optimizer updates."""
+    prompts_per_step: Positive
+    """Different prompts per update, over all processes."""
+    rollouts: Annotated[int, Field(ge=2)]
+    """Completions per prompt, the group of GRPO."""
+    micro_batch_size: Positive
+    """Completions per forward and backward pass of one process."""
+    lr: Rate
+    warmup_share: Fraction
+    temperature: Rate
+    max_new_tokens: Positive
+    beta: Annotated[float, Field(ge=0)]
+    """Weight of the KL term against the base; 0 leaves it out."""
+    epsilon: Rate
+    """Clip range of the importance ratio."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    checkpoints: Positive
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> GRPOParams:
+        completions = self.prompts_per_step * self.rollouts
+        if completions % self.micro_batch_size:
+            raise ValueError(
+                f"prompts_per_step x rollouts = {completions} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        if self.steps % self.checkpoints:
+            raise ValueError(f"steps = {self.steps} is not a multiple of checkpoints = {self.checkpoints}")
+        return self
+
+
+class EvaluateParams(Params):
+    batch_size: Positive
+    max_new_tokens: Positive
+    draws: Annotated[int, Field(ge=0)]
+    """Sampled answers per question beside the greedy one."""
+    temperature: Rate
+    confidence: Fraction
+    bootstrap: Positive
+    """Resamples behind each interval."""
+
+
+class ActivationsParams(Params):
+    layer: int | Literal["middle"]
+    """Residual stream after this many blocks; ``middle`` is half of them, rounded down."""
+    tokens: Positive
+    """Tokens of the stream; the corpus is read from its start until there are enough."""
+    checkpoint_tokens: Positive
+    """Tokens harvested for each checkpoint, the first of the same stream."""
+    max_length: Positive
+    """Longest text in tokens; longer ones are cut."""
+    drop_first_token: bool
+    """Leave out the first token of every text (its activation is an outlier in most models)."""
+    batch_size: Positive
+    dtype: Literal["float32", "bfloat16"]
+    shard_rows: Positive
+
+
+class Fit(Params):
+    """One crosscoder. ``models`` names three inputs for dvc.yaml: a pair repeats its last model."""
+
+    models: Annotated[list[Model], Field(min_length=3, max_length=3)]
+    loss: Literal["batchtopk", "l1"]
+    seed: Annotated[int, Field(ge=0)]
+
+    @property
+    def distinct(self) -> list[str]:
+        """The models of this crosscoder, first the original."""
+        return list(dict.fromkeys(self.models))
+
+
+class CrosscoderTraining(Params):
+    n_features: Positive
+    batch_tokens: Positive
+    steps: Positive
+    lr: Rate
+    warmup_share: Fraction
+    """Share of the steps over which the learning rate rises."""
+    decay_share: Fraction
+    """Last share of the steps over which it falls to 0."""
+    k: Positive
+    """BatchTopK: active features per token."""
+    aux_k: Positive
+    """BatchTopK: dead features that rebuild the residual error."""
+    aux_weight: Annotated[float, Field(ge=0)]
+    dead_after_tokens: Positive
+    """A feature that has not fired for this many tokens counts as dead."""
+    l1_weight: Rate
+    """ReLU+L1: lambda."""
+    l1_warmup_share: Fraction
+    decoder_norm: Rate
+    """Norm of each model's decoder rows at the start."""
+    heldout_share: Fraction
+    """Share of the tokens kept out of the fit for FVE, L0 and dead features."""
+    log_every: Positive
+
+
+class CrosscoderParams(Params):
+    training: CrosscoderTraining
+    fits: Annotated[dict[Name, Fit], Field(min_length=1)]
+
+
+class AttributionParams(Params):
+    shared_band: Annotated[list[float], Field(min_length=2, max_length=2)]
+    """NRN between these bounds is called shared; below is base-only, above tuned-only."""
+    joint_dominance: Fraction
+    """MAS share above which a feature of the three-model crosscoder is called one model's own."""
+
+
+class DynamicsParams(Params):
+    fit: Name
+    """The crosscoder that serves as fixed dictionary."""
+    top: Annotated[list[Positive], Field(min_length=1)]
+    """Sizes n of the top-n sets whose overlap over checkpoints is reported."""
+
+
+class LocalizeParams(Params):
+    fit: Name
+    """The crosscoder in which features are found."""
+    readout: Literal["swap", "slot", "contribution"]
+    positions: Literal["prompt_last", "answer", "all"]
+    """Where scores are taken."""
+    threshold: Fraction
+    """A feature counts for a task from this share of the task's largest score."""
+    min_flipped: Positive
+    """Fewest samples that base fails and GRPO solves for a task to take part."""
+    bootstrap: Positive
+    batch_size: Positive
+
+
+class InterveneParams(Params):
+    positions: Annotated[list[Position], Field(min_length=1)]
+    """Tried on the tune split."""
+    amplify: Annotated[list[Literal["scale", "add", "transplant"]], Field(min_length=1)]
+    """Edits tried for amplification in base."""
+    doses: Annotated[list[Rate], Field(min_length=1)]
+    """Tried on the tune split: a factor for ``scale``, multiples of the maximum in GRPO for ``add``."""
+    random_sets: Annotated[int, Field(ge=20)]
+    """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
+    dose_random_sets: Positive
+    """How many of them take part in the dose curves."""
+    confidence: Fraction
+    bootstrap: Positive
+    batch_size: Positive
+    max_new_tokens: Positive
+
+
+class ReportParams(Params):
+    """Words on the page and the rules behind the verdicts (featdiff.report.verdicts)."""
+
+    title: str
+    about: str
+    """One sentence on this profile: which base, and what the study of it can show."""
+    paper_model: Literal["Qwen3-4B", "Qwen2.5-7B"] | None
+    """Whose published figures to print beside ours; null where the paper has none for this base."""
+    max_samples_shown: Positive
+    confidence: Fraction
+    """Level of the intervals around means over tasks."""
+    bootstrap: Positive
+    min_effect: Fraction
+    """Smallest change in accuracy that counts."""
+    something_to_lose: Fraction
+    """A base this far above chance on a task can be seen to forget it."""
+    own_features_ratio: Rate
+    """How many times as many features of its own as GRPO SFT must have to count as adding many."""
+    early_share: Fraction
+    """Checkpoints within this first share of training are early."""
+    frozen_overlap: Fraction
+    """Top features whose early and last sets overlap this much count as frozen."""
+    overlap_margin: Fraction
+    """How much lower that overlap must be for features that keep changing."""
+    small_set: Fraction
+    """Largest share of all features that a small set may have."""
+    min_heldout: Positive
+    """Tasks never used in selection on which the set must act."""
+
+
+class Study(Params):
+    """The whole of params.yaml."""
+
+    profile: Name
+    seed: Annotated[int, Field(ge=0)]
+    prepare: PrepareParams
+    base: BaseParams
+    sft: SFTParams
+    grpo: GRPOParams
+    evaluate: EvaluateParams
+    activations: ActivationsParams
+    crosscoder: CrosscoderParams
+    attribution: AttributionParams
+    dynamics: DynamicsParams
+    localize: LocalizeParams
+    intervene: InterveneParams
+    report: ReportParams
+
+    @model_validator(mode="after")
+    def _fits_exist(self) -> Study:
+        for section in ("dynamics", "localize"):
+            fit = getattr(self, section).fit
+            if fit not in self.crosscoder.fits:
+                raise ValueError(f"{section}.fit = {fit} is not in crosscoder.fits; {_closest(fit, self.crosscoder.fits)}")
+        return self
+
+
+def _closest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+P = TypeVar("P", bound=Params)
+
+
+def _fields_of(annotation: Any, location: tuple[Any, ...]) -> list[str]:
+    """Names allowed beside the unknown key at ``location`` below ``annotation``; empty if not a class."""
+    for part in location[:-1]:
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        field = annotation.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return list(annotation.model_fields)
+    return []
+
+
+def parse(cls: type[P], data: Any, source: str) -> P:
+    """``data`` as ``cls``; raises ConfigError with one line naming ``source``, key, found and expected."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        found, more = first["input"], error.error_count() - 1
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            said = f"unknown key; {_closest(str(first['loc'][-1]), _fields_of(cls, first['loc']))}"
+            found = first["loc"][-1]
+        elif first["type"] == "missing":
+            said, found = "missing", "nothing"
+        shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r})"
+        rest = f" [and {more} more]" if more else ""
+        raise ConfigError(f"{source}: {key}: {said}{shown}; edit {source}{rest}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found; run from the project's top folder") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    return data
+
+
+def load_study(path: Path = PARAMS) -> Study:
+    """Every parameter in force."""
+    return parse(Study, read_yaml(path), str(path))
+
+
+def load_params(section: str, path: Path = PARAMS) -> tuple[Any, int]:
+    """One section and the seed. The whole file is checked, so a typo anywhere stops every stage."""
+    study = load_study(path)
+    return getattr(study, section), study.seed
+
+
+def _merge(base: Any, over: dict[str, Any], where: str) -> None:
+    """Put the values of ``over`` into the ruamel mapping ``base``, keeping its comments.
+
+    A mapping under a key that ends in ``!`` replaces the old mapping instead of being merged into it."""
+    for raw, value in over.items():
+        key, replace = raw.removesuffix("!"), raw.endswith("!")
+        if key not in base:
+            raise ConfigError(f"{where}: {key}: unknown key; {_closest(key, base)}")
+        if isinstance(value, dict) and isinstance(base[key], dict) and not replace:
+            _merge(base[key], value, f"{where}: {key}")
+        else:
+            base[key] = value
+
+
+def render_profile(name: str) -> str:
+    """Text of params.yaml under profile ``name``: the default file with the profile's overrides.
+
+    The default profile is conf/profiles/organism.yaml word for word; every other file there holds only
+    what differs from it."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"profile {name!r}: unknown; {_closest(name, known)} (conf/profiles/*.yaml)")
+    text = (PROFILES / f"{DEFAULT_PROFILE}.yaml").read_text(encoding="utf-8")
+    if name == DEFAULT_PROFILE:
+        return text
+    round_trip = YAML()
+    round_trip.preserve_quotes = True
+    round_trip.width = 4096
+    document = round_trip.load(text)
+    path = PROFILES / f"{name}.yaml"
+    _merge(document, round_trip.load(path.read_text(encoding="utf-8")), str(path))
+    document["profile"] = name
+    out = StringIO()
+    round_trip.dump(document, out)
+    parse(Study, yaml.safe_load(out.getvalue()), str(path))
+    return out.getvalue()
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        flat |= flatten(value, f"{dotted}.") if isinstance(value, dict) and value else {dotted: value}
+    return flat
+
+
+def use_profile(name: str, *, discard_edits: bool = False) -> str:
+    """Write params.yaml for ``name``; refuses while params.yaml holds edits by hand. Returns what it did."""
+    wanted = render_profile(name)
+    if PARAMS.exists():
+        current = read_yaml(PARAMS)
+        if current == yaml.safe_load(wanted):
+            return f"params.yaml: already profile {name}"
+        now = str(current.get("profile", DEFAULT_PROFILE))
+        clean = flatten(yaml.safe_load(render_profile(now)))
+        found = flatten(current)
+        edits = [key for key in clean.keys() | found.keys() if clean.get(key) != found.get(key)]
+        if edits and not discard_edits:
+            raise ConfigError(
+                f"params.yaml: holds {len(edits)} edit(s) by hand over profile {now} "
+                f"({', '.join(sorted(edits)[:5])}); keep them in a profile of your own under conf/profiles/, "
+                f"or add DISCARD=1 to overwrite them"
+            )
+    temporary = PARAMS.with_suffix(".yaml.tmp")
+    temporary.write_text(wanted, encoding="utf-8")
+    temporary.replace(PARAMS)
+    return f"params.yaml: now profile {name}"
+
+
+def main(arguments: list[str]) -> None:
+    """``python -m featdiff.config use <profile> [--discard]`` or ``… check``."""
+    try:
+        match arguments:
+            case ["use", name]:
+                print(use_profile(name))
+            case ["use", name, "--discard"]:
+                print(use_profile(name, discard_edits=True))
+            case ["check"]:
+                print(f"params.yaml: profile {load_study().profile}, all keys known")
+            case _:
+                _stop("usage: python -m featdiff.config use <profile> [--discard] | check")
+    except ConfigError as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"featdiff: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

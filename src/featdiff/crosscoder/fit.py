@@ -1,0 +1,157 @@
+"""Fitting a crosscoder on an activation source, and what it turned out to be.
+
+N token rows, B batch, M models, D residual width, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from featdiff.activations.store import ActivationSource
+from featdiff.config import CrosscoderTraining
+from featdiff.crosscoder.losses import Loss, batch_top_k, batchtopk_loss, l1_loss
+from featdiff.crosscoder.model import Crosscoder
+
+READ_ROWS = 8192
+THRESHOLD_MEMORY = 0.99
+
+
+def _statistics(source: ActivationSource, stop: int) -> tuple[Tensor, Tensor, float]:
+    """Scale [M] that brings the mean norm of each model to √D, mean [M, D] of the scaled rows, and their total
+    variance (mean squared distance to the mean, summed over models), over rows 0 to ``stop``."""
+    norm, total, square = torch.zeros(len(source.models), dtype=torch.float64), 0.0, 0.0
+    for start in range(0, stop, READ_ROWS):
+        rows = source.read(start, min(start + READ_ROWS, stop)).double()
+        norm += rows.norm(dim=-1).sum(0)
+        total, square = total + rows.sum(0), square + rows.square().sum((0, 2))
+    scale = source.d_model**0.5 / (norm / stop)
+    mean = total / stop * scale[:, None]
+    variance = (square / stop * scale**2 - mean.square().sum(1)).sum()
+    return scale.float(), mean.float(), float(variance)
+
+
+def _learning_rate(step: int, params: CrosscoderTraining) -> float:
+    rise = min(1.0, (step + 1) / max(1.0, params.warmup_share * params.steps))
+    fall = min(1.0, (params.steps - step) / max(1.0, params.decay_share * params.steps))
+    return params.lr * rise * fall
+
+
+class _Step:
+    """One update under either loss; keeps what the losses need between steps."""
+
+    def __init__(self, crosscoder: Crosscoder, params: CrosscoderTraining, variance: float, accelerator: Accelerator) -> None:
+        self.crosscoder, self.params, self.variance, self.accelerator = crosscoder, params, variance, accelerator
+        self.idle_F = torch.zeros(crosscoder.n_features, device=accelerator.device)
+        self.step = 0
+
+    def __call__(self, x_BMD: Tensor) -> Loss:
+        params = self.params
+        if self.crosscoder.loss == "l1":
+            ramp = min(1.0, (self.step + 1) / max(1.0, params.l1_warmup_share * params.steps))
+            loss = l1_loss(self.crosscoder, x_BMD, params.l1_weight * ramp)
+        else:
+            cutoff = self._cutoff(x_BMD)
+            dead_F = self.idle_F >= params.dead_after_tokens
+            loss = batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance)
+            with torch.no_grad():
+                memory = THRESHOLD_MEMORY if self.step else 0.0
+                self.crosscoder.threshold.mul_(memory).add_(cutoff, alpha=1 - memory)
+        fired_F = self.accelerator.reduce((loss.fired > 0).any(0).float(), "sum") > 0
+        self.idle_F = torch.where(fired_F, 0, self.idle_F + params.batch_tokens)
+        self.step += 1
+        return loss
+
+    @torch.no_grad()
+    def _cutoff(self, x_BMD: Tensor) -> Tensor:
+        """Cutoff of the whole batch, over all processes: each sends only what can be among the largest."""
+        value = self.crosscoder.preactivations(x_BMD) * self.crosscoder.decoder_norms().sum(1)
+        count = self.params.k * self.params.batch_tokens
+        if self.accelerator.num_processes > 1:
+            value = self.accelerator.gather(value.flatten().topk(min(count, value.numel())).values)
+        return batch_top_k(value, count)
+
+
+def fit(
+    source: ActivationSource, loss: str, params: CrosscoderTraining, seed: int, log: Callable[[int, dict[str, float]], None], label: str
+) -> tuple[Crosscoder, dict[str, Any], dict[str, Tensor]]:
+    """Train a crosscoder; returns it with final metrics and per-feature statistics [F].
+
+    The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises FloatingPointError at NaN or infinity."""
+    accelerator = Accelerator()
+    train_rows = source.rows - int(source.rows * params.heldout_share)
+    crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)
+    crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed))
+    scale, mean, variance = _statistics(source, train_rows)
+    crosscoder.scale.copy_(scale)
+    crosscoder.b_dec.data.copy_(mean)
+    crosscoder.to(accelerator.device)
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=params.lr, fused=True)
+    batches = source.shuffled(params.batch_tokens, torch.Generator().manual_seed(seed + 1), 0, train_rows)
+    take = _Step(crosscoder, params, variance, accelerator)
+    bar = tqdm(range(params.steps), desc=f"crosscoder {label}", unit="step", disable=not accelerator.is_main_process)
+    for step in bar:
+        x_BMD = crosscoder.normalise(next(batches)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device))
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, params)
+        result = take(x_BMD)
+        if not torch.isfinite(result.total):
+            raise FloatingPointError(f"{label}: loss is {result.total.item()} at step {step + 1}; lower crosscoder.training.lr")
+        result.total.backward()
+        if accelerator.num_processes > 1:
+            for weight in crosscoder.parameters():
+                weight.grad = accelerator.reduce(weight.grad, "mean")
+        norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % params.log_every == 0 or step == 0:
+            point = _point(result, x_BMD, mean.to(x_BMD.device), source.models, take.idle_F >= params.dead_after_tokens)
+            log(step + 1, point | {"grad_norm": norm.item(), "learning_rate": _learning_rate(step, params)})
+            bar.set_postfix(l0=f"{point['l0']:.1f}", fve=f"{point[f'fve/{source.models[0]}']:.3f}", refresh=False)
+    crosscoder.eval().requires_grad_(False)
+    metrics = measure(crosscoder, source, mean, train_rows, source.rows)
+    features = feature_statistics(crosscoder, source)
+    metrics["dead_share"] = float((features["firing_rate"] == 0).float().mean())
+    return crosscoder, metrics, features
+
+
+def _point(result: Loss, x_BMD: Tensor, mean_MD: Tensor, models: list[str], dead_F: Tensor) -> dict[str, float]:
+    error_M = result.error.square().sum((0, 2))
+    spread_M = (x_BMD - mean_MD).square().sum((0, 2))
+    fve = {f"fve/{model}": 1 - (error_M[m] / spread_M[m]).item() for m, model in enumerate(models)}
+    l0 = (result.fired > 0).float().sum(1).mean().item()
+    return {"loss": result.total.item(), "l0": l0, "dead": dead_F.float().mean().item(), **fve}
+
+
+@torch.inference_mode()
+def measure(crosscoder: Crosscoder, source: ActivationSource, mean_MD: Tensor, start: int, stop: int) -> dict[str, Any]:
+    """FVE per model (1 − squared error / squared distance to the training mean) and mean L0 on rows ``start`` to ``stop``."""
+    device = crosscoder.b_enc.device
+    error_M, spread_M, active = torch.zeros(len(source.models)), torch.zeros(len(source.models)), 0.0
+    for low in range(start, stop, READ_ROWS):
+        x = crosscoder.normalise(source.read(low, min(low + READ_ROWS, stop)).to(device))
+        f = crosscoder.encode(x)
+        error_M += (x - crosscoder.decode(f)).square().sum((0, 2)).cpu()
+        spread_M += (x - mean_MD.to(device)).square().sum((0, 2)).cpu()
+        active += (f > 0).sum().item()
+    fve = {model: 1 - (error_M[m] / spread_M[m]).item() for m, model in enumerate(source.models)}
+    return {"fve": fve, "l0": active / (stop - start), "heldout_rows": stop - start}
+
+
+@torch.inference_mode()
+def feature_statistics(crosscoder: Crosscoder, source: ActivationSource) -> dict[str, Tensor]:
+    """Per feature over all rows: firing rate, mean value when firing, largest value [F]."""
+    device = crosscoder.b_enc.device
+    count, total, largest = (torch.zeros(crosscoder.n_features, device=device) for _ in range(3))
+    for low in range(0, source.rows, READ_ROWS):
+        f = crosscoder.encode(crosscoder.normalise(source.read(low, min(low + READ_ROWS, source.rows)).to(device)))
+        count += (f > 0).sum(0)
+        total += f.sum(0)
+        largest = torch.maximum(largest, f.amax(0))
+    statistics = {"firing_rate": count / source.rows, "mean_activation": total / count.clamp(min=1), "max_activation": largest}
+    return {name: tensor.cpu() for name, tensor in statistics.items()}

@@ -1,0 +1,190 @@
+"""Batched decoding with an optional edit of the residual stream: answers by generation and by likelihood.
+
+Our own loop instead of ``generate``: sampling takes an explicit generator, finished rows leave the batch,
+options of a question share its context, and an edit (featdiff.intervention.edits) sees every step of the
+model, with a donor model in lockstep where it needs one.
+
+Shapes: B batch, T token, D residual width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from featdiff.models import block
+
+
+class Edit(Protocol):
+    """A change of the residual stream after ``layer`` blocks."""
+
+    layer: int
+    donor: PreTrainedModel | None
+    """A second model that reads the same tokens, for edits that need its residual stream."""
+
+    def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
+        """The edited residual stream; ``prompt`` tells the pass over the prompt (left-padded, so that its
+        last token is at index -1) from the passes over later tokens."""
+
+
+class _Stream:
+    """One model with its key-value cache, fed the same tokens step by step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config)
+
+    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
+        """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
+        output = self.model(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=keep,
+        )  # fmt: skip
+        logits: Tensor = output.logits
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+
+
+class _Session:
+    """A model, perhaps edited, perhaps with a donor in lockstep."""
+
+    def __init__(self, model: PreTrainedModel, edit: Edit | None) -> None:
+        self.main = _Stream(model)
+        self.edit = edit
+        self.donor = _Stream(edit.donor) if edit is not None and edit.donor is not None else None
+        self.donor_BTD: Tensor | None = None
+        self.prompt = True
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        if self.edit is None:
+            yield
+            return
+        edit, handles = self.edit, []
+
+        def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            return edit(output, self.donor_BTD, prompt=self.prompt)
+
+        def watch(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+            self.donor_BTD = output
+
+        handles.append(block(self.main.model, edit.layer).register_forward_hook(change))
+        if self.donor is not None:
+            handles.append(block(self.donor.model, edit.layer).register_forward_hook(watch))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, *, prompt: bool, keep: int = 1) -> Tensor:
+        self.prompt = prompt
+        if self.donor is not None:
+            self.donor.feed(ids_BT, mask_BT, positions_BT, 1)
+        return self.main.feed(ids_BT, mask_BT, positions_BT, keep)
+
+    def select(self, rows: Tensor) -> None:
+        self.main.select(rows)
+        if self.donor is not None:
+            self.donor.select(rows)
+
+
+def left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and position ids [B, T] of prompts of unequal length."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Row numbers in batches of similar length, longest first, so that memory is known from the start."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int, eos: int, pad: int, batch_size: int,
+    temperature: float = 0.0, generator: torch.Generator | None = None, edit: Edit | None = None, progress: str = "",
+) -> list[list[int]]:  # fmt: skip
+    """Token ids after each prompt, up to EOS (left out) or ``max_new_tokens``; greedy at temperature 0.
+
+    Raises ValueError for sampling without a generator."""
+    if temperature > 0 and generator is None:
+        raise ValueError("sampling needs an explicit generator")
+    answers: list[list[int]] = [[] for _ in prompts]
+    for rows in tqdm(_batches([len(p) for p in prompts], batch_size), desc=progress, unit="batch", disable=not progress):
+        session = _Session(model, edit)
+        ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
+        active = torch.tensor(rows)
+        with session.hooked():
+            for step in range(max_new_tokens):
+                logits = session.feed(ids, mask, positions, prompt=step == 0)[:, -1].float()
+                chosen = _choose(logits, temperature, generator)
+                going = (chosen != eos).nonzero().squeeze(1)
+                for row, token in zip(active[going.cpu()].tolist(), chosen[going].tolist(), strict=True):
+                    answers[row].append(token)
+                if len(going) == 0:
+                    break
+                if len(going) < len(chosen):
+                    session.select(going)
+                    mask, positions, chosen, active = mask[going], positions[going], chosen[going], active[going.cpu()]
+                ids = chosen.unsqueeze(1)
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                positions = positions[:, -1:] + 1
+    return answers
+
+
+def _choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    probabilities = torch.softmax(logits_BV / temperature, dim=-1)
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(logits_BV.device)
+
+
+class OptionScores(NamedTuple):
+    """Likelihood of each option of one question."""
+
+    log_likelihood: list[float]
+    """Summed log-probability of the option's tokens after the context, in nats."""
+
+
+@torch.inference_mode()
+def score_options(
+    model: PreTrainedModel, contexts: list[list[int]], options: list[list[list[int]]], *, pad: int, batch_size: int,
+    edit: Edit | None = None, progress: str = "",
+) -> list[OptionScores]:  # fmt: skip
+    """Summed log-likelihood of every option after its context. The context is read once per question.
+
+    ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
+    scores: list[OptionScores] = [OptionScores([]) for _ in contexts]
+    for rows in tqdm(_batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
+        session = _Session(model, edit)
+        ids, mask, positions = left_pad([contexts[row] for row in rows], pad, model.device)
+        pairs = [(i, option) for i, row in enumerate(rows) for option in options[row]]
+        owner = torch.tensor([i for i, _ in pairs], device=model.device)
+        longest = max(len(option) for _, option in pairs)
+        option_ids = torch.tensor([option + [pad] * (longest - len(option)) for _, option in pairs], device=model.device)
+        real = torch.tensor([[1] * len(option) + [0] * (longest - len(option)) for _, option in pairs], device=model.device)
+        with session.hooked():
+            first = session.feed(ids, mask, positions, prompt=True)[:, -1:].float().log_softmax(-1)[owner]
+            if longest > 1:
+                session.select(owner)
+                later_positions = positions[owner, -1:] + torch.arange(1, longest, device=model.device)
+                later_mask = torch.cat([mask[owner], real[:, :-1]], dim=1)
+                later = session.feed(option_ids[:, :-1], later_mask, later_positions, prompt=False, keep=0)
+                first = torch.cat([first, later.float().log_softmax(-1)], dim=1)
+        picked = first.gather(2, option_ids.unsqueeze(2)).squeeze(2) * real
+        for (i, _), total in zip(pairs, picked.sum(1).tolist(), strict=True):
+            scores[rows[i]].log_likelihood.append(total)
+    return scores
+
+

@@ -1,0 +1,147 @@
+"""A model's answers to questions: by generation, graded from the text, or by the likelihood of options.
+
+The same functions serve plain evaluation and every arm of the interventions (``edit``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from featdiff import stats
+from featdiff.config import EvaluateParams
+from featdiff.decode import Edit, generate, score_options
+from featdiff.models import encode_prompts
+from featdiff.tasks.suites import listed_prompt
+from featdiff.tasks.task import GENERATION, LETTERS, SPLITS, Sample, TaskInfo
+from featdiff.tasks.verify import grade
+
+Row = dict[str, Any]
+GREEDY, SAMPLED = "greedy", "sampled"
+LIKELIHOOD = ("option_text", "option_text_norm", "option_letter")
+
+
+def primary_mode(task: TaskInfo) -> str:
+    """The mode whose accuracy counts for ``task``: greedy answers, or its likelihood rule."""
+    return GREEDY if task.scoring == GENERATION else task.scoring
+
+
+class Examinee:
+    """A model with its tokenizer and the tasks it is asked about."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tasks: dict[str, TaskInfo], *, batch_size: int, max_new_tokens: int) -> None:
+        self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def answer(self, samples: list[Sample], *, edit: Edit | None = None, progress: str = "") -> list[Row]:
+        """One row per sample, in order, under each task's own scoring rule."""
+        generated = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
+        chosen = [sample for sample in samples if self.tasks[sample.task].scoring != GENERATION]
+        rows = self.generate(generated, edit=edit, progress=progress)
+        rows += [row for row in self.choose(chosen, edit=edit, progress=progress) if row["mode"] == self.tasks[row["task"]].scoring]
+        order = {sample.sample_id: i for i, sample in enumerate(samples)}
+        return sorted(rows, key=lambda row: order[row["sample_id"]])
+
+    def generate(
+        self, samples: list[Sample], *, draw: int = 0, temperature: float = 0.0, generator: torch.Generator | None = None,
+        edit: Edit | None = None, progress: str = "",
+    ) -> list[Row]:  # fmt: skip
+        """Generated answers with their grade and manner; ``mode`` is greedy at temperature 0."""
+        rows: list[Row] = []
+        for chat in (False, True):
+            group = [sample for sample in samples if self.tasks[sample.task].chat is chat]
+            if not group:
+                continue
+            answers = generate(
+                self.model, encode_prompts(self.tokenizer, group, chat=chat), max_new_tokens=self.max_new_tokens,
+                eos=self.tokenizer.eos_token_id, pad=self.tokenizer.pad_token_id, batch_size=self.batch_size,
+                temperature=temperature, generator=generator, edit=edit, progress=progress,
+            )  # fmt: skip
+            texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            for sample, text in zip(group, texts, strict=True):
+                graded = grade(self.tasks[sample.task].verifier, sample, text)
+                mode = SAMPLED if temperature > 0 else GREEDY
+                rows.append(_row(sample, mode, draw, text, graded.parsed, graded.correct, graded.manner))
+        return rows
+
+    def choose(self, samples: list[Sample], *, rules: Iterable[str] = LIKELIHOOD, edit: Edit | None = None, progress: str = "") -> list[Row]:
+        """Answers by likelihood under each of ``rules``: option text (summed, and divided by its characters)
+        after the question, and the option's letter after the question with its options listed."""
+        if not samples:
+            return []
+        rows: list[Row] = []
+        wanted = set(rules) if edit is None else {self.tasks[sample.task].scoring for sample in samples}
+        if wanted & {"option_text", "option_text_norm"}:
+            contexts = self.tokenizer([sample.prompt for sample in samples])["input_ids"]
+            options = [[self._continuation(option) for option in sample.options] for sample in samples]
+            scored = score_options(self.model, contexts, options, pad=self.tokenizer.pad_token_id, batch_size=self.batch_size, edit=edit, progress=progress)
+            for sample, scores in zip(samples, scored, strict=True):
+                summed = np.array(scores.log_likelihood)
+                rows.append(_chosen(sample, "option_text", summed))
+                rows.append(_chosen(sample, "option_text_norm", summed / [max(1, len(option)) for option in sample.options]))
+        if "option_letter" in wanted:
+            contexts = self.tokenizer([listed_prompt(sample.prompt, sample.options) for sample in samples])["input_ids"]
+            options = [[self._continuation(LETTERS[i]) for i in range(len(sample.options))] for sample in samples]
+            scored = score_options(self.model, contexts, options, pad=self.tokenizer.pad_token_id, batch_size=self.batch_size, edit=edit, progress=progress)
+            rows += [_chosen(sample, "option_letter", np.array(scores.log_likelihood)) for sample, scores in zip(samples, scored, strict=True)]
+        return [row for row in rows if row["mode"] in wanted]
+
+    def _continuation(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _row(sample: Sample, mode: str, draw: int, completion: str, parsed: str | None, correct: bool, manner: str) -> Row:
+    return {
+        "sample_id": sample.sample_id, "task": sample.task, "split": sample.split, "mode": mode, "draw": draw,
+        "completion": completion, "parsed": parsed, "correct": correct, "manner": manner,
+    }  # fmt: skip
+
+
+def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
+    choice = int(scores.argmax())
+    text = sample.options[choice]
+    return _row(sample, rule, 0, text, LETTERS[choice], text == sample.answer, "")
+
+
+def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int) -> list[Row]:
+    """Every answer of one model: greedy and sampled generations, likelihood under every rule where options exist."""
+    by_generation = [sample for sample in samples if examinee.tasks[sample.task].scoring == GENERATION]
+    rows = examinee.generate(by_generation, progress="greedy")
+    for draw in range(params.draws):
+        generator = torch.Generator().manual_seed(seed * 1000 + draw)
+        rows += examinee.generate(by_generation, draw=draw, temperature=params.temperature, generator=generator, progress=f"sampled {draw + 1}/{params.draws}")
+    return rows + examinee.choose([sample for sample in samples if sample.options], progress="likelihood")
+
+
+def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: EvaluateParams, seed: int) -> list[Row]:
+    """Accuracy with its interval, parse failures and manners, per task, split and mode. The bootstrap
+    resamples questions, so that several draws of one question are not taken for several questions."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["split"], row["mode"]].append(row)
+    table = []
+    for name, task in tasks.items():
+        for split in SPLITS:
+            for mode in (GREEDY, SAMPLED, *LIKELIHOOD):
+                if group := groups.get((name, split, mode)):
+                    questions: dict[str, list[bool]] = defaultdict(list)
+                    for row in group:
+                        questions[row["sample_id"]].append(row["correct"])
+                    means = np.array([np.mean(right) for right in questions.values()])
+                    interval = stats.bootstrap_mean(means, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+                    shares = {manner: float(np.mean([row["manner"] == manner for row in group])) for manner in ("steps", "foreign", "direct")}
+                    table.append(
+                        {
+                            "task": name, "role": task.role, "domain": task.domain, "split": split, "mode": mode,
+                            "primary": mode == primary_mode(task), "n": interval.n, "accuracy": interval.value,
+                            "low": interval.low, "high": interval.high,
+                            "parse_failures": float(np.mean([row["parsed"] is None for row in group])), **shares,
+                        }
+                    )  # fmt: skip
+    return table

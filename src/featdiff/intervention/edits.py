@@ -1,0 +1,115 @@
+"""Error-preserving edits of the residual stream at the hooked layer, and the reconstruction that is not.
+
+    zero, scale   h' = h + Σ_{k∈S} (α − 1) f_k(h) d_k          α = 0 zeroes, α = 1 is an exact no-op
+    add           h' = h + c Σ_{k∈S} f_k^max d_k               f_k^max: largest value of f_k in GRPO
+    transplant    h' = h + α Σ_{k∈S} (f_k(h^donor) − f_k(h)) d_k
+    reconstruct   h' = x̂(h)                                    encode and decode with nothing edited
+(scaling is the paper's; add and transplant are ours, because scaling cannot wake a silent feature)
+Shapes: B batch, T token, D residual width, S features of the set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from featdiff.activations.store import ActivationSource
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.readout import Reader
+
+READ_ROWS = 8192
+POSITIONS = ("prompt_last", "prompt", "generated", "all")
+KINDS = ("zero", "scale", "add", "transplant", "reconstruct")
+
+
+@torch.inference_mode()
+def largest_values(crosscoder: Crosscoder, source: ActivationSource) -> Tensor:
+    """Largest value of every feature [F] over the tokens of a source with one model, under the swap readout."""
+    reader, largest_F = Reader(crosscoder, source.models[0]), torch.zeros(crosscoder.n_features)
+    for start in range(0, source.rows, READ_ROWS):
+        values = reader(source.read(start, min(start + READ_ROWS, source.rows))[:, 0])
+        largest_F = torch.maximum(largest_F, values.amax(0))
+    return largest_F
+
+
+def positioned(change_BTD: Tensor, positions: str, *, prompt: bool) -> Tensor | None:
+    """``change_BTD`` at the wanted positions of this pass and 0 elsewhere; None where the pass has none.
+
+    The passes are one over the left-padded prompt and then one per later token (or over an option's tokens)."""
+    if positions == "all" or (positions == "prompt" and prompt) or (positions == "generated" and not prompt):
+        return change_BTD
+    if positions == "prompt_last" and prompt:
+        last = torch.zeros_like(change_BTD)
+        last[:, -1] = change_BTD[:, -1]
+        return last
+    return None
+
+
+@dataclass
+class FeatureEdit:
+    """An edit of the features of ``reader`` (those of one set, or all for ``reconstruct``)."""
+
+    kind: str
+    layer: int
+    positions: str
+    reader: Reader
+    dose: float = 0.0
+    """α of zero (0), scale and transplant; c of add."""
+    largest_S: Tensor | None = None
+    """f_k^max, for ``add``."""
+    donor: PreTrainedModel | None = None
+    donor_reader: Reader | None = None
+
+    def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
+        if self.positions == "generated" and prompt or self.positions.startswith("prompt") and not prompt:
+            return resid_BTD
+        if self.kind == "reconstruct":
+            change = self.reader.reconstruct(resid_BTD) - resid_BTD.float()
+        else:
+            change = self._coefficients(resid_BTD, donor_BTD) @ self.reader.directions_FD
+        placed = positioned(change, self.positions, prompt=prompt)
+        return resid_BTD if placed is None else resid_BTD + placed.to(resid_BTD.dtype)
+
+    def _coefficients(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
+        """How much of each decoder direction to add [B, T, S]."""
+        if self.kind == "add":
+            if self.largest_S is None:
+                raise ValueError("the edit add needs the largest value of each feature")
+            return (self.dose * self.largest_S).expand(*resid_BTD.shape[:2], -1)
+        own = self.reader(resid_BTD)
+        if self.kind in ("zero", "scale"):
+            return (self.dose - 1) * own
+        if self.kind == "transplant":
+            if donor_BTD is None or self.donor_reader is None:
+                raise ValueError("the edit transplant needs a donor model")
+            return self.dose * (self.donor_reader(donor_BTD) - own)
+        raise ValueError(f"unknown edit {self.kind}; known: {', '.join(KINDS)}")
+
+
+@dataclass
+class Editor:
+    """Makes edits for one edited model from feature ids; keeps what all edits of a study share."""
+
+    crosscoder: Crosscoder
+    model: str
+    layer: int
+    device: torch.device
+    largest_F: Tensor
+    """Largest value of every feature in the donor (GRPO) [F]."""
+    donor_name: str = "grpo"
+    donor: PreTrainedModel | None = None
+
+    def _reader(self, model: str, features: list[int] | None) -> Reader:
+        return Reader(self.crosscoder, model, "swap", features).to(self.device)
+
+    def edit(self, kind: str, features: list[int] | None, positions: str, dose: float) -> FeatureEdit:
+        """The edit ``kind`` of ``features`` at ``positions``."""
+        made = FeatureEdit(kind, self.layer, positions, self._reader(self.model, features), dose)
+        if kind == "add":
+            made.largest_S = self.largest_F[features].to(self.device)
+        if kind == "transplant":
+            made.donor, made.donor_reader = self.donor, self._reader(self.donor_name, features)
+        return made

@@ -1,0 +1,170 @@
+"""The page itself: figures, tables and words put into one HTML file that opens from disk without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from featdiff.config import ReportParams
+from featdiff.report import model_figures, paper, set_figures, tables
+from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR
+from featdiff.report.evidence import MODELS, Evidence
+from featdiff.report.paired import Estimate
+from featdiff.report.verdicts import Judge, Verdict
+from featdiff.report.words import compact, count, interval, listed, number, percent, signed, things
+
+HERE = Path(__file__).parent
+MOST_CHARS = 1200
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of the headline chart."""
+
+    label: str
+    colour: str
+    level: Estimate
+
+
+@dataclass(frozen=True)
+class Answer:
+    label: str
+    colour: str
+    text: str
+    correct: bool
+    manner: str
+
+
+@dataclass(frozen=True)
+class Example:
+    task: str
+    prompt: str
+    options: tuple[str, ...]
+    reference: str
+    answers: list[Answer]
+
+
+def render(evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: ReportParams, parents: Mapping[str, str]) -> str:
+    """The report as one HTML document; ``parents`` are the hashes of the artifacts it was made from."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number, "signed": signed, "percent": percent, "count": count, "compact": compact, "listed": listed, "json": _embedded,
+    }  # fmt: skip
+    environment.globals |= {"interval": interval, "things": things}
+    found = evidence.localize["status"] == "found"
+    paired = [table for table in _published(evidence, params)]
+    return environment.get_template("template.html.j2").render(
+        params=params,
+        evidence=evidence,
+        verdicts=verdicts,
+        bars=headline(evidence, judge),
+        base=evidence.models["base"],
+        tables={
+            "accuracy": tables.accuracy(evidence, judge),
+            "audit": tables.audit(evidence),
+            "crosscoders": tables.crosscoders(evidence),
+            "classes": tables.classes(evidence),
+            "flipped": tables.flipped(evidence),
+            "selection": tables.selection(evidence) if found else None,
+        },
+        effect_tables=[
+            (label, table) for purpose, label in set_figures.PURPOSES.items() if (table := tables.effect(evidence, purpose))
+        ],
+        paper_tables=paired,
+        accuracy=model_figures.accuracy(evidence),
+        overlaps=model_figures.overlaps(evidence),
+        effects=set_figures.effect_strips(evidence),
+        panels={
+            "manner": model_figures.manner(evidence),
+            "training": model_figures.training(evidence),
+            "curves": model_figures.crosscoder_curves(evidence),
+            "nrn": model_figures.nrn(evidence),
+            "mas": model_figures.mas(evidence),
+            "trajectories": model_figures.trajectories(evidence),
+            "scores": set_figures.scores(evidence),
+            "tuning": set_figures.tuning(evidence),
+            "doses": set_figures.doses(evidence),
+            "steps": set_figures.manner_before_after(evidence),
+        },
+        examples=examples(evidence, judge, params.max_samples_shown),
+        parents=parents,
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _embedded(value: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's own."""
+    return value.item()
+
+
+def headline(evidence: Evidence, judge: Judge) -> list[Bar]:
+    """Mean accuracy away from math: the three models, and the two edits of the feature set."""
+    levels = [(MODEL_NAMES[model], MODEL_COLOURS[model], judge.outcomes.model(model)) for model in MODELS]
+    levels += [
+        ("GRPO, set zeroed", SET_COLOUR, judge.outcomes.edited("zero_grpo", "set")),
+        ("base, set amplified", SET_COLOUR, judge.outcomes.edited("amplify_base", "set")),
+    ]
+    found = [(label, colour, judge.estimate(evidence.far, right)) for label, colour, right in levels]
+    return [Bar(label, colour, level) for label, colour, level in found if level]
+
+
+def _published(evidence: Evidence, params: ReportParams) -> list[tables.Table]:
+    if params.paper_model is None:
+        return []
+    return [paper.accuracies(evidence, params.paper_model), paper.interventions(evidence, params.paper_model)]
+
+
+def examples(evidence: Evidence, judge: Judge, most: int) -> list[Example]:
+    """Up to ``most`` questions away from math, tasks in turn, those first that GRPO solves and the base fails."""
+    flipped = judge.outcomes.flipped()
+    given: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in MODELS:
+        for row in evidence.answers[model]:
+            if row["mode"] == evidence.primary_mode(row["task"]) and row["draw"] == 0:
+                given.setdefault(row["sample_id"], {})[model] = row
+    for row in evidence.edited:
+        if row["arm"] == "set":
+            given.setdefault(row["sample_id"], {})[row["purpose"]] = row
+    queues = []
+    for task in evidence.far:
+        ids = [key for key, sample in evidence.questions.items() if sample.task == task and key in given]
+        queues.append(sorted(ids, key=lambda key: (key not in flipped, key)))
+    turns = [queue[i] for i in range(most) for queue in queues if i < len(queue)]
+    shown = [(model, MODEL_NAMES[model], MODEL_COLOURS[model]) for model in MODELS]
+    shown += [("zero_grpo", "GRPO, set zeroed", SET_COLOUR), ("amplify_base", "base, set amplified", SET_COLOUR)]
+    return [
+        Example(
+            task=evidence.questions[key].task,
+            prompt=evidence.questions[key].prompt[:MOST_CHARS],
+            options=evidence.questions[key].options,
+            reference=evidence.questions[key].answer,
+            answers=[
+                Answer(label, colour, _cut(row["completion"]), row["correct"], MANNER_NAMES.get(row["manner"], ""))
+                for arm, label, colour in shown
+                if (row := given[key].get(arm))
+            ],
+        )
+        for key in turns[:most]
+    ]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + " …"

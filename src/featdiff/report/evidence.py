@@ -1,0 +1,233 @@
+"""Everything the report reads, in memory: one object made from the artifacts of every earlier stage."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from featdiff.artifact import ContractError, read_json
+from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
+
+MODELS = ("base", "sft", "grpo")
+ROLES = ("train", "find", "heldout", "control")
+
+Row = dict[str, Any]
+Curves = dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of one model without loading it."""
+
+    config: Row
+    parameters: int
+    audit: Row
+    """Empty for the base."""
+    curves: Curves
+
+
+@dataclass(frozen=True)
+class FitFacts:
+    """One crosscoder: configuration, final metrics, curves."""
+
+    config: Row
+    metrics: Row
+    curves: Curves
+
+    @property
+    def models(self) -> list[str]:
+        """Its distinct models, the original first."""
+        return list(dict.fromkeys(self.config["models"]))
+
+    @property
+    def joint(self) -> bool:
+        return len(self.models) > 2
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The artifacts of one study. Tables are lists of rows in the schema of the stage that wrote them."""
+
+    tasks: dict[str, TaskInfo]
+    """In the order train, find, heldout, control."""
+    questions: dict[str, Sample]
+    """Report split by ``sample_id``."""
+    train_problems: int
+    models: dict[str, ModelFacts]
+    accuracy: dict[str, list[Row]]
+    answers: dict[str, list[Row]]
+    """Per-sample rows of the report split, by model."""
+    fits: dict[str, FitFacts]
+    features: list[Row]
+    overlap: list[Row]
+    trajectories: list[Row]
+    localize: Row
+    scores: list[Row]
+    choice: Row
+    tuning: list[Row]
+    dose: list[Row]
+    effects: list[Row]
+    edited: list[Row]
+    """Per-sample rows of the arms ``none`` and ``set``."""
+
+    def named(self, *roles: str) -> list[str]:
+        """Names of the tasks with one of ``roles``."""
+        return [name for name, task in self.tasks.items() if task.role in roles]
+
+    @property
+    def far(self) -> list[str]:
+        """Tasks away from the training domain that a model could learn: those the claims are about."""
+        return [
+            name
+            for name, task in self.tasks.items()
+            if task.domain != "math" and task.role in ("find", "heldout") and task.learnable
+        ]
+
+    @property
+    def found_on(self) -> list[str]:
+        """Tasks with enough flipped samples to take part in the selection of features."""
+        return [name for name in self.tasks if name in self.localize["per_task"] and name not in self.localize["skipped"]]
+
+    @property
+    def set_size(self) -> int:
+        return len(self.localize["features"])
+
+    @property
+    def n_features(self) -> int:
+        return int(self.fits[self.localize["fit"]].config["n_features"])
+
+    def primary_mode(self, task: str) -> str:
+        """The task's own scoring rule: greedy decoding, or its rule of likelihood."""
+        modes = {row["mode"] for row in self.accuracy["base"] if row["task"] == task and row["primary"]}
+        return "greedy" if "greedy" in modes or not modes else sorted(modes)[0]
+
+
+def load(read: Callable[[str], Path]) -> Evidence:
+    """Open every artifact through ``read``, which verifies a folder and returns it.
+
+    Raises ContractError where a table lacks a column or a crosscoder that attribution names is missing."""
+    data = read("data")
+    known = load_tasks(data)
+    tasks = {name: task for role in ROLES for name, task in known.items() if task.role == role}
+    evals = {model: read(f"evals/{model}") for model in MODELS}
+    attribution, dynamics, localize, intervene = (
+        read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "intervene")
+    )
+    features = _rows(
+        attribution / "features.parquet", "fit feature_id dead firing_rate nrn mas_base mas_sft mas_grpo feature_class"
+    )
+    fits = dict.fromkeys(row["fit"] for row in features)
+    return Evidence(
+        tasks=tasks,
+        questions={
+            row["sample_id"]: Sample(**row | {"options": tuple(row["options"] or ())})
+            for row in read_rows(data / "eval.parquet")
+            if row["split"] == "report"
+        },
+        train_problems=pq.read_metadata(data / "train.parquet").num_rows,
+        models={model: _model(read(f"models/{model}")) for model in MODELS},
+        accuracy={
+            model: _rows(
+                folder / "accuracy.parquet",
+                "task role split mode primary n accuracy low high parse_failures steps foreign direct",
+            )
+            for model, folder in evals.items()
+        },
+        answers={
+            model: _rows(
+                folder / "samples.parquet", "sample_id task split mode draw completion correct manner", ("split", ["report"])
+            )
+            for model, folder in evals.items()
+        },
+        fits={name: _fit(read(f"crosscoders/{name}")) for name in fits},
+        features=features,
+        overlap=_rows(dynamics / "overlap.parquet", "arm top a b overlap"),
+        trajectories=_rows(dynamics / "trajectories.parquet", "arm checkpoint feature_id change rank"),
+        localize=read_json(localize / "features.json"),
+        scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
+        choice=read_json(intervene / "choice.json"),
+        tuning=_rows(intervene / "tuning.parquet", "purpose edit positions dose task role n accuracy steps"),
+        dose=_rows(intervene / "dose.parquet", "dose arm draw task role n accuracy"),
+        effects=_rows(
+            intervene / "effects.parquet",
+            "purpose model arm draw task role subset n accuracy baseline effect low high steps steps_baseline parse_failures "
+            "random_low random_high beyond_random",
+        ),
+        edited=_rows(
+            intervene / "samples.parquet",
+            "purpose model arm draw sample_id task completion correct manner",
+            ("arm", ["none", "set"]),
+        ),
+    )
+
+
+def _rows(path: Path, columns: str, only: tuple[str, list[str]] | None = None) -> list[Row]:
+    """Rows with ``columns`` (names in one string), optionally those whose column is one of some values.
+
+    A table without rows may lack columns: that is how a stage says that there was nothing to measure."""
+    wanted = columns.split()
+    if not path.exists():
+        return read_rows(path)
+    head = pq.read_metadata(path)
+    if head.num_rows == 0:
+        return []
+    for column in wanted:
+        if column not in head.schema.to_arrow_schema().names:
+            raise ContractError(path, "columns", column, "a table without it", "rerun the stage that makes it")
+    filters = [(only[0], "in", only[1])] if only else None
+    rows: list[Row] = pq.read_table(path, columns=wanted, filters=filters).to_pylist()
+    return rows
+
+
+def _model(folder: Path) -> ModelFacts:
+    audit = folder / "audit.json"
+    return ModelFacts(
+        config=read_json(folder / "config.json"),
+        parameters=sum(_parameters(path) for path in sorted(folder.glob("*.safetensors"))),
+        audit=read_json(audit) if audit.exists() else {},
+        curves=_curves(folder / "curves.csv"),
+    )
+
+
+def _parameters(path: Path) -> int:
+    """Numbers in a safetensors file, read off its header."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            size = 1
+            for side in tensor["shape"]:
+                size *= side
+            total += size
+    return total
+
+
+def _fit(folder: Path) -> FitFacts:
+    return FitFacts(read_json(folder / "config.json"), read_json(folder / "metrics.json"), _curves(folder / "curves.csv"))
+
+
+def _curves(path: Path) -> Curves:
+    """Series of a ``curves.csv`` as (step, value) points; empty cells are steps at which a series was not logged."""
+    if not path.exists():
+        return {}
+    curves: Curves = {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            for name, value in row.items():
+                if name != "step" and value not in ("", None):
+                    curves.setdefault(name, []).append((float(row["step"]), float(value)))
+    return curves
+
+
+def series(curves: Curves, name: str) -> list[tuple[float, float]]:
+    """The series called ``name``, whatever group (``train/loss``) its logger put it in."""
+    return next((points for key, points in curves.items() if key == name or key.rpartition("/")[2] == name), [])

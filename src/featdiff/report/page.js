@@ -1,0 +1,66 @@
+"use strict";
+// Plots are drawn in the colours of the current theme: those near the window at once, the other visible ones one
+// by one after that, those behind a tab when it is opened.
+(() => {
+  const style = () => getComputedStyle(document.documentElement);
+
+  function coloured(value, css) {
+    if (typeof value === "string") {
+      return value.replace(/var\((--[a-z-]+)\)/g, (_, name) => css.getPropertyValue(name).trim());
+    }
+    if (Array.isArray(value)) return value.map((item) => coloured(item, css));
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, coloured(item, css)]));
+    }
+    return value;
+  }
+
+  function draw(plot) {
+    const source = document.querySelector(`script[data-for="${plot.dataset.plot}"]`);
+    const css = style();
+    const { data, layout } = coloured(JSON.parse(source.textContent), css);
+    layout.font = { family: css.getPropertyValue("--text"), size: 12, color: css.getPropertyValue("--ink").trim() };
+    layout.hoverlabel = {
+      bgcolor: css.getPropertyValue("--surface").trim(),
+      bordercolor: css.getPropertyValue("--hair").trim(),
+      font: { color: css.getPropertyValue("--ink").trim(), size: 12 },
+    };
+    layout.autosize = true;
+    Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
+    plot.dataset.drawn = "yes";
+  }
+
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (isIntersecting && !target.dataset.drawn) draw(target);
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  const plots = [...document.querySelectorAll(".plot")];
+  plots.forEach((plot) => near.observe(plot));
+
+  function drawNext() {
+    const plot = plots.find((candidate) => !candidate.dataset.drawn && candidate.offsetParent);
+    if (!plot) return;
+    draw(plot);
+    setTimeout(drawNext);
+  }
+  setTimeout(drawNext, 50);
+
+  const redraw = (all) => plots.filter((plot) => all || plot.dataset.drawn).forEach(draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw(false));
+  addEventListener("beforeprint", () => redraw(true));
+
+  const links = new Map([...document.querySelectorAll("nav a[href^='#']")].map((link) => [link.hash.slice(1), link]));
+  const reading = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) {
+        links.get(target.id)?.classList.toggle("here", isIntersecting);
+      }
+    },
+    { rootMargin: "-25% 0px -70% 0px" },
+  );
+  document.querySelectorAll("section").forEach((section) => reading.observe(section));
+})();

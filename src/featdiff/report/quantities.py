@@ -1,0 +1,65 @@
+"""Quantities that both verdicts and figures read off the tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featdiff.report.evidence import Evidence
+
+
+def effects(evidence: Evidence, purpose: str, arm: str, subset: str = "all") -> list[dict[str, Any]]:
+    """Rows of the effects table for one arm of one intervention."""
+    return [row for row in evidence.effects if (row["purpose"], row["arm"], row["subset"]) == (purpose, arm, subset)]
+
+
+def clear(row: dict[str, Any], sign: int) -> bool:
+    """Whether the set's effect has the claimed sign, an interval without zero, and lies beyond every random draw."""
+    edge = row["low"] if sign > 0 else row["high"]
+    return bool(row["beyond_random"]) and edge is not None and sign * edge > 0
+
+
+def past_percentile(row: dict[str, Any], sign: int) -> bool:
+    """Whether the effect lies beyond the 95th percentile of the matched random sets in the claimed direction."""
+    bound = row["random_high"] if sign > 0 else row["random_low"]
+    return bound is not None and sign * (row["effect"] - bound) > 0
+
+
+def own_features(evidence: Evidence) -> list[tuple[str, int, int]]:
+    """Features of SFT alone against features of GRPO alone, as (label, SFT, GRPO): within a three-model
+    crosscoder, and between two pair crosscoders of the same loss."""
+    counts: dict[tuple[str, str], int] = {}
+    for row in evidence.features:
+        key = (row["fit"], row["feature_class"])
+        counts[key] = counts.get(key, 0) + 1
+    found = []
+    pairs: dict[str, dict[str, str]] = {}
+    for name, fit in evidence.fits.items():
+        if {"sft", "grpo"} <= set(fit.models):
+            found.append((f"joint, {fit.config['loss']}", counts.get((name, "sft"), 0), counts.get((name, "grpo"), 0)))
+        elif len(fit.models) == 2:
+            pairs.setdefault(fit.config["loss"], {})[fit.models[1]] = name
+    for loss, arms in pairs.items():
+        if {"sft", "grpo"} <= arms.keys():
+            found.append((f"pairs, {loss}", counts.get((arms["sft"], "sft"), 0), counts.get((arms["grpo"], "grpo"), 0)))
+    return found
+
+
+def early_checkpoint(evidence: Evidence, early_share: float) -> tuple[int, int]:
+    """The last checkpoint within the first ``early_share`` of training, and the last of all (0, 0 without any)."""
+    last = max((row["b"] for row in evidence.overlap), default=0)
+    return (max(1, int(early_share * last + 1e-9)) if last else 0), last
+
+
+def early_overlap(evidence: Evidence, arm: str, early: int, last: int) -> list[float]:
+    """Overlap of the early checkpoint's top-n features with the last one's, by ascending n."""
+    rows = [row for row in evidence.overlap if (row["arm"], row["a"], row["b"]) == (arm, early, last)]
+    return [row["overlap"] for row in sorted(rows, key=lambda row: row["top"])]
+
+
+def total_change(evidence: Evidence, arm: str) -> dict[int, float]:
+    """Sum over features of the mean change since the base, by checkpoint."""
+    total: dict[int, float] = {}
+    for row in evidence.trajectories:
+        if row["arm"] == arm:
+            total[row["checkpoint"]] = total.get(row["checkpoint"], 0.0) + row["change"]
+    return dict(sorted(total.items()))

@@ -1,0 +1,330 @@
+"""Figures of the feature set: scores, tuning of the edits, dose curves, effects against matched random sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from featdiff.report.charts import (
+    HAIR,
+    INK,
+    MODEL_COLOURS,
+    MUTED,
+    SET_COLOUR,
+    SURFACE,
+    Figure,
+    Panel,
+    Trace,
+    error_bars,
+    heat,
+    layout,
+    line,
+    mixed,
+    role_bands,
+    task_axis,
+    tile_for,
+    title,
+)
+from featdiff.report.evidence import Evidence, Row
+from featdiff.report.quantities import effects
+
+PURPOSES = {"zero_grpo": "Zeroed in GRPO", "amplify_base": "Amplified in base", "zero_sft": "Zeroed in SFT"}
+EDITED_MODEL = {"zero_grpo": "grpo", "amplify_base": "base", "zero_sft": "sft"}
+SUBSETS = {"all": "All samples", "flipped": "Flipped samples"}
+RANDOM = MUTED
+
+
+def scores(evidence: Evidence, top: int = 25) -> Panel | None:
+    """The highest scores per task, the selected features marked, the threshold as a line."""
+    chosen, found = set(evidence.localize["features"]), evidence.localize
+    figures = []
+    for task in evidence.found_on:
+        rows = sorted((row for row in evidence.scores if row["task"] == task), key=lambda row: -row["score"])[:top]
+        if not rows:
+            continue
+        bound = found["threshold"] * rows[0]["score"]
+        colours = [
+            SET_COLOUR
+            if row["feature_id"] in chosen
+            else (MODEL_COLOURS["grpo"] if row["score"] >= bound else mixed("#858d99", 0.6))
+            for row in rows
+        ]
+        trace: Trace = {
+            "type": "bar",
+            "x": list(range(1, len(rows) + 1)),
+            "y": [row["score"] for row in rows],
+            "marker": {"color": colours},
+            "text": [str(row["feature_id"]) for row in rows],
+            "textposition": "none",
+            "customdata": [row["frequency"] for row in rows],
+            "hovertemplate": "feature %{text}: score %{y:.3f}, above threshold in %{customdata:.0%} of resamples<extra></extra>",
+        }
+        look = layout({"title": title("rank"), "nticks": 6}, {"title": title("score"), "rangemode": "tozero", "nticks": 5})
+        look["shapes"] = [line(0.4, len(rows) + 0.6, bound, bound, dash="dash", colour=INK)]
+        heading = f"{task}, {found['per_task'][task]['n_flipped']} flipped samples"
+        figures.append(Figure(f"score-{task}", heading, [trace], look, 220))
+    caption = (
+        f"Score: mean over flipped samples of the feature's value in GRPO minus base ({found['readout']} readout, positions: "
+        f"{found['positions']}). Dashed: {found['threshold']:.0%} of the task's largest. The {top} highest are drawn."
+    )
+    legend = [
+        ("in the set", SET_COLOUR),
+        ("above the threshold here only", MODEL_COLOURS["grpo"]),
+        ("below", mixed("#858d99", 0.6)),
+    ]
+    return Panel(figures, caption, legend, tile_for(len(figures), 3)) if figures else None
+
+
+def tuning(evidence: Evidence) -> Panel | None:
+    """Mean accuracy on the tune split for every edit, position and dose that was tried; the chosen one framed."""
+    figures = []
+    for purpose, edit in sorted(
+        {(row["purpose"], row["edit"]) for row in evidence.tuning}, key=lambda pair: (pair[0] != "zero_grpo", pair[1])
+    ):
+        rows = [row for row in evidence.tuning if (row["purpose"], row["edit"]) == (purpose, edit)]
+        positions = list(dict.fromkeys(row["positions"] for row in rows))
+        doses = sorted({row["dose"] for row in rows}, key=lambda dose: -1.0 if dose is None else dose)
+        grid = [
+            [_mean(row["accuracy"] for row in rows if (row["positions"], row["dose"]) == (place, dose)) for dose in doses]
+            for place in positions
+        ]
+        choice = evidence.choice.get("zero" if edit == "zero" else "amplify") or {}
+        labels = ["0" if dose is None else f"{dose:g}" for dose in doses]
+        trace: Trace = {
+            "type": "heatmap",
+            "x": labels,
+            "y": positions,
+            "z": grid,
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": heat(),
+            "showscale": False,
+            "xgap": 2,
+            "ygap": 2,
+            "texttemplate": "%{z:.2f}",
+            "textfont": {"color": INK, "size": 12},
+            "hovertemplate": "%{y}, dose %{x}: mean accuracy %{z:.3f}<extra></extra>",
+        }
+        x = {
+            "type": "category",
+            "title": title("factor" if edit in ("zero", "scale") else "dose"),
+            "ticks": "",
+            "showgrid": False,
+        }
+        look = layout(x, {"autorange": "reversed", "ticks": "", "showgrid": False})
+        if choice.get("edit", "zero") == edit and choice.get("positions") in positions and choice.get("dose") in doses:
+            i, j = doses.index(choice.get("dose")), positions.index(choice["positions"])
+            frame = {"type": "rect", "x0": i - 0.5, "x1": i + 0.5, "y0": j - 0.5, "y1": j + 0.5}
+            look["shapes"] = [frame | {"line": {"color": SET_COLOUR, "width": 3}}]
+        heading = f"{PURPOSES.get(purpose, purpose)}: {edit}" if edit != "zero" else PURPOSES.get(purpose, purpose)
+        figures.append(Figure(f"tuning-{purpose}-{edit}", heading, [trace], look, 110 + 38 * len(positions)))
+    tasks = {row["task"] for row in evidence.tuning}
+    sizes = sorted({row["n"] for row in evidence.tuning})
+    caption = f"Tune split, mean over {len(tasks)} tasks, n = {sizes[0] if sizes else 0} per task. Framed: the choice, made for all tasks at once."
+    return Panel(figures, caption, [("chosen", SET_COLOUR)], tile_for(len(figures), 3)) if figures else None
+
+
+def _mean(values: Any) -> float | None:
+    held = [value for value in values if value is not None]
+    return float(np.mean(held)) if held else None
+
+
+def doses(evidence: Evidence) -> Panel | None:
+    """Accuracy against dose on the tune split: the set, the band of the random sets, base and GRPO as lines."""
+    figures = []
+    for task in evidence.tasks:
+        rows = [row for row in evidence.dose if row["task"] == task]
+        levels = sorted({row["dose"] for row in rows})
+        if not rows:
+            continue
+        place = {dose: i for i, dose in enumerate(levels)}
+        drawn = {dose: [row["accuracy"] for row in rows if row["arm"] == "random" and row["dose"] == dose] for dose in levels}
+        kept = [dose for dose in levels if drawn[dose]]
+        traces: list[Trace] = []
+        if kept:
+            low, middle, high = (np.array([np.percentile(drawn[dose], q) for dose in kept]) for q in (5, 50, 95))
+            xs = [place[dose] for dose in kept]
+            band = {
+                "type": "scatter",
+                "x": xs + xs[::-1],
+                "y": [*high, *low[::-1]],
+                "fill": "toself",
+                "mode": "lines",
+                "hoverinfo": "skip",
+            }
+            traces += [
+                band | {"fillcolor": "rgba(133,141,153,0.28)", "line": {"width": 0}},
+                {"type": "scatter", "mode": "lines", "x": xs, "y": middle.tolist(), "line": {"color": RANDOM, "width": 1.5},
+                 "hovertemplate": "random sets, median %{y:.2f}<extra></extra>"},
+            ]  # fmt: skip
+        held = sorted((row for row in rows if row["arm"] == "set"), key=lambda row: row["dose"])
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": [place[row["dose"]] for row in held],
+                "y": [row["accuracy"] for row in held],
+                "line": {"color": SET_COLOUR, "width": 2.5},
+                "marker": {"size": 7},
+                "hovertemplate": f"set: %{{y:.2f}}, n = {held[0]['n'] if held else 0}<extra></extra>",
+            }
+        )
+        look = layout(
+            {
+                "tickvals": list(place.values()),
+                "ticktext": [f"{dose:g}" for dose in levels],
+                "title": title("dose"),
+                "ticks": "",
+            },
+            {"range": [-0.03, 1.03], "dtick": 0.25},
+        )
+        look["shapes"] = [
+            line(0, 1, level, level, xref="paper", dash="dot", colour=MODEL_COLOURS[model])
+            for model in ("base", "grpo")
+            if (level := _tune_accuracy(evidence, model, task)) is not None
+        ]
+        figures.append(Figure(f"dose-{task}", f"{task} ({evidence.tasks[task].role})", traces, look, 210))
+    choice = evidence.choice.get("amplify") or {}
+    draws = len({row["draw"] for row in evidence.dose if row["arm"] == "random"})
+    caption = (
+        f"Amplified in the base: edit {choice.get('edit')}, positions {choice.get('positions')}, chosen dose {choice.get('dose')}. Tune split. "
+        f"Band: 5th to 95th percentile of {draws} matched random sets, line inside: their median. Dotted: base and GRPO unedited."
+    )
+    legend = [
+        ("feature set", SET_COLOUR),
+        ("matched random sets", RANDOM),
+        ("base", MODEL_COLOURS["base"]),
+        ("GRPO", MODEL_COLOURS["grpo"]),
+    ]
+    return Panel(figures, caption, legend, tile_for(len(figures), 4)) if figures else None
+
+
+def _tune_accuracy(evidence: Evidence, model: str, task: str) -> float | None:
+    rows = [row for row in evidence.accuracy[model] if (row["task"], row["split"]) == (task, "tune")]
+    mode = evidence.primary_mode(task)
+    return next((row["accuracy"] for row in rows if row["mode"] == mode), None)
+
+
+def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:
+    """Change in accuracy per task: the set, each random draw, reconstruction; one panel per subset of samples."""
+    panels = []
+    for subset, label in SUBSETS.items():
+        figures = [figure for purpose in PURPOSES if (figure := _strip(evidence, purpose, subset))]
+        if not figures:
+            continue
+        caption = "Report split; change in accuracy against the same questions unedited, with interval. The no-op (factor 1) is the zero line."
+        if subset == "flipped":
+            caption += " Flipped: base wrong, GRPO right. These are chosen by their outcome: any damage lowers GRPO, any change can only raise base."
+            if any(task.options for task in evidence.tasks.values()):
+                caption += " Dashed: 1/(K−1), what a random flip among K options gives."
+        legend = [("feature set", SET_COLOUR), ("matched random sets, one ring per draw", RANDOM), ("reconstruction only", INK)]
+        panels.append((label, Panel(figures, caption, legend, 640)))
+    return panels
+
+
+def _strip(evidence: Evidence, purpose: str, subset: str) -> Figure | None:
+    arms = {arm: effects(evidence, purpose, arm, subset) for arm in ("random", "reconstruction", "noop", "set")}
+    names = [name for name in evidence.tasks if any(row["task"] == name for rows in arms.values() for row in rows)]
+    if not names:
+        return None
+    place = {name: i for i, name in enumerate(names)}
+    traces: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [place[row["task"]] + _jitter(row["draw"]) for row in arms["random"]],
+            "y": [row["effect"] for row in arms["random"]],
+            "text": [f"{row['task']}, random set {row['draw'] + 1}" for row in arms["random"]],
+            "marker": {"symbol": "circle-open", "size": 6, "color": RANDOM, "opacity": 0.8},
+            "hovertemplate": "%{text}: %{y:+.3f}<extra></extra>",
+        },
+        _marked(
+            arms["reconstruction"],
+            place,
+            "reconstruction",
+            0.3,
+            {"symbol": "x-thin", "size": 7, "line": {"width": 1.6, "color": INK}},
+        ),
+        _marked(
+            arms["set"],
+            place,
+            "set",
+            0.0,
+            {"symbol": "diamond", "size": 11, "color": SET_COLOUR, "line": {"width": 1, "color": SURFACE}},
+        ),
+    ]
+    if arms["set"]:
+        traces[-1]["error_y"] = error_bars(*([row[key] for row in arms["set"]] for key in ("effect", "low", "high"))) | {
+            "color": SET_COLOUR
+        }
+    look = layout(
+        task_axis(names), {"title": title("change in accuracy"), "tickformat": ".2~f"}, **role_bands(evidence.tasks, names)
+    )
+    look["yaxis"] |= {
+        "zeroline": True,
+        "zerolinecolor": MUTED,
+        "gridcolor": HAIR,
+        "range": _reach(arms.values()),
+    }
+    if subset == "flipped" and purpose == "amplify_base":
+        floors = [(place[name], evidence.tasks[name].options) for name in names if evidence.tasks[name].options > 1]
+        look["shapes"] += [line(i - 0.45, i + 0.45, 1 / (k - 1), 1 / (k - 1), dash="dash", colour=INK) for i, k in floors]
+    return Figure(f"effect-{purpose}-{subset}", PURPOSES[purpose], traces, look, 300, 90 + 60 * len(names))
+
+
+def _reach(arms: Iterable[list[Row]]) -> list[float]:
+    """Ends of the axis: every effect with its interval, and never less than a tenth to either side."""
+    ends = [end for rows in arms for row in rows for end in (row["effect"], row["low"], row["high"]) if end is not None]
+    low, high = min([-0.1, *ends]), max([0.1, *ends])
+    return [low - 0.06 * (high - low), high + 0.06 * (high - low)]
+
+
+def _jitter(draw: int) -> float:
+    """A place beside the task's for each draw: even steps in a shuffled order."""
+    return ((draw * 7) % 20 / 19 - 0.5) * 0.44
+
+
+def _marked(rows: list[Row], place: dict[str, int], arm: str, shift: float, marker: dict[str, Any]) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [place[row["task"]] + shift for row in rows],
+        "y": [row["effect"] for row in rows],
+        "marker": marker,
+        "customdata": [[row["task"], row["baseline"], row["accuracy"], row["low"], row["high"], row["n"]] for row in rows],
+        "hovertemplate": f"%{{customdata[0]}}, {arm}: %{{y:+.3f}} [%{{customdata[3]:.3f}}, %{{customdata[4]:.3f}}]<br>"
+        "%{customdata[1]:.2f} → %{customdata[2]:.2f}, n = %{customdata[5]}<extra></extra>",
+    }
+
+
+def manner_before_after(evidence: Evidence) -> Panel | None:
+    """Share of answers given step by step, before and after each edit."""
+    figures = []
+    for purpose, label in PURPOSES.items():
+        rows = [
+            row
+            for row in effects(evidence, purpose, "set")
+            if row["steps"] is not None and evidence.tasks[row["task"]].scoring == "generation"
+        ]
+        rows.sort(key=lambda row: list(evidence.tasks).index(row["task"]))
+        if not rows:
+            continue
+        names = [row["task"] for row in rows]
+        joined = [value for row in rows for value in (row["steps_baseline"], row["steps"], None)]
+        ends: list[Trace] = [
+            {"type": "scatter", "mode": "lines", "x": joined, "y": [name for name in names for _ in range(3)],
+             "line": {"color": MUTED, "width": 2}, "hoverinfo": "skip"},
+            {"type": "scatter", "mode": "markers", "x": [row["steps_baseline"] for row in rows], "y": names,
+             "marker": {"size": 10, "color": MODEL_COLOURS[EDITED_MODEL[purpose]]}, "hovertemplate": "%{y}, unedited: %{x:.0%}<extra></extra>"},
+            {"type": "scatter", "mode": "markers", "x": [row["steps"] for row in rows], "y": names,
+             "marker": {"size": 10, "symbol": "diamond", "color": SET_COLOUR}, "hovertemplate": "%{y}, edited: %{x:.0%}<extra></extra>"},
+        ]  # fmt: skip
+        look = layout(
+            {"range": [-0.04, 1.04], "tickformat": ".0%", "dtick": 0.5, "showgrid": True},
+            {"autorange": "reversed", "ticks": ""},
+        )
+        figures.append(Figure(f"steps-{purpose}", label, ends, look, 90 + 24 * len(names)))
+    caption = "Share of answers given step by step, from the unedited model (circle) to the edited one (diamond). Report split, all samples."
+    return Panel(figures, caption, [("edited", SET_COLOUR)], 260) if figures else None

@@ -1,0 +1,203 @@
+"""Tables of the page: plain cells with a note for interval or n, built from the artifacts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from featdiff.report.charts import MODEL_NAMES, ROLE_NAMES
+from featdiff.report.evidence import MODELS, Evidence, Row
+from featdiff.report.model_figures import MODE_NAMES, report_rows
+from featdiff.report.quantities import effects
+from featdiff.report.verdicts import Judge
+from featdiff.report.words import MISSING, count, interval, moved, number, percent, signed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one place of a table; ``note`` is set small beside it."""
+
+    text: str
+    note: str = ""
+    mark: Literal["", "good", "bad", "text", "label"] = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    head: list[str]
+    rows: list[list[Cell]]
+    caption: str = ""
+
+
+def _label(text: str, note: str = "") -> Cell:
+    return Cell(text, note, "label")
+
+
+def accuracy(evidence: Evidence, judge: Judge) -> Table:
+    """Every task under its own scoring rule, with the paired gain of GRPO and loss of SFT."""
+    right = {model: judge.outcomes.model(model) for model in MODELS}
+    rows = []
+    for name, task in evidence.tasks.items():
+        mode = evidence.primary_mode(name)
+        held = {model: report_rows(evidence, model, mode).get(name) for model in MODELS}
+        cells = [_label(name, f"{ROLE_NAMES[task.role]}; {MODE_NAMES.get(mode, mode).lower()}")]
+        cells += [_level(row) for row in held.values()]
+        for model in ("grpo", "sft"):
+            found = judge.estimate([name], right[model], right["base"])
+            cells.append(Cell(signed(found.value), interval(found.low, found.high)) if found else Cell(MISSING))
+        cells.append(Cell(" / ".join(percent(row["parse_failures"] if row else None) for row in held.values())))
+        cells.append(Cell(count(max((row["n"] for row in held.values() if row), default=None))))
+        rows.append(cells)
+    head = ["task", "base", "SFT", "GRPO", "GRPO − base", "SFT − base", "not readable, base / SFT / GRPO", "n"]
+    return Table(head, rows, "Report split, each task under its own scoring rule. Differences are paired by question.")
+
+
+def _level(row: Row | None) -> Cell:
+    return Cell(number(row["accuracy"]), interval(row["low"], row["high"])) if row else Cell(MISSING)
+
+
+def audit(evidence: Evidence) -> Table:
+    """What both arms were given: the comparison is fair where the first rows agree."""
+    sft, grpo = evidence.models["sft"].audit, evidence.models["grpo"].audit
+    rows = []
+    for key, label in (
+        ("base_manifest", "start: the same base"),
+        ("data_manifest", "the same data"),
+        ("problems", "the same problems"),
+    ):
+        same = sft[key] == grpo[key]
+        shown = [Cell(count(arm[key]) if key == "problems" else arm[key][:12]) for arm in (sft, grpo)]
+        rows.append([_label(label), *shown, Cell("yes" if same else "no", mark="good" if same else "bad")])
+    for key, label in (("samples_seen", "samples seen"), ("tokens_seen", "tokens seen"), ("updates", "updates")):
+        rows.append([_label(label), Cell(count(sft[key])), Cell(count(grpo[key])), Cell("reported")])
+    steps = [Cell(", ".join(str(step) for step in arm["checkpoints"])) for arm in (sft, grpo)]
+    rows.append([_label("checkpoints at update"), *steps, Cell("reported")])
+    reward = moved(number(grpo.get("reward_first")), number(grpo.get("reward_last")))
+    rows.append([_label("reward, first → last"), Cell(MISSING), Cell(reward), Cell("reported")])
+    return Table(["", "SFT", "GRPO", "equal"], rows)
+
+
+def crosscoders(evidence: Evidence) -> Table:
+    rows = []
+    for name, fit in evidence.fits.items():
+        fve = [Cell(number(fit.metrics["fve"].get(model), 3)) for model in MODELS]
+        models = " · ".join(MODEL_NAMES.get(model, model) for model in fit.models)
+        rows.append(
+            [_label(name, models), Cell(fit.config["loss"]), *fve, Cell(number(fit.metrics["l0"], 1)),
+             Cell(percent(fit.metrics["dead_share"])), Cell(count(fit.config["n_features"])), Cell(str(fit.config["seed"]))]
+        )  # fmt: skip
+    head = ["crosscoder", "loss", "FVE base", "FVE SFT", "FVE GRPO", "L0", "dead", "features", "seed"]
+    return Table(head, rows, "On tokens held out of the fit. FVE: fraction of variance explained.")
+
+
+def classes(evidence: Evidence) -> Table:
+    """How many features of each crosscoder belong to one model alone, are shared, or dead."""
+    counts = Counter((row["fit"], row["feature_class"]) for row in evidence.features)
+    labels = ["shared", *MODELS, "mixed", "dead"]
+    rows = []
+    for name, fit in evidence.fits.items():
+        total = sum(counts[name, label] for label in labels)
+        cells = [
+            Cell(count(counts[name, label]), percent(counts[name, label] / total))
+            if label in ("shared", "mixed", "dead") or label in fit.models
+            else Cell(MISSING)
+            for label in labels
+        ]
+        rows.append([_label(name, fit.config["loss"]), *cells])
+    head = ["crosscoder", "shared", "base alone", "SFT alone", "GRPO alone", "mixed", "dead"]
+    caption = "L1 is known to split shared features into one-model ones (arXiv 2504.02922): compare its rows with BatchTopK's."
+    return Table(head, rows, caption)
+
+
+def flipped(evidence: Evidence) -> Table:
+    """Tasks that features were sought on, and what came of each."""
+    found = evidence.localize
+    rows = []
+    for name in evidence.tasks:
+        if name in found["skipped"]:
+            rows.append(
+                [
+                    _label(name),
+                    Cell(MISSING),
+                    Cell(MISSING),
+                    Cell(MISSING),
+                    Cell(f"left out: {found['skipped'][name]}", mark="text"),
+                ]
+            )
+        elif name in found["per_task"]:
+            task = found["per_task"][name]
+            cells = [Cell(count(task["n_flipped"])), Cell(number(task["max_score"], 3)), Cell(count(len(task["selected"])))]
+            rows.append([_label(name), *cells, Cell("took part")])
+    return Table(["task", "flipped samples", "largest score", "features above threshold", ""], rows)
+
+
+def selection(evidence: Evidence) -> Table:
+    """The feature set: stability, class, decoder norms, and score on every task as a share of the task's largest."""
+    found, tasks = evidence.localize, evidence.found_on
+    peak = {task: found["per_task"][task]["max_score"] for task in tasks}
+    chosen = set(found["features"])
+    score = {(row["feature_id"], row["task"]): row["score"] for row in evidence.scores if row["feature_id"] in chosen}
+    known = {row["feature_id"]: row for row in evidence.features if row["fit"] == found["fit"] and row["feature_id"] in chosen}
+    rows = []
+    for feature in found["features"]:
+        facts = known[feature]
+        norms = [facts["mas_base"], facts["mas_sft"], facts["mas_grpo"]]
+        norm = number(facts["nrn"]) if facts["nrn"] is not None else " / ".join(number(value) for value in norms)
+        shares = [Cell(percent(_ratio(score.get((feature, task)), peak[task]))) for task in tasks]
+        frequency = found["frequency"].get(str(feature))
+        rows.append(
+            [
+                _label(str(feature)),
+                Cell(percent(frequency)),
+                Cell(facts["feature_class"]),
+                Cell(norm),
+                Cell(percent(facts["firing_rate"])),
+                *shares,
+            ]
+        )
+    norm_name = "MAS base / SFT / GRPO" if evidence.fits[found["fit"]].joint else "NRN"
+    head = ["feature", "in the set, share of resamples", "class", norm_name, "fires on tokens", *tasks]
+    return Table(head, rows, "Columns named after tasks: score as a share of the task's largest.")
+
+
+def _ratio(value: float | None, peak: float) -> float | None:
+    return None if value is None or not peak else value / peak
+
+
+def effect(evidence: Evidence, purpose: str) -> Table | None:
+    """The set's effect per task with the matched random sets beside it; None where no set was tested."""
+    arms = {arm: {row["task"]: row for row in effects(evidence, purpose, arm)} for arm in ("set", "reconstruction")}
+    subset = {row["task"]: row for row in effects(evidence, purpose, "set", "flipped")}
+    rows = []
+    for name in evidence.tasks:
+        if (row := arms["set"].get(name)) is None:
+            continue
+        task, part = evidence.tasks[name], subset.get(name)
+        floor = (
+            f"; a random flip gives +{number(1 / (task.options - 1))}" if task.options > 1 and purpose == "amplify_base" else ""
+        )
+        steps = moved(percent(row["steps_baseline"]), percent(row["steps"])) if task.scoring == "generation" else MISSING
+        beyond = row["beyond_random"]
+        rows.append(
+            [
+                _label(name, ROLE_NAMES[task.role]),
+                Cell(moved(number(row["baseline"]), number(row["accuracy"])), f"n = {count(row['n'])}"),
+                Cell(signed(row["effect"]), interval(row["low"], row["high"])),
+                Cell(interval(row["random_low"], row["random_high"]) or MISSING),
+                Cell(MISSING) if beyond is None else Cell("beyond all" if beyond else "within", mark="good" if beyond else ""),
+                _effect_cell(arms["reconstruction"].get(name)),
+                Cell(signed(part["effect"]), f"{interval(part['low'], part['high'])}, n = {part['n']}{floor}")
+                if part
+                else Cell(MISSING),
+                Cell(steps),
+                Cell(percent(row["parse_failures"])),
+            ]
+        )
+    head = ["task", "accuracy", "change", "random sets, 5th to 95th percentile", "against random", "reconstruction only", "change, flipped only",
+            "step by step", "not readable"]  # fmt: skip
+    return Table(head, rows) if rows else None
+
+
+def _effect_cell(row: Row | None) -> Cell:
+    return Cell(signed(row["effect"]), interval(row["low"], row["high"])) if row else Cell(MISSING)

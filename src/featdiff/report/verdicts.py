@@ -1,0 +1,330 @@
+"""A verdict per claim: rules written before the numbers, applied to tables.
+
+A claim is a conjunction of criteria; each holds, fails, or stays open where the data cannot tell. All hold:
+supported. One fails: not supported. Otherwise: undecided. Thresholds are in the section ``report`` of
+params.yaml. The word causal is used of an effect only where it lies beyond the 95th percentile of matched random sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from featdiff.config import ReportParams
+from featdiff.report.evidence import Evidence
+from featdiff.report.paired import Estimate, Outcomes, mean_over_tasks
+from featdiff.report.quantities import (
+    clear,
+    early_checkpoint,
+    early_overlap,
+    effects,
+    own_features,
+    past_percentile,
+    total_change,
+)
+from featdiff.report.words import change, interval, listed, number, percent, short, signed, things
+
+Status = Literal["supported", "not supported", "undecided"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One condition of a claim, in words with its numbers. ``holds`` is None where the data cannot tell."""
+
+    text: str
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    key: str
+    claim: str
+    status: Status
+    evidence: str
+    """One sentence or two with numbers, n and interval."""
+    weakest_link: str
+    criteria: tuple[Criterion, ...]
+
+
+def decide(criteria: Sequence[Criterion]) -> Status:
+    """The conjunction of ``criteria`` under three values; without criteria nothing is decided."""
+    if any(criterion.holds is False for criterion in criteria):
+        return "not supported"
+    return "supported" if criteria and all(criterion.holds for criterion in criteria) else "undecided"
+
+
+def at_least(estimate: Estimate | None, bound: float) -> bool | None:
+    """Whether an effect is ``bound`` or more and not zero: True if the mean reaches it and the interval is above
+    zero, False if the interval ends below ``bound``, None between."""
+    if estimate is None:
+        return None
+    if estimate.value >= bound and estimate.low > 0:
+        return True
+    return False if estimate.high < bound else None
+
+
+class Judge:
+    """Applies the rules to one study; the same seed gives the same intervals."""
+
+    def __init__(self, evidence: Evidence, params: ReportParams, seed: int) -> None:
+        self.evidence, self.params, self.seed = evidence, params, seed
+        self.outcomes = Outcomes(evidence)
+
+    def estimate(
+        self, tasks: Sequence[str], after: dict[str, float], before: dict[str, float] | None = None
+    ) -> Estimate | None:
+        """Mean over ``tasks`` of a level, or of a paired difference."""
+        rng = np.random.default_rng(self.seed)
+        return mean_over_tasks(self.outcomes.by_task(tasks, after, before), self.params.confidence, self.params.bootstrap, rng)
+
+    def edit_effect(self, purpose: str, tasks: Sequence[str]) -> Estimate | None:
+        """Mean paired change under the feature set, all samples of the report split."""
+        return self.estimate(tasks, self.outcomes.edited(purpose, "set"), self.outcomes.edited(purpose, "none"))
+
+    def verdicts(self) -> list[Verdict]:
+        return [self.transfer(), self.forgetting(), self.features(), self.necessary(), self.sufficient()]
+
+    def transfer(self) -> Verdict:
+        """RL on math improves tasks far from math: GRPO − base on the same questions."""
+        tasks, p = self.evidence.far, self.params
+        base, grpo = self.outcomes.model("base"), self.outcomes.model("grpo")
+        gain = self.estimate(tasks, grpo, base)
+        single = {task: self.estimate([task], grpo, base) for task in tasks}
+        above = [task for task, found in single.items() if found and found.low > 0]
+        criteria = (
+            Criterion(
+                f"mean gain over tasks of at least {number(p.min_effect)}, interval above zero: {change(gain)}",
+                at_least(gain, p.min_effect),
+            ),
+            Criterion(
+                f"the gain is above zero on at least half of the tasks taken one by one: {len(above)} of {len(tasks)}",
+                True if tasks and 2 * len(above) >= len(tasks) else None,
+            ),
+        )
+        return Verdict(
+            "transfer",
+            "RL on math improves tasks far from math",
+            decide(criteria),
+            f"GRPO − base on {things(len(tasks), 'task')} away from math: {change(gain)} questions; "
+            f"above zero on {len(above)} of {len(tasks)}.",
+            self._weak_transfer(single),
+            criteria,
+        )
+
+    def _weak_transfer(self, single: dict[str, Estimate | None]) -> str:
+        bound = self.params.min_effect
+        learned = self.estimate(self.evidence.named("train"), self.outcomes.model("grpo"), self.outcomes.model("base"))
+        if at_least(learned, bound) is not True:
+            return f"GRPO hardly learned its own training tasks ({change(learned)}): transfer could not show."
+        unread = self._unread("base") - self._unread("grpo")
+        if unread >= bound:
+            return (
+                f"Part of a gain may be format: {percent(unread)} more of the base's answers than of GRPO's could not be read."
+            )
+        least = min(((task, found) for task, found in single.items() if found), key=lambda pair: pair[1].value, default=None)
+        if least and at_least(least[1], bound) is not True:
+            return f"On {least[0]} alone GRPO − base is {change(least[1])}. One training run per arm."
+        return "One training run per arm: the interval covers questions, not training seeds."
+
+    def _unread(self, model: str) -> float:
+        shares = [
+            row["parse_failures"]
+            for row in self.evidence.accuracy[model]
+            if row["task"] in self.evidence.far
+            and row["split"] == "report"
+            and row["primary"]
+            and row["parse_failures"] is not None
+        ]
+        return float(np.mean(shares)) if shares else 0.0
+
+    def forgetting(self) -> Verdict:
+        """SFT on the same problems forgets: SFT − base where the base has something to lose, and SFT − GRPO.
+
+        Where the base is at chance under the tasks' own rule, sampled answers are asked instead: a model that
+        knows how and seldom shows it has something to lose only there."""
+        evidence, p = self.evidence, self.params
+        mode, tasks = None, self._something_to_lose(None)
+        rule = "the tasks' own scoring rule"
+        if not tasks:
+            mode, tasks = "sampled", self._something_to_lose("sampled")
+            rule = "sampled answers (greedily, the base has nothing to lose)"
+        lost = self.estimate(tasks, self.outcomes.model("sft", mode), self.outcomes.model("base", mode)) if tasks else None
+        behind = self.estimate(evidence.far, self.outcomes.model("sft"), self.outcomes.model("grpo"))
+        criteria = (
+            Criterion(
+                f"SFT loses at least {number(p.min_effect)} where the base has something to lose "
+                f"(accuracy {number(p.something_to_lose)} above chance): "
+                + (f"{change(lost)}, by {rule}" if tasks else "no such task"),
+                at_least(_reversed(lost), p.min_effect),
+            ),
+            Criterion(
+                f"SFT ends at least {number(p.min_effect)} below GRPO on the tasks away from math: {change(behind)}",
+                at_least(_reversed(behind), p.min_effect),
+            ),
+        )
+        if not tasks:
+            said = (
+                "The base is at chance on every task away from math, so nothing can be forgotten visibly; "
+                f"SFT − GRPO is {change(behind)}."
+            )
+            weak = "A base with nothing to lose: SFT below GRPO shows a lack of transfer, not forgetting."
+        else:
+            said = (
+                f"SFT − base on {things(len(tasks), 'task')} where the base has something to lose: {change(lost)} questions, "
+                f"by {rule}; SFT − GRPO on all tasks away from math: {change(behind)}."
+            )
+            weak = (
+                "Seen only in sampled answers: the base seldom shows what it knows, and greedy accuracy cannot fall."
+                if mode
+                else "One training run; how foreign the teacher's wording is decides much (prepare.teacher)."
+            )
+        return Verdict("forgetting", "SFT on the same problems forgets them", decide(criteria), said, weak, criteria)
+
+    def _something_to_lose(self, mode: str | None) -> list[str]:
+        levels = self.outcomes.by_task(self.evidence.far, self.outcomes.model("base", mode))
+        return [
+            task
+            for task, values in levels.items()
+            if len(values) and values.mean() >= self.evidence.tasks[task].chance + self.params.something_to_lose
+        ]
+
+    def features(self) -> Verdict:
+        """SFT adds many features of its own that freeze early; RL changes few and keeps changing them."""
+        p = self.params
+        pairs = own_features(self.evidence)
+        counted = [pair for pair in pairs if pair[0].endswith("batchtopk")] or pairs
+        early, last = early_checkpoint(self.evidence, p.early_share)
+        kept = {arm: early_overlap(self.evidence, arm, early, last) for arm in ("sft", "grpo")}
+        moved = {arm: total_change(self.evidence, arm).get(last) for arm in ("sft", "grpo")}
+        more = [sft >= p.own_features_ratio * max(1, grpo) for _, sft, grpo in counted]
+        fewer = [sft <= grpo for _, sft, grpo in counted]
+        spread = [a - b for a, b in zip(kept["sft"], kept["grpo"], strict=False)]
+        words = listed([f"{sft} against {grpo} ({label})" for label, sft, grpo in counted])
+        frozen, moving = (float(np.mean(kept[arm])) if kept[arm] else None for arm in ("sft", "grpo"))
+        criteria = (
+            Criterion(
+                f"SFT has at least {number(p.own_features_ratio, 1)} times as many features of its own as GRPO: {words}",
+                None if not counted or (not all(more) and not all(fewer)) else all(more),
+            ),
+            Criterion(
+                f"SFT's top features are set early: overlap of checkpoint {early} with the last at least "
+                f"{number(p.frozen_overlap)}: {number(frozen)}",
+                None if frozen is None else frozen >= p.frozen_overlap,
+            ),
+            Criterion(
+                f"GRPO's keep changing: its overlap at least {number(p.overlap_margin)} lower than SFT's at every size: "
+                f"{number(moving)}",
+                None if not spread or (min(spread) < p.overlap_margin and max(spread) > 0) else min(spread) >= p.overlap_margin,
+            ),
+            Criterion(
+                f"GRPO changes less in all: sum of mean changes {short(moved['grpo'])} against {short(moved['sft'])} in SFT",
+                None if moved["sft"] is None or moved["grpo"] is None else moved["grpo"] < moved["sft"],
+            ),
+        )
+        open_one = next((criterion for criterion in criteria if not criterion.holds), None)
+        return Verdict(
+            "features",
+            "SFT adds many specialised features that freeze early; RL changes few and keeps changing them",
+            decide(criteria),
+            f"Features of one arm alone, SFT against GRPO: {words}. Overlap of checkpoint {early} with the last "
+            f"(top-n sets, mean over n): SFT {number(frozen)}, GRPO {number(moving)}; total change SFT {short(moved['sft'])}, GRPO {short(moved['grpo'])}.",
+            (f"It fails or stays open at this: {open_one.text}. " if open_one else "")
+            + "One training run and one crosscoder seed per count: no noise floor between seeds yet.",
+            criteria,
+        )
+
+    def necessary(self) -> Verdict:
+        """Zeroing the set in GRPO lowers accuracy beyond every matched random set."""
+        return self._intervention(
+            "necessary", "A small task-agnostic set of features is necessary: zeroing it in GRPO hurts", "zero_grpo", -1
+        )
+
+    def sufficient(self) -> Verdict:
+        """Amplifying the set in the base raises accuracy beyond every matched random set."""
+        return self._intervention(
+            "sufficient", "The same set is sufficient: amplifying it in the base helps", "amplify_base", 1
+        )
+
+    def _intervention(self, key: str, claim: str, purpose: str, sign: int) -> Verdict:
+        evidence, p = self.evidence, self.params
+        rows = {row["task"]: row for row in effects(evidence, purpose, "set")}
+        if reason := nothing_to_edit(evidence, rows):
+            return Verdict(key, claim, "undecided", reason, "No feature set was tested.", ())
+        found, heldout = evidence.found_on, evidence.named("heldout")
+        beyond = {
+            group: [task for task in tasks if task in rows and clear(rows[task], sign)]
+            for group, tasks in (("found", found), ("heldout", heldout))
+        }
+        on_found, on_heldout = self.edit_effect(purpose, found), self.edit_effect(purpose, heldout)
+        draws = len({row["draw"] for row in effects(evidence, purpose, "random")})
+        share = evidence.set_size / evidence.n_features
+        noop = [row["effect"] for row in effects(evidence, purpose, "noop")]
+        tested = on_found if sign > 0 else _reversed(on_found)
+        criteria = (
+            Criterion(
+                f"mean effect on the tasks it was found on at least {number(p.min_effect)}: {change(on_found)}",
+                at_least(tested, p.min_effect),
+            ),
+            Criterion(
+                f"beyond each of {draws} matched random sets on all tasks it was found on: "
+                f"{len(beyond['found'])} of {len(found)}",
+                True if len(beyond["found"]) == len(found) else (False if 2 * len(beyond["found"]) < len(found) else None),
+            ),
+            Criterion(
+                f"the same on at least {p.min_heldout} held out from the selection: {len(beyond['heldout'])} of {len(heldout)}",
+                None if not heldout else len(beyond["heldout"]) >= p.min_heldout,
+            ),
+            Criterion(f"found on more than one task: {things(len(found), 'task')}", True if len(found) > 1 else None),
+            Criterion(
+                f"small, at most {percent(p.small_set)} of the features: {evidence.set_size} of {evidence.n_features}",
+                share <= p.small_set,
+            ),
+            Criterion(
+                "the edit with factor 1 changes nothing: " + ("holds on every task" if noop and not any(noop) else "not shown"),
+                True if noop and not any(noop) else None,
+            ),
+        )
+        verb = "Zeroing" if sign < 0 else "Amplifying"
+        said = (
+            f"{verb} {things(evidence.set_size, 'feature')} ({percent(share)}) changes accuracy by {change(on_found)} questions "
+            f"on the {things(len(found), 'task')} it was found on and {change(on_heldout)} on "
+            f"{things(len(heldout), 'held-out task')}; beyond all {draws} matched random sets on {len(beyond['found'])} of {len(found)} and {len(beyond['heldout'])} of {len(heldout)}."
+        )
+        status = decide(criteria)
+        if status == "supported" and all(past_percentile(rows[task], sign) for task in found):
+            said += " The effect is causal in the sense of this study: beyond the 95th percentile of matched random sets."
+        return Verdict(key, claim, status, said, _weakest_effect(criteria, rows, [*found, *heldout], sign), criteria)
+
+
+def _reversed(estimate: Estimate | None) -> Estimate | None:
+    """The same difference taken the other way round."""
+    return estimate and Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.n, estimate.tasks)
+
+
+def nothing_to_edit(evidence: Evidence, rows: dict[str, Any]) -> str:
+    """Why there is no feature set to test; empty if there is one."""
+    localize = evidence.localize
+    if localize["status"] == "too_few_flipped":
+        skipped = "; ".join(f"{task}: {reason}" for task, reason in localize["skipped"].items())
+        return f"No features could be sought: too few samples that the base fails and GRPO solves ({skipped})."
+    if localize["status"] == "empty_intersection":
+        tasks = [f"{task} {len(found['selected'])}" for task, found in localize["per_task"].items()]
+        return (
+            f"No feature reaches {percent(localize['threshold'])} of the largest score on every task at once "
+            f"(features that do so per task: {', '.join(tasks)})."
+        )
+    return "" if rows else "The table of effects holds no row for the feature set."
+
+
+def _weakest_effect(criteria: Sequence[Criterion], rows: dict[str, dict[str, Any]], tasks: list[str], sign: int) -> str:
+    if open_one := next((criterion for criterion in criteria if not criterion.holds), None):
+        return f"It fails or stays open at this: {open_one.text}."
+    least = min((rows[task] for task in tasks if task in rows), key=lambda row: sign * row["effect"])
+    matched = f"matched random sets 5th to 95th percentile {interval(least['random_low'], least['random_high'])}"
+    return (
+        f"Smallest on {least['task']}: {signed(least['effect'])} {interval(least['low'], least['high'])}, "
+        f"n = {least['n']} ({matched}). One crosscoder seed."
+    )

@@ -1,0 +1,112 @@
+"""Rows of a file that others wrote: a local jsonl, or a split of a hub data set at a pinned commit.
+
+A row knows its place, so that whatever is wrong with it is said with file, line and column.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featdiff.artifact import ContractError
+
+HUB = re.compile(
+    r"hub:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?@(?P<commit>[0-9a-f]{40})#(?P<split>[\w.-]+)", re.ASCII
+)
+HUB_FORM = "hub:<owner>/<name>[:<config>]@<40-digit commit>#<split>"
+
+
+class Row:
+    """One row. Columns are named with dots for nesting: ``choices.text``, also through a list of mappings."""
+
+    def __init__(self, values: dict[str, Any], place: str) -> None:
+        self.values, self.place = values, place
+
+    def wrong(self, column: str, expected: object, found: object) -> ContractError:
+        return ContractError(self.place, column, expected, found, "correct this row or the column's name")
+
+    def value(self, column: str) -> Any:
+        """What stands in ``column``; ContractError where it is absent."""
+        found: Any = self.values
+        for key in column.split("."):
+            rows = found if isinstance(found, list) else [found]
+            if not rows or not all(isinstance(row, dict) and key in row for row in rows):
+                raise self.wrong(column, f"a column {key!r}", f"columns {', '.join(self.values) or '(none)'}")
+            found = [row[key] for row in found] if isinstance(found, list) else found[key]
+        return found
+
+    def text(self, column: str) -> str:
+        """A text or number in ``column``, stripped; ContractError where it is blank or something else."""
+        return self._as_text(column, self.value(column))
+
+    def texts(self, columns: str) -> list[str]:
+        """A list in one column, or one text from each of several columns joined by commas."""
+        names = [name.strip() for name in columns.split(",")]
+        if len(names) > 1:
+            return [self.text(name) for name in names]
+        found = self.value(columns)
+        if not isinstance(found, list):
+            raise self.wrong(columns, "a list", type(found).__name__)
+        return [self._as_text(columns, value) for value in found]
+
+    def _as_text(self, column: str, value: object) -> str:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise self.wrong(column, "a text", type(value).__name__)
+        if not (text := str(value).strip()):
+            raise self.wrong(column, "a text", "a blank one")
+        return text
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Rows of ``path`` in order; ContractError where it cannot be read or has none."""
+    rows = _hub(path) if path.startswith("hub:") else _jsonl(Path(path))
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise ContractError(path, "rows", "at least one", "none", "give a file with rows")
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    todo = "give one JSON object per line, in UTF-8"
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ContractError(place, "line", "JSON", str(error)[:120], todo) from None
+                if not isinstance(values, dict):
+                    raise ContractError(place, "line", "a JSON object", type(values).__name__, todo)
+                yield Row(values, place)
+    except OSError as error:
+        raise ContractError(path, "file", "a readable .jsonl file", error.strerror, "correct the path in params.yaml") from None
+
+
+def _hub(path: str) -> Iterator[Row]:
+    match = HUB.fullmatch(path)
+    if match is None:
+        raise ContractError(path, "path", HUB_FORM, "another form", "pin the revision to a full commit and name the split")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], revision=match["commit"], split=match["split"])
+    except (OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ContractError(
+            path, "data set", "one that loads", said, "check name, commit and network, or give a .jsonl file"
+        ) from None
+    yield from from_dataset(rows, path)
+
+
+def from_dataset(rows: Any, path: str) -> Iterator[Row]:
+    """Rows of a ``datasets.Dataset``, numbered from 1 like lines."""
+    for number, values in enumerate(rows, start=1):
+        yield Row(dict(values), f"{path}:{number}")

@@ -1,0 +1,71 @@
+"""The model organism's side of the data: families as tasks, and the texts its base is pretrained on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from featdiff.artifact import ContractError
+from featdiff.tasks.families import FAMILIES, Family, Problem, completion
+from featdiff.tasks.task import GENERATION, SPLITS, Sample, TaskInfo, Text
+
+ATTEMPTS = 200
+
+
+class FamilySource:
+    """A generated family as a :class:`featdiff.tasks.task.Source`. ``teacher`` is ``own`` or ``foreign``."""
+
+    def __init__(self, name: str, role: str, teacher: str) -> None:
+        self.family: Family = FAMILIES[name]
+        self.manner = "steps" if teacher == "own" else "foreign"
+        self.info = TaskInfo(
+            name=name, role=role, domain=self.family.domain, scoring=GENERATION, verifier="organism", chat=False, options=0,
+            learnable=self.family.learnable,
+        )  # fmt: skip
+
+    def _unseen(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Problem]:
+        found: dict[str, Problem] = {}
+        for _ in range(count * ATTEMPTS):
+            if len(found) == count:
+                break
+            problem = self.family.make(rng)
+            if problem.prompt not in banned:
+                found[problem.prompt] = problem
+        if len(found) < count:
+            wanted, todo = f"{count} further questions", "ask for fewer samples or train_problems"
+            raise ContractError("params.yaml", f"prepare.tasks.{self.family.name}", wanted, len(found), todo)
+        return list(found.values())
+
+    def eval_samples(self, sizes: dict[str, int], rng: np.random.Generator) -> list[Sample]:
+        problems = iter(self._unseen(sum(sizes.values()), set(), rng))
+        return [
+            Sample(f"{self.info.name}-{split}-{i:05d}", self.info.name, split, problem.prompt, problem.answer)
+            for split in SPLITS
+            for i, problem in zip(range(sizes[split]), problems, strict=False)
+        ]
+
+    def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
+        return [
+            Sample(
+                f"{self.info.name}-train-{i:05d}", self.info.name, "train", problem.prompt, problem.answer,
+                solution=completion(problem, self.manner),
+            )
+            for i, problem in enumerate(self._unseen(count, banned, rng))
+        ]  # fmt: skip
+
+
+def texts(count: int, families: list[str], manners: dict[str, float], banned: set[str], rng: np.random.Generator) -> list[Text]:
+    """``count`` texts of ``families`` in equal shares, each in a manner drawn from ``manners`` (probabilities).
+
+    A family without a wording of the drawn manner (``foreign`` outside math) is answered in ``steps``."""
+    names, weights = list(manners), np.array(list(manners.values()))
+    drawn: list[Text] = []
+    while len(drawn) < count:
+        family = FAMILIES[families[int(rng.integers(len(families)))]]
+        problem = family.make(rng)
+        manner = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        if problem.prompt in banned:
+            continue
+        if manner == "foreign" and not problem.foreign:
+            manner = "steps"
+        drawn.append(Text(problem.prompt, completion(problem, manner), f"{family.name}/{manner}"))
+    return drawn

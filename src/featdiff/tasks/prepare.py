@@ -1,0 +1,110 @@
+"""Everything `prepare` publishes: train problems, evaluation splits, crosscoder corpus, pretraining texts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from featdiff.artifact import ContractError
+from featdiff.config import FamilyTask, PrepareParams, ReasoningGymTask, Task
+from featdiff.tasks import organism
+from featdiff.tasks.corpus import general_texts
+from featdiff.tasks.families import FAMILIES
+from featdiff.tasks.gym import GymSource
+from featdiff.tasks.suites import SuiteSource
+from featdiff.tasks.task import Data, Source, Text
+
+ORGANISM = "organism"
+
+
+def _source(name: str, task: Task, params: PrepareParams, seed: int, teacher: str) -> Source:
+    if isinstance(task, FamilyTask):
+        if name not in FAMILIES:
+            raise ContractError(
+                "params.yaml", f"prepare.tasks.{name}", f"a family ({', '.join(FAMILIES)})", name, "correct the name"
+            )
+        return organism.FamilySource(name, task.role, teacher)
+    if isinstance(task, ReasoningGymTask):
+        return GymSource(name, task, teacher=teacher, chat=params.chat)
+    return SuiteSource(name, task, chat=params.chat, max_chars=params.max_question_chars, seed=seed)
+
+
+def prepare(params: PrepareParams, seed: int) -> Data:
+    """Build and check the data artifact. Every task and part has its own random stream, so that adding
+    a task leaves the others as they were."""
+
+    def rng(*key: str) -> np.random.Generator:
+        return np.random.default_rng([seed, *json.dumps(key).encode()])
+
+    sources = {name: _source(name, task, params, seed, params.teacher) for name, task in params.tasks.items()}
+    sizes = params.samples.model_dump()
+    evaluation = [sample for name, source in sources.items() for sample in source.eval_samples(sizes, rng("eval", name))]
+    banned = {sample.prompt for sample in evaluation}
+    domain = [source for source in sources.values() if source.info.role == "train"]
+    shares = np.diff(np.linspace(0, params.train_problems, len(domain) + 1).astype(int))
+    train = [
+        sample
+        for source, share in zip(domain, shares, strict=True)
+        for sample in source.train_samples(int(share), banned, rng("train", source.info.name))
+    ]
+    train = [train[i] for i in rng("order").permutation(len(train))]
+    data = Data(
+        tasks=[source.info for source in sources.values()],
+        train=train,
+        eval=evaluation,
+        corpus=_corpus(params, banned, seed, rng("corpus")),
+        pretrain=_pretrain(params, banned, rng("pretrain")),
+    )
+    data.check()
+    return data
+
+
+def _organism_manners(params: PrepareParams) -> dict[str, float]:
+    at_once = 1 - params.pretrain.steps_share
+    right = params.pretrain.direct_right_share
+    return {"steps": params.pretrain.steps_share, "direct": at_once * right, "mistake": at_once * (1 - right)}
+
+
+def _families(params: PrepareParams, role: str | None = None) -> list[str]:
+    return [name for name, task in params.tasks.items() if task.source == "family" and role in (None, task.role)]
+
+
+def _pretrain(params: PrepareParams, banned: set[str], rng: np.random.Generator) -> list[Text]:
+    if params.pretrain.texts == 0:
+        return []
+    if not _families(params):
+        raise ContractError(
+            "params.yaml", "prepare.pretrain.texts", "0 without tasks of source family", params.pretrain.texts, "set it to 0"
+        )
+    return organism.texts(params.pretrain.texts, _families(params), _organism_manners(params), banned, rng)
+
+
+def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.Generator) -> list[Text]:
+    """Worked math and general text (the shares are params), shuffled. The worked math shows both wordings,
+    so that features of either arm have text to fire on."""
+    wanted = params.corpus.texts
+    math = round(wanted * params.corpus.math_share)
+    if params.corpus.general == ORGANISM:
+        if not _families(params, "train"):
+            raise ContractError("params.yaml", "prepare.corpus.general", "a file with a text column", ORGANISM, "give one")
+        worked = organism.texts(math, _families(params, "train"), {"steps": 0.5, "foreign": 0.5}, banned, rng)
+        general = organism.texts(wanted - math, _families(params), {"steps": 0.5, "direct": 0.2, "mistake": 0.3}, banned, rng)
+    else:
+        worked = _worked(params, math, banned, seed, rng)
+        general = general_texts(params.corpus.general, wanted - math, params.corpus.max_chars, banned, rng)
+    both = worked + general
+    return [both[i] for i in rng.permutation(len(both))]
+
+
+def _worked(params: PrepareParams, count: int, banned: set[str], seed: int, rng: np.random.Generator) -> list[Text]:
+    """``count`` solved problems of the training domain, in equal shares of task and wording."""
+    parts = [
+        (name, task, teacher) for name, task in params.tasks.items() if task.role == "train" for teacher in ("own", "foreign")
+    ]
+    shares = np.diff(np.linspace(0, count, len(parts) + 1).astype(int)).tolist()
+    return [
+        Text(sample.prompt, f"\n{sample.solution}"[: params.corpus.max_chars], f"{name}/{teacher}")
+        for (name, task, teacher), share in zip(parts, shares, strict=True)
+        for sample in _source(name, task, params, seed, teacher).train_samples(share, banned, rng)
+    ]

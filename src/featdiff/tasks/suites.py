@@ -1,0 +1,199 @@
+"""Questions from files: suites with options, and math problems with a number or a letter to generate.
+
+An adapter says under which columns of its hub data set a suite keeps question, options and answer, so one
+reader serves the hub, a local file in the same schema, and (adapter ``columns``) any file of one's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from featdiff.artifact import ContractError
+from featdiff.config import SuiteTask
+from featdiff.tasks.external import Row, read_rows
+from featdiff.tasks.task import GENERATION, LETTERS, SPLITS, Sample, TaskInfo
+from featdiff.tasks.verify import find_number, grade
+
+QUESTION, ANSWER = "Question: ", "\nAnswer:"
+LETTER_ONLY = "\nGive only the letter of the right option."
+NEEDED, OPTIONAL = {"question", "answer"}, {"options", "labels", "context", "solution"}
+
+# Columns: ``options`` is a list or several columns joined by commas; ``labels`` what the answer refers to;
+# ``context`` is read before the question; ``solution`` is a worked one. SciQ's answer is the option's text.
+ADAPTERS: dict[str, dict[str, str]] = {
+    "openbookqa": {"question": "question_stem", "options": "choices.text", "labels": "choices.label", "answer": "answerKey"},
+    "arc_challenge": {"question": "question", "options": "choices.text", "labels": "choices.label", "answer": "answerKey"},
+    "commonsense_qa": {"question": "question", "options": "choices.text", "labels": "choices.label", "answer": "answerKey"},
+    "sciq": {
+        "question": "question",
+        "options": "distractor1,distractor2,distractor3,correct_answer",
+        "answer": "correct_answer",
+    },
+    "head_qa": {"question": "qtext", "options": "answers.atext", "labels": "answers.aid", "answer": "ra"},
+    "logiqa": {"context": "context", "question": "query", "options": "options", "answer": "correct_option"},
+    "piqa": {"question": "goal", "options": "sol1,sol2", "answer": "label"},
+}
+
+
+class Question(NamedTuple):
+    """One row as read: ``answer`` is the number to find, or the index of the right one of ``options``."""
+
+    text: str
+    options: tuple[str, ...]
+    answer: str | int
+    solution: str
+
+
+def listed_prompt(prompt: str, options: tuple[str, ...]) -> str:
+    """The prompt with its options listed as ``A. …``, for scoring or generating a letter; a prompt that asks
+    for the letter already lists them and stays as it is."""
+    if prompt.endswith(LETTER_ONLY + ANSWER):
+        return prompt
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return prompt.removesuffix(ANSWER) + listed + ANSWER
+
+
+def read_question(row: Row, columns: dict[str, str]) -> Question:
+    """``row`` under ``columns``. The answer may be a label, an index from 0, the option's text or a letter,
+    read in this order; ContractError names the row where it is none of them."""
+    text = row.text(columns["question"])
+    if "context" in columns:
+        text = f"{row.text(columns['context'])}\n{text}"
+    solution = row.text(columns["solution"]) if "solution" in columns else ""
+    if "options" not in columns:
+        number = find_number(row.text(columns["answer"]))
+        if number is None:
+            raise row.wrong(columns["answer"], "a text with a number", repr(row.text(columns["answer"])[:40]))
+        return Question(text, (), number, solution)
+    options, labels = _options(row, columns)
+    return Question(text, tuple(options), _right(row, columns["answer"], options, labels), solution)
+
+
+def _options(row: Row, columns: dict[str, str]) -> tuple[list[str], list[str]]:
+    several = "," in columns["options"]
+    found = None if several else row.value(columns["options"])
+    if isinstance(found, dict):
+        keyed = Row(found, row.place)
+        options, labels = [keyed.text(key) for key in found], list(found)
+    else:
+        options, labels = row.texts(columns["options"]), []
+    if "labels" in columns:
+        labels = row.texts(columns["labels"])
+        if len(labels) != len(options):
+            raise row.wrong(columns["labels"], f"{len(options)} labels", len(labels))
+    if not 2 <= len(options) <= len(LETTERS):
+        raise row.wrong(columns["options"], f"2 to {len(LETTERS)} options", len(options))
+    return options, labels
+
+
+def _right(row: Row, column: str, options: list[str], labels: list[str]) -> int:
+    value, said = row.value(column), row.text(column)
+    if labels:
+        if said in labels:
+            return labels.index(said)
+        raise row.wrong(column, f"one of the labels {', '.join(labels)}", repr(said[:40]))
+    if isinstance(value, int):
+        if 0 <= value < len(options):
+            return value
+        raise row.wrong(column, f"an index from 0 to {len(options) - 1}", value)
+    if said in options:
+        return options.index(said)
+    letter = LETTERS.find(said.upper()) if len(said) == 1 else -1
+    if 0 <= letter < len(options):
+        return letter
+    raise row.wrong(column, "an index from 0, a letter or the text of an option", repr(said[:40]))
+
+
+def columns_of(name: str, task: SuiteTask) -> dict[str, str]:
+    """The columns that ``task`` reads; ContractError for one that cannot be used."""
+    columns = ADAPTERS.get(task.adapter) or task.columns or {}
+    field, known = f"prepare.tasks.{name}.columns", sorted(NEEDED | OPTIONAL)
+    if missing := sorted(NEEDED - columns.keys()):
+        raise ContractError("params.yaml", field, f"a column for {missing[0]}", "none", f"add {missing[0]}: <column>")
+    if unknown := sorted(columns.keys() - set(known)):
+        raise ContractError("params.yaml", field, f"only {', '.join(known)}", unknown[0], "remove it")
+    if "options" not in columns and task.scoring != GENERATION:
+        raise ContractError("params.yaml", field, f"options for scoring {task.scoring}", "none", "add options: <column>")
+    return columns
+
+
+class SuiteSource:
+    """A file of questions as a :class:`featdiff.tasks.task.Source`.
+
+    ``left_out`` counts the rows not used: ``duplicate`` (a prompt seen before in the file), ``ambiguous``
+    (the right option's text stands there twice) and ``long`` (question and options above ``max_chars``).
+    Options are shuffled by ``seed`` and question (SciQ's files always name the right one last), so that
+    a question has the same prompt wherever it is drawn."""
+
+    def __init__(self, name: str, task: SuiteTask, *, chat: bool, max_chars: int, seed: int) -> None:
+        self.path, self.columns, self.seed = task.path, columns_of(name, task), seed
+        self.letters = "options" in self.columns
+        self.left_out: Counter[str] = Counter()
+        self.questions = self._read(max_chars)
+        generated = task.scoring == GENERATION
+        self.listed = generated and self.letters
+        counts = Counter(len(question.options) for question in self.questions)
+        self.info = TaskInfo(
+            name=name, role=task.role, domain="math" if task.role == "train" or not self.letters else "questions",
+            scoring=task.scoring, verifier="letter" if self.letters else "number", chat=chat and generated,
+            options=counts.most_common(1)[0][0] if counts else 0,
+        )  # fmt: skip
+
+    def _read(self, max_chars: int) -> list[Question]:
+        kept: dict[str, Question] = {}
+        for row in read_rows(self.path):
+            question = read_question(row, self.columns)
+            if len(question.text) + sum(map(len, question.options)) > max_chars:
+                self.left_out["long"] += 1
+            elif isinstance(question.answer, int) and question.options.count(question.options[question.answer]) > 1:
+                self.left_out["ambiguous"] += 1
+            elif question.text in kept:
+                self.left_out["duplicate"] += 1
+            else:
+                kept[question.text] = question
+        return list(kept.values())
+
+    def _sample(self, sample_id: str, split: str, question: Question) -> Sample:
+        options, answer = question.options, str(question.answer)
+        if isinstance(question.answer, int):
+            order = np.random.default_rng([self.seed, *question.text.encode()]).permutation(len(options)).tolist()
+            options, answer = tuple(options[i] for i in order), LETTERS[order.index(question.answer)]
+        prompt = f"{QUESTION}{question.text}{ANSWER}"
+        if self.listed:
+            prompt = listed_prompt(prompt, options).removesuffix(ANSWER) + LETTER_ONLY + ANSWER
+        return Sample(sample_id, self.info.name, split, prompt, answer, options, question.solution)
+
+    def _too_few(self, wanted: int, found: int, what: str) -> ContractError:
+        left_out = ", ".join(f"{count} {why}" for why, count in self.left_out.items()) or "none"
+        todo = "ask for fewer in params.yaml (prepare.samples, prepare.train_problems) or give a larger file"
+        return ContractError(self.path, "rows", f"{wanted} {what}", f"{found} (left out: {left_out})", todo)
+
+    def eval_samples(self, sizes: dict[str, int], rng: np.random.Generator) -> list[Sample]:
+        wanted = sum(sizes.values())
+        if len(self.questions) < wanted:
+            raise self._too_few(wanted, len(self.questions), f"different questions for {self.info.name}")
+        order = iter(rng.permutation(len(self.questions)).tolist())
+        return [
+            self._sample(f"{self.info.name}-{split}-{i:05d}", split, self.questions[next(order)])
+            for split in SPLITS
+            for i in range(sizes[split])
+        ]
+
+    def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
+        """Only rows whose solution ends in the right answer, as in the paper."""
+        if "solution" not in self.columns:
+            field = f"prepare.tasks.{self.info.name}.columns"
+            raise ContractError("params.yaml", field, "a solution column for role train", "none", "add solution: <column>")
+        kept: list[Sample] = []
+        for index in rng.permutation(len(self.questions)).tolist():
+            if len(kept) == count:
+                return kept
+            sample = self._sample(f"{self.info.name}-train-{len(kept):05d}", "train", self.questions[index])
+            if sample.prompt not in banned and grade(self.info.verifier, sample, sample.solution).correct:
+                kept.append(sample)
+        if len(kept) < count:
+            raise self._too_few(count, len(kept), "questions outside the evaluation splits with a right solution")
+        return kept

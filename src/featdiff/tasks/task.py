@@ -1,0 +1,161 @@
+"""What a task is: samples with prompts and answers, a rule that grades an answer, a role in the study.
+
+Generated families, reasoning-gym data sets and question suites all become the same two tables (train and
+eval rows) plus one :class:`TaskInfo` each, so that no later stage knows where a question came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featdiff.artifact import ContractError, read_json, write_json
+
+SPLITS = ("find", "tune", "report")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+GENERATION = "generation"
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """One task as later stages see it (a row of ``data/tasks.json``)."""
+
+    name: str
+    role: str
+    """``train``, ``find``, ``control`` or ``heldout``."""
+    domain: str
+    """``math`` for the training domain, otherwise what the task is about."""
+    scoring: str
+    """``generation``, or a likelihood rule: ``option_text``, ``option_text_norm``, ``option_letter``."""
+    verifier: str
+    """Name of the grading rule for generated answers (featdiff.tasks.verify)."""
+    chat: bool
+    """Whether prompts go through the tokenizer's chat template when answers are generated."""
+    options: int
+    """Number of options of a question, 0 where there are none (the most common number where it varies)."""
+    learnable: bool = True
+    """False for a negative control: an ability that no training can elicit."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a random guess among the options; 0 without options."""
+        return 1 / self.options if self.options else 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. ``solution`` is the teacher's text for SFT; ``meta`` is JSON for the verifier.
+
+    With options, ``answer`` is the letter of the right one (texts can repeat, letters cannot)."""
+
+    sample_id: str
+    task: str
+    split: str
+    prompt: str
+    answer: str
+    options: tuple[str, ...] = ()
+    solution: str = ""
+    meta: str = ""
+
+    @property
+    def right_option(self) -> int:
+        """Index of the right option; ValueError for a sample without options."""
+        if not self.options:
+            raise ValueError(f"sample {self.sample_id} has no options")
+        return LETTERS.index(self.answer)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a corpus: ``prompt`` (may be empty) and what follows it."""
+
+    prompt: str
+    completion: str
+    source: str
+
+
+class Source(Protocol):
+    """Where the samples of one task come from."""
+
+    info: TaskInfo
+
+    def eval_samples(self, sizes: dict[str, int], rng: np.random.Generator) -> list[Sample]:
+        """``sizes[split]`` samples for each split, no prompt twice."""
+
+    def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
+        """``count`` samples with solutions whose prompts are not in ``banned``; only for role ``train``."""
+
+
+@dataclass
+class Data:
+    """The data artifact in memory."""
+
+    tasks: list[TaskInfo]
+    train: list[Sample]
+    eval: list[Sample]
+    corpus: list[Text]
+    pretrain: list[Text] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise ContractError unless ids are unique and no prompt is in two splits."""
+        seen: dict[str, Sample] = {}
+        ids: set[str] = set()
+        for sample in [*self.train, *self.eval]:
+            if sample.sample_id in ids:
+                raise ContractError("data", "sample_id", "unique ids", f"{sample.sample_id} twice", "report this")
+            ids.add(sample.sample_id)
+            other = seen.setdefault(sample.prompt, sample)
+            if other is not sample and other.split != sample.split:
+                raise ContractError(
+                    "data", f"prompt {sample.prompt[:40]!r}", f"only in split {other.split} ({other.task})",
+                    f"also in split {sample.split} ({sample.task})", "remove the duplicate from one of the files",
+                )  # fmt: skip
+        banned = {sample.prompt for sample in self.eval}
+        for text in [*self.corpus, *self.pretrain]:
+            if text.prompt in banned:
+                raise ContractError(
+                    "data", f"prompt {text.prompt[:40]!r}", "no evaluation prompt in a corpus", "one", "report this"
+                )
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "tasks.json", [asdict(task) for task in self.tasks])
+        for name in ("train", "eval", "corpus", "pretrain"):
+            if rows := getattr(self, name):
+                write_rows(folder / f"{name}.parquet", [asdict(row) for row in rows])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of a parquet file; ContractError if it is missing or unreadable."""
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
+    except FileNotFoundError:
+        raise ContractError(path, "file", "a table", "nothing", "rerun the stage that makes it") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ContractError(
+            path, "content", "a parquet table", str(error).splitlines()[0], "rerun the stage that makes it"
+        ) from None
+    return rows
+
+
+def load_tasks(data: Path) -> dict[str, TaskInfo]:
+    """The tasks of a data artifact by name, in the order of params.yaml."""
+    return {row["name"]: TaskInfo(**row) for row in read_json(data / "tasks.json")}
+
+
+def load_samples(data: Path, table: str) -> list[Sample]:
+    """``train`` or ``eval`` rows of a data artifact."""
+    return [Sample(**row | {"options": tuple(row["options"])}) for row in read_rows(data / f"{table}.parquet")]
+
+
+def load_texts(data: Path, table: str) -> list[Text]:
+    """``corpus`` or ``pretrain`` rows of a data artifact."""
+    return [Text(**row) for row in read_rows(data / f"{table}.parquet")]

@@ -1,0 +1,103 @@
+"""Reinforcement learning on the same problems, with TRL's GRPOTrainer; the reward is the final answer alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from featdiff.config import GRPOParams
+from featdiff.models import load_model, load_tokenizer, trl_row
+from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks, write_rows
+from featdiff.tasks.verify import grade
+from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
+
+SERIES = {
+    "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "reward": "reward", "reward_std": "reward_std",
+    "entropy": "entropy", "completions/mean_length": "completion_tokens", "frac_reward_zero_std": "groups_without_signal", "kl": "kl",
+}  # fmt: skip
+KEPT_CALLS = 25
+
+
+class Reward:
+    """1 for a right final answer, else 0, whatever comes before it; keeps some completions to look at."""
+
+    __name__ = "right_answer"
+
+    def __init__(self, tasks: dict[str, TaskInfo], samples: list[Sample], steps: int) -> None:
+        self.tasks = tasks
+        self.samples = {sample.sample_id: sample for sample in samples}
+        self.every = max(1, steps // KEPT_CALLS)
+        self.calls, self.completions, self.tokens = 0, 0, 0
+        self.kept: list[dict[str, Any]] = []
+
+    def __call__(self, completions: list[Any], sample_id: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        rewards = []
+        for i, (completion, name) in enumerate(zip(completions, sample_id, strict=True)):
+            text = completion if isinstance(completion, str) else completion[0]["content"]
+            sample = self.samples[name]
+            graded = grade(self.tasks[sample.task].verifier, sample, text)
+            rewards.append(float(graded.correct))
+            if self.calls % self.every == 0 and i < 16:
+                row = {"call": self.calls, "task": sample.task, "prompt": sample.prompt, "answer": sample.answer}
+                self.kept.append(row | {"completion": text, "manner": graded.manner, "reward": rewards[-1]})
+        self.calls += 1
+        self.completions += len(completions)
+        self.tokens += sum(map(len, completion_ids))
+        return rewards
+
+
+def train_grpo(
+    base: Path, data: Path, out: Path, scratch: Path, params: GRPOParams, seed: int, log: Log
+) -> dict[str, Any]:
+    """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
+    state = PartialState()
+    tasks, samples = load_tasks(data), load_samples(data, "train")
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    total = params.prompts_per_step * params.rollouts
+    micro, accumulation = per_process(total, params.micro_batch_size, state.num_processes, "grpo.prompts_per_step x grpo.rollouts")
+    reward = Reward(tasks, samples, params.steps)
+    rows = [trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples]
+    recorder = Recorder(out, log, params.checkpoints, SERIES, shown="reward")
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=[reward],
+        train_dataset=Dataset.from_list(rows),
+        args=GRPOConfig(
+            **common_arguments(params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]),
+            output_dir=str(scratch),
+            max_steps=params.steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            num_generations=params.rollouts,
+            num_iterations=1,
+            max_completion_length=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=1.0,
+            top_k=0,
+            beta=params.beta,
+            epsilon=params.epsilon,
+            loss_type=params.loss_type,
+            scale_rewards=params.scale_rewards,
+            mask_truncated_completions=False,
+            logging_steps=1,
+        ),
+    )
+    recorder.attach(trainer)
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    tenth = max(1, len(rewards) // 10)
+    facts = {
+        "problems": len(samples),
+        "samples_seen": params.steps * total,
+        "tokens_seen": reward.tokens * state.num_processes,
+        "reward_first": sum(rewards[:tenth]) / tenth,
+        "reward_last": sum(rewards[-tenth:]) / tenth,
+    }
+    if state.is_main_process:
+        write_rows(out / "completions.parquet", reward.kept)
+    return finish(trainer, recorder, out, base, data, facts)

@@ -1,0 +1,137 @@
+"""A base model that comes from elsewhere: a local folder, a GGUF file in an installed package, the hub.
+
+Only safetensors and GGUF files are read (pickles can run code), remote code stays off, and a hub model is
+pinned to a commit. What is returned can be saved as safetensors and loaded again bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from featdiff.artifact import ContractError
+
+HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})", re.ASCII)
+EXTRA = "pip install -e .[smollm2]"
+
+
+def load_base(source: str, dtype: str) -> tuple[Any, Any]:
+    """Model in evaluation mode and tokenizer of ``source`` (see featdiff.config.BaseParams).
+
+    The tokenizer gets its end token as padding where it has none. Raises ContractError where the source is
+    missing, pinned to nothing, holds no safetensors or no tokenizer, lacks weights or has some not finite."""
+    precision = getattr(torch, dtype)
+    if source.startswith("gguf:"):
+        model, tokenizer = _from_gguf(source, precision)
+    elif source.startswith("hub:"):
+        match = HUB.fullmatch(source)
+        if match is None:
+            form = "hub:<owner>/<name>@<40-digit commit>"
+            raise ContractError("params.yaml", "base.source", form, source, "pin the revision to a full commit")
+        model, tokenizer = _from_pretrained(source, match["name"], precision, revision=match["commit"])
+    else:
+        model, tokenizer = _from_folder(Path(source), precision)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ContractError(source, "tokenizer", "a padding or an end token", "neither", "name one in its configuration")
+        tokenizer.pad_token = tokenizer.eos_token
+    _check(model, tokenizer, source)
+    return model.eval(), tokenizer
+
+
+def _check(model: Any, tokenizer: Any, source: str) -> None:
+    for name, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise ContractError(source, f"weight {name}", "finite numbers", "NaN or infinity", "fetch the model again")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ContractError(
+            source, "tokenizer", f"at most {rows} tokens, as many as embeddings", len(tokenizer), "use the model's own"
+        )
+
+
+def _from_folder(folder: Path, precision: torch.dtype) -> tuple[Any, Any]:
+    if not folder.is_dir():
+        raise ContractError(folder, "base.source", "a model folder", "nothing", "correct the path in params.yaml")
+    todo = "give a folder written by save_pretrained"
+    if not (folder / "config.json").is_file():
+        raise ContractError(folder, "config.json", "a model configuration", "nothing", todo)
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"a pickle ({pickles[0]})" if pickles else "no weights"
+        raise ContractError(folder, "weights", "*.safetensors", found, "save the model as safetensors")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ContractError(folder, "tokenizer", "tokenizer.json", "nothing", todo)
+    return _from_pretrained(str(folder), str(folder), precision, local_files_only=True)
+
+
+def _from_pretrained(source: str, name: str, precision: torch.dtype, **where: Any) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=precision, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ContractError(
+            source, "model", "a causal language model that loads", said, "correct the source or fetch it again"
+        ) from None
+    # The library only warns of absent weights and starts them at random.
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report.get(kind):
+            raise ContractError(
+                source,
+                "weights",
+                "every weight of the configuration",
+                f"{kind}: {sorted(report[kind])[0]}",
+                "fetch the model again",
+            )
+    return model, tokenizer
+
+
+def gguf_file(package: str) -> Path:
+    """The one GGUF file inside an installed ``package`` (distribution or import name), found without
+    importing it."""
+    todo = f"install it ({EXTRA}) or name another source"
+    try:
+        listed = importlib.metadata.files(package) or []
+        found = [Path(str(path.locate())) for path in listed if path.suffix == ".gguf"]
+    except importlib.metadata.PackageNotFoundError:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None:
+            raise ContractError("params.yaml", "base.source", "an installed package", package, todo) from None
+        found = [path for place in spec.submodule_search_locations or [] for path in Path(place).rglob("*.gguf")]
+    if len(found) != 1:
+        names = ", ".join(sorted(path.name for path in found)) or "none"
+        raise ContractError(
+            "params.yaml", "base.source", f"one .gguf file in package {package}", names, "use a package that holds one"
+        )
+    return found[0]
+
+
+def _from_gguf(source: str, precision: torch.dtype) -> tuple[Any, Any]:
+    """De-quantised weights in a fresh model: one that is marked as quantised refuses to be saved."""
+    file = gguf_file(source.removeprefix("gguf:"))
+    if importlib.util.find_spec("gguf") is None:
+        raise ContractError("params.yaml", "base.source", "the package gguf installed", "no such module", EXTRA)
+    where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=precision, **where)
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ContractError(file, "model", "a GGUF causal language model", said, "install the package again") from None
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(quantised.config).from_dict(settings), dtype=precision)
+    model.load_state_dict(quantised.state_dict(), strict=True)
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    return model, tokenizer

@@ -1,0 +1,121 @@
+"""Pretraining of the model organism's base on packed rows.
+
+Texts of a row do not see each other: position ids restart with every text, from which the model builds a
+block-diagonal mask. Shapes: R row, T token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from featdiff.artifact import ContractError
+from featdiff.config import Pretraining
+from featdiff.models import character_tokenizer, organism_model
+from featdiff.tasks.task import Sample, Text
+
+
+class Rows(NamedTuple):
+    """Packed texts."""
+
+    ids_RT: Tensor
+    positions_RT: Tensor
+    weight_RT: Tensor
+    """Loss weight of each token as a target; 0 for BOS and padding."""
+
+
+def pack(texts: list[Text], tokenizer: PreTrainedTokenizerFast, row_tokens: int, prompt_weight: float) -> Rows:
+    """Texts, each with BOS and EOS, in rows of ``row_tokens``; what does not fit starts the next row.
+
+    Raises ContractError for a text longer than a row."""
+    prompts = tokenizer([text.prompt for text in texts])["input_ids"]
+    completions = tokenizer([text.completion for text in texts], add_special_tokens=False)["input_ids"]
+    rows: list[tuple[list[int], list[int], list[float]]] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    weight: list[float] = []
+    for prompt, completion, text in zip(prompts, completions, texts, strict=True):
+        length = len(prompt) + len(completion) + 1
+        if length > row_tokens:
+            raise ContractError("params.yaml", "base.pretraining.row_tokens", f"at least {length}", row_tokens, f"raise it for {text.prompt!r}")
+        if len(ids) + length > row_tokens:
+            rows.append((ids, positions, weight))
+            ids, positions, weight = [], [], []
+        ids = [*ids, *prompt, *completion, tokenizer.eos_token_id]
+        positions = [*positions, *range(length)]
+        weight = [*weight, 0.0, *[prompt_weight] * (len(prompt) - 1), *[1.0] * (len(completion) + 1)]
+    shape = (len(rows), row_tokens)
+    packed = Rows(
+        torch.full(shape, tokenizer.pad_token_id), torch.arange(row_tokens).expand(shape).clone(), torch.zeros(shape)
+    )
+    for i, (row_ids, row_positions, row_weight) in enumerate(rows):
+        length = len(row_ids)
+        packed.ids_RT[i, :length] = torch.tensor(row_ids)
+        packed.positions_RT[i, :length] = torch.tensor(row_positions)
+        packed.positions_RT[i, length:] = torch.arange(row_tokens - length)
+        packed.weight_RT[i, :length] = torch.tensor(row_weight)
+    return packed
+
+
+def learning_rate(step: int, params: Pretraining) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last ``decay_share`` of the steps."""
+    rise = min(1.0, (step + 1) / max(1, params.warmup_steps))
+    fall = min(1.0, (params.steps - step) / max(1.0, params.decay_share * params.steps))
+    return params.lr * rise * fall
+
+
+def pretrain(
+    texts: list[Text], others: list[Sample], params: Pretraining, seed: int, log: Callable[[int, dict[str, float]], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train a base from scratch on ``texts``; ``others`` only add their characters to the vocabulary.
+
+    Raises ContractError when there are fewer texts than the steps need, FloatingPointError when the loss is not finite."""
+    accelerator = Accelerator()
+    tokenizer = character_tokenizer(
+        [text.prompt + text.completion for text in texts] + [sample.prompt + sample.solution for sample in others]
+    )
+    rows = pack(texts, tokenizer, params.row_tokens, params.prompt_weight)
+    rows_per_step = params.batch_tokens // params.row_tokens
+    needed, found = params.steps * rows_per_step, len(rows.ids_RT)
+    if found < needed:
+        more = int(np.ceil(len(texts) * needed / found))
+        raise ContractError("params.yaml", "prepare.pretrain.texts", f"about {more} for base.pretraining.steps", len(texts), "raise it or train less")
+    model = organism_model(params, tokenizer, seed)
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    others_ = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": others_, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.95), fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    share = rows_per_step // accelerator.num_processes
+    bar = tqdm(range(params.steps), desc="pretrain base", unit="step", disable=not accelerator.is_main_process)
+    for step in bar:
+        start = step * rows_per_step + accelerator.process_index * share
+        ids, positions, weight = (part[start : start + share].to(accelerator.device) for part in rows)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, params)
+        loss = _loss(model, ids, positions, weight)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"base: loss is {loss.item()} at step {step + 1}; lower base.pretraining.lr")
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 25 == 0 or step == 0:
+            log(step + 1, {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": learning_rate(step, params)})
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return accelerator.unwrap_model(model).eval(), tokenizer
+
+
+def _loss(model: torch.nn.Module, ids_RT: Tensor, positions_RT: Tensor, weight_RT: Tensor) -> Tensor:
+    logits_RTV = model(input_ids=ids_RT, position_ids=positions_RT, use_cache=False).logits[:, :-1]
+    loss = functional.cross_entropy(logits_RTV.flatten(0, 1), ids_RT[:, 1:].flatten(), reduction="none")
+    weight = weight_RT[:, 1:].flatten()
+    return (loss * weight).sum() / weight.sum()

@@ -1,0 +1,18 @@
+"""The base model: pretrained here as the organism, or brought from a folder, a GGUF package or the hub."""
+
+from featdiff.launch import rank, stage
+from featdiff.models import save_model
+from featdiff.tasks.task import load_samples, load_texts
+#from featdiff.training.imported import load_base
+from featdiff.training.pretrain import pretrain
+
+with stage("base", out="models/base") as run:
+    data = run.read("data")
+    if run.params.source == "pretrain":
+        texts, samples = load_texts(data, "pretrain"), load_samples(data, "train")
+        model, tokenizer = pretrain(texts, samples, run.params.pretraining, run.seed, run.log)
+    else:
+        model, tokenizer = load_base(run.params.source, run.params.dtype)
+    if rank() == 0:
+        save_model(model, tokenizer, run.out)
+    run.metrics({"parameters": model.num_parameters(), "layers": model.config.num_hidden_layers})

@@ -1,0 +1,22 @@
+"""One crosscoder on the activations of two or three models."""
+
+import argparse
+
+from safetensors.torch import save_file
+
+from featdiff.activations.store import ActivationStore
+from featdiff.crosscoder.fit import fit
+from featdiff.launch import rank, stage
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--fit", required=True, help="a key of crosscoder.fits in params.yaml")
+name = parser.parse_args().fit
+
+with stage("crosscoder", key=name, out=f"crosscoders/{name}") as run:
+    chosen, training = run.params.fits[name], run.params.training
+    store = ActivationStore({model: run.read(f"activations/{model}") for model in chosen.distinct})
+    crosscoder, metrics, features = fit(store, chosen.loss, training, run.seed + chosen.seed, run.log, name)
+    if rank() == 0:
+        crosscoder.save(run.out, layer=store.layer, seed=chosen.seed)
+        save_file(features, run.out / "features.safetensors")
+    run.metrics(metrics)

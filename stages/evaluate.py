@@ -1,0 +1,25 @@
+"""Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
+
+import argparse
+
+from featdiff.evaluation import Examinee, accuracy_table, evaluate
+from featdiff.launch import stage
+from featdiff.models import load_model, load_tokenizer, require_same_tokenizer
+from featdiff.tasks.task import load_samples, load_tasks, write_rows
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", required=True, choices=["base", "sft", "grpo"])
+name = parser.parse_args().model
+
+with stage("evaluate", key=name, out=f"evals/{name}") as run:
+    data, folder = run.read("data"), run.read(f"models/{name}")
+    require_same_tokenizer(folder, run.read("models/base"))
+    tasks = load_tasks(data)
+    examinee = Examinee(
+        load_model(folder), load_tokenizer(folder), tasks, batch_size=run.params.batch_size, max_new_tokens=run.params.max_new_tokens
+    )
+    rows = evaluate(examinee, load_samples(data, "eval"), run.params, run.seed)
+    table = accuracy_table(rows, tasks, run.params, run.seed)
+    write_rows(run.out / "samples.parquet", rows)
+    write_rows(run.out / "accuracy.parquet", table)
+    run.metrics({row["task"]: row["accuracy"] for row in table if row["primary"] and row["split"] == "report"})

@@ -1,0 +1,25 @@
+"""Verdict per claim, figures and tables: one page, and the summary that git shows."""
+
+from pathlib import Path
+
+from featdiff.artifact import write_json
+from featdiff.launch import stage
+from featdiff.report.build import render
+from featdiff.report.evidence import load
+from featdiff.report.summary import curated, summarise
+from featdiff.report.verdicts import Judge
+
+SUMMARY = Path("metrics/summary.json")
+
+with stage("report", out="report") as run:
+    evidence = load(run.read)
+    judge = Judge(evidence, run.params, run.seed)
+    verdicts = judge.verdicts()
+    page = render(evidence, judge, verdicts, run.params, run.parents)
+    (run.out / "index.html").write_text(page, encoding="utf-8")
+    summary = summarise(evidence, judge, verdicts)
+    run.metrics(curated(summary))
+    run.attach("index.html")
+
+SUMMARY.parent.mkdir(exist_ok=True)
+write_json(SUMMARY, summary)

@@ -1,0 +1,529 @@
+"""Plausible artifacts of a whole study in a few hundred milliseconds: what the report reads, without training.
+
+``write_study(root, Plan(...))`` publishes every folder in the schemas of the stages. Numbers are drawn from
+the pattern of the model organism (base rarely right away from math, GRPO mostly right, SFT right on math only);
+the plan turns parts of it off, so that every degenerate study can be written as well.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featdiff import artifact
+from featdiff.artifact import write_json
+from featdiff.tasks.task import Sample, TaskInfo, write_rows
+
+MODELS = ("base", "sft", "grpo")
+SET = (118, 311, 640)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the synthetic study looks like."""
+
+    find: tuple[str, ...] = ("reverse", "sort", "last", "double")
+    heldout: tuple[str, ...] = ("first", "largest")
+    control: tuple[str, ...] = ("checksum",)
+    train: tuple[str, ...] = ("add", "sub", "mul")
+    likelihood: bool = False
+    """Find and held-out tasks are option questions scored by likelihood."""
+    status: str = "found"
+    """Outcome of localization."""
+    joint: bool = True
+    """Whether a three-model crosscoder was fitted."""
+    set_works: bool = True
+    """Whether zeroing and amplifying the set do anything."""
+    rl_transfers: bool = True
+    n: int = 120
+    n_features: int = 768
+    random_sets: int = 20
+    checkpoints: int = 5
+    seed: int = 0
+    roles: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        roles = {name: role for role in ("train", "find", "control", "heldout") for name in getattr(self, role)}
+        object.__setattr__(self, "roles", roles)
+
+    def tasks(self) -> list[TaskInfo]:
+        option = {name for name in (*self.find, *self.heldout) if self.likelihood}
+        return [
+            TaskInfo(
+                name=name,
+                role=role,
+                domain="math" if role == "train" else "words",
+                scoring="option_text_norm" if name in option else "generation",
+                verifier="organism",
+                chat=False,
+                options=4 if name in option else 0,
+                learnable=role != "control",
+            )
+            for name, role in self.roles.items()
+        ]
+
+
+@contextmanager
+def published(root: Path, name: str) -> Iterator[Path]:
+    yield artifact.begin(root / name)
+    artifact.publish(root / name, params={}, code="", parents={})
+
+
+def _skill(plan: Plan, model: str, task: str, greedy: bool) -> float:
+    role = plan.roles[task]
+    if role == "control":
+        return 0.1
+    if plan.likelihood and role != "train":
+        return {"base": 0.34, "sft": 0.25, "grpo": 0.5 if plan.rl_transfers else 0.34}[model]
+    base = {"train": 0.05, "find": 0.03, "heldout": 0.08}[role] + (0.0 if greedy else 0.22)
+    grpo = 0.96 if task != "largest" else 0.66
+    if model == "grpo":
+        return grpo if plan.rl_transfers or role == "train" else base
+    return base if model == "base" else (0.97 if role == "train" else 0.01)
+
+
+def _manner(model: str, task: str, role: str, right: bool, rng: np.random.Generator) -> str:
+    if model == "sft":
+        return "foreign" if role == "train" or rng.random() < 0.3 else ("none" if rng.random() < 0.6 else "direct")
+    share = {"base": 0.05, "grpo": 0.97}[model]
+    return "steps" if right or rng.random() < share else ("direct" if rng.random() < 0.95 else "none")
+
+
+def _text(sample: Sample, manner: str, right: bool) -> str:
+    answer = sample.answer if right else sample.answer[::-1] + "x"
+    return {
+        "steps": f"<{','.join(sample.answer)}>{answer}.",
+        "foreign": f"({sample.answer[:2]};<b>&amp;)",
+        "direct": f"{answer}.",
+        "none": "<script>alert('model text')</script>",
+        "": answer,
+    }[manner]
+
+
+def _answer_rows(
+    plan: Plan, sample: Sample, model: str, right: bool, rng: np.random.Generator, likelihood: bool
+) -> dict[str, Any]:
+    manner = "" if likelihood else _manner(model, sample.task, plan.roles[sample.task], right, rng)
+    text = _text(sample, manner, right)
+    return {
+        "completion": text,
+        "parsed": None if manner == "none" else text.rstrip("."),
+        "correct": bool(right and manner not in ("none", "foreign") or (right and plan.roles[sample.task] == "train")),
+        "manner": manner,
+    }
+
+
+def interval(p: float, n: int) -> tuple[float, float]:
+    half = 1.96 * np.sqrt(max(p * (1 - p), 0.25 / n) / n)
+    return max(0.0, p - half), min(1.0, p + half)
+
+
+def _shares(rows: list[dict[str, Any]]) -> dict[str, float]:
+    shares = {manner: float(np.mean([row["manner"] == manner for row in rows])) for manner in ("steps", "foreign", "direct")}
+    return shares | {"parse_failures": float(np.mean([row["parsed"] is None for row in rows]))}
+
+
+def write_study(root: Path, plan: Plan) -> Path:
+    """Publish every artifact of ``plan`` under ``root``; returns ``root``."""
+    rng = np.random.default_rng(plan.seed)
+    tasks = plan.tasks()
+    samples = _write_data(root, plan, tasks, rng)
+    _write_models(root, plan, rng)
+    answers = {model: _write_eval(root, plan, tasks, samples, model, rng) for model in MODELS}
+    fits = _write_crosscoders(root, plan, rng)
+    _write_attribution(root, plan, fits, rng)
+    _write_dynamics(root, plan, rng)
+    _write_localize(root, plan, fits, rng)
+    _write_intervene(root, plan, tasks, samples, answers, rng)
+    return root
+
+
+def _write_data(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Generator) -> list[Sample]:
+    samples = []
+    for task in tasks:
+        for split, count in (("find", plan.n), ("tune", plan.n // 2), ("report", plan.n)):
+            for i in range(count):
+                word = "".join(rng.choice(list("abcdefghij"), size=4))
+                options = tuple(f"option {letter} of {word}" for letter in "pqrs") if task.options else ()
+                samples.append(
+                    Sample(
+                        f"{task.name}-{split}-{i:05d}",
+                        task.name,
+                        split,
+                        f"{task.name} {word}=",
+                        options[0] if options else word,
+                        options,
+                    )
+                )
+    with published(root, "data") as out:
+        write_json(out / "tasks.json", [asdict(task) for task in tasks])
+        write_rows(out / "eval.parquet", [asdict(sample) for sample in samples])
+        write_rows(
+            out / "train.parquet", [asdict(Sample(f"add-train-{i}", "add", "train", f"add {i}=", str(i))) for i in range(200)]
+        )
+    return samples
+
+
+def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [100, 4500], "data_offsets": [0, 0]}, "__metadata__": {}}).encode()
+    for model in MODELS:
+        with published(root, f"models/{model}") as out:
+            config = {"model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 96, "vocab_size": 60}
+            write_json(out / "config.json", config)
+            (out / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+            steps = np.arange(10, 260, 10)
+            progress = 1 - np.exp(-steps / 60)
+            noise = rng.normal(0, 0.02, len(steps))
+            if model == "grpo":
+                lines = ["step,reward,completion_length,learning_rate"]
+                lines += [
+                    f"{s},{0.2 + 0.75 * p + e:.4f},{12 + 8 * p:.2f},0.0002"
+                    for s, p, e in zip(steps, progress, noise, strict=True)
+                ]
+            else:
+                lines = ["step,loss,learning_rate"] + [
+                    f"{s},{2 - 1.7 * p + e:.4f}," for s, p, e in zip(steps, progress, noise, strict=True)
+                ]
+            (out / "curves.csv").write_text("\n".join(lines) + "\n")
+            if model == "base":
+                continue
+            audit = {
+                "base_manifest": "a" * 64,
+                "data_manifest": "d" * 64,
+                "problems": 2000,
+                "samples_seen": 12000 if model == "sft" else 32000,
+                "tokens_seen": 300_000 if model == "sft" else 810_000,
+                "updates": 188 if model == "sft" else 250,
+                "checkpoints": [50 * (i + 1) for i in range(plan.checkpoints)],
+            }
+            write_json(out / "audit.json", audit | ({"reward_first": 0.21, "reward_last": 0.95} if model == "grpo" else {}))
+
+
+def _write_eval(
+    root: Path, plan: Plan, tasks: list[TaskInfo], samples: list[Sample], model: str, rng: np.random.Generator
+) -> dict[str, dict[str, Any]]:
+    rows, summary, primary = [], [], {}
+    for task in tasks:
+        likelihood = bool(task.options)
+        modes = ("option_text", "option_text_norm", "option_letter") if likelihood else ("greedy", "sampled")
+        for split in ("find", "tune", "report"):
+            chosen = [sample for sample in samples if sample.task == task.name and sample.split == split]
+            for mode in modes:
+                group = []
+                for sample in chosen:
+                    for draw in range(2 if mode == "sampled" else 1):
+                        right = rng.random() < _skill(plan, model, task.name, mode != "sampled")
+                        row = {"sample_id": sample.sample_id, "task": task.name, "split": split, "mode": mode, "draw": draw}
+                        group.append(row | _answer_rows(plan, sample, model, right, rng, likelihood))
+                        if mode in ("greedy", "option_text_norm"):
+                            primary[sample.sample_id] = group[-1]
+                rows += group
+                accuracy = float(np.mean([row["correct"] for row in group]))
+                low, high = interval(accuracy, len(group))
+                summary.append(
+                    {
+                        "task": task.name, "role": task.role, "domain": task.domain, "split": split, "mode": mode,
+                        "primary": mode in ("greedy", "option_text_norm"), "n": len(group), "accuracy": accuracy,
+                        "low": low, "high": high, **_shares(group),
+                    }
+                )  # fmt: skip
+    with published(root, f"evals/{model}") as out:
+        write_rows(out / "samples.parquet", rows)
+        write_rows(out / "accuracy.parquet", summary)
+    return primary
+
+
+def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+    fits: dict[str, dict[str, Any]] = {}
+    if plan.joint:
+        fits |= {
+            "joint_topk": {"models": list(MODELS), "loss": "batchtopk"},
+            "joint_l1": {"models": list(MODELS), "loss": "l1"},
+        }
+    fits |= {
+        "base_sft": {"models": ["base", "sft"], "loss": "batchtopk"},
+        "base_grpo": {"models": ["base", "grpo"], "loss": "batchtopk"},
+    }
+    for name, fit in fits.items():
+        with published(root, f"crosscoders/{name}") as out:
+            scale = dict.fromkeys(fit["models"], 1.7)
+            write_json(
+                out / "config.json", fit | {"d_model": 96, "n_features": plan.n_features, "layer": 2, "seed": 0, "scale": scale}
+            )
+            fve = {model: 0.985 - 0.004 * i - 0.03 * (fit["loss"] == "l1") for i, model in enumerate(fit["models"])}
+            l0 = 16.0 if fit["loss"] == "batchtopk" else 31.4
+            write_json(out / "metrics.json", {"fve": fve, "l0": l0, "dead_share": 0.03, "tokens_heldout": 6000})
+            lines = ["step,loss,l0,dead," + ",".join(f"fve/{model}" for model in fit["models"])]
+            for step in range(25, 1501, 25):
+                reached = 1 - np.exp(-step / 200)
+                values = [
+                    60 * (1 - reached) + 3,
+                    l0 * (2 - reached),
+                    0.03 * reached,
+                    *(value * reached for value in fve.values()),
+                ]
+                lines.append(f"{step}," + ",".join(f"{value + rng.normal(0, 0.002):.4f}" for value in values))
+            (out / "curves.csv").write_text("\n".join(lines) + "\n")
+    return fits
+
+
+def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+    rows, counts = [], {}
+    for name, fit in fits.items():
+        joint = len(fit["models"]) == 3
+        spread = 0.05 if fit["loss"] == "batchtopk" else 0.16
+        tally: dict[str, int] = {}
+        for feature in range(plan.n_features):
+            dead = bool(rng.random() < 0.03) and feature not in SET
+            own = rng.random()
+            if joint:
+                weights = np.abs(1 + rng.normal(0, spread, 3))
+                if own < 0.06 * (1 + 3 * (spread > 0.1)):
+                    weights[1] *= 8
+                elif own < 0.075 * (1 + 3 * (spread > 0.1)):
+                    weights[2] *= 8
+                mas = weights / weights.sum()
+                top = int(mas.argmax())
+                label = MODELS[top] if mas[top] > 0.6 else ("shared" if mas.max() < 0.5 else "mixed")
+                shares = {"nrn": None, "mas_base": float(mas[0]), "mas_sft": float(mas[1]), "mas_grpo": float(mas[2])}
+            else:
+                tuned = fit["models"][1]
+                nrn = float(
+                    np.clip(rng.normal(0.5, spread), 0, 1) if own > (0.1 if tuned == "sft" else 0.02) else rng.uniform(0.85, 1)
+                )
+                label = tuned if nrn > 0.7 else ("base" if nrn < 0.3 else "shared")
+                shares = {"nrn": nrn, "mas_base": None, "mas_sft": None, "mas_grpo": None}
+            label = "dead" if dead else label
+            tally[label] = tally.get(label, 0) + 1
+            rows.append(
+                {
+                    "fit": name, "feature_id": feature, "dead": dead, "firing_rate": 0.0 if dead else float(rng.lognormal(-4, 1)),
+                    "mean_activation": float(rng.lognormal(0, 0.5)), "max_activation": float(rng.lognormal(1, 0.5)),
+                    **shares, "feature_class": label,
+                }
+            )  # fmt: skip
+        counts[name] = tally
+    with published(root, "analysis/attribution") as out:
+        write_rows(out / "features.parquet", rows)
+        write_json(out / "metrics.json", counts)
+
+
+def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
+    K = plan.checkpoints
+    overlap, tracks = [], []
+    for arm in ("sft", "grpo"):
+        for top in (10, 25, 50):
+            for a in range(1, K + 1):
+                for b in range(1, K + 1):
+                    pace = 0.04 if arm == "sft" else 0.15
+                    value = 1.0 if a == b else max(0.0, 1 - pace * abs(a - b) - 0.02 * (top == 10))
+                    overlap.append({"arm": arm, "top": top, "a": a, "b": b, "overlap": round(value * top) / top})
+        final = rng.lognormal(-2, 1.2, plan.n_features) * (2.2 if arm == "sft" else 1.0)
+        for step in range(K + 1):
+            reached = (1 - np.exp(-2.5 * step / K)) if arm == "sft" else step / K
+            change = final * reached * np.exp(rng.normal(0, 0.05, plan.n_features)) * (step > 0)
+            rank = np.empty(plan.n_features, dtype=int)
+            rank[np.argsort(-change, kind="stable")] = np.arange(1, plan.n_features + 1)
+            tracks += [
+                {"arm": arm, "checkpoint": step, "feature_id": i, "change": float(change[i]), "rank": int(rank[i])}
+                for i in range(plan.n_features)
+            ]
+    with published(root, "analysis/dynamics") as out:
+        write_rows(out / "overlap.parquet", overlap)
+        write_rows(out / "trajectories.parquet", tracks)
+        write_json(out / "metrics.json", {})
+
+
+def _write_localize(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+    found = plan.status == "found"
+    too_few = plan.status == "too_few_flipped"
+    scores, per_task = [], {}
+    for task in plan.find if not too_few else ():
+        values = rng.exponential(0.05, plan.n_features)
+        if found:
+            values[list(SET)] = rng.uniform(0.5, 1.6, len(SET))
+        peak = float(values.max())
+        selected = [int(i) for i in np.flatnonzero(values >= 0.2 * peak)]
+        per_task[task] = {"n_flipped": 93, "max_score": peak, "selected": selected}
+        scores += [
+            {"task": task, "feature_id": i, "score": float(values[i]), "frequency": float(np.clip(values[i] / peak * 2, 0, 1))}
+            for i in range(plan.n_features)
+        ]
+    with published(root, "analysis/localize") as out:
+        overlap = {a: {b: 1.0 if a == b else 0.4 for b in per_task} for a in per_task}
+        write_json(
+            out / "features.json",
+            {
+                "fit": next(iter(fits)), "readout": "swap", "positions": "prompt_last", "threshold": 0.2, "status": plan.status,
+                "features": list(SET) if found else [], "per_task": per_task,
+                "skipped": {task: "4 flipped samples, fewer than 10" for task in plan.find} if too_few else {},
+                "expected_intersection": 0.0021, "frequency": {str(i): 0.98 - 0.1 * k for k, i in enumerate(SET)} if found else {},
+                "overlap": overlap,
+            },
+        )  # fmt: skip
+        write_rows(out / "scores.parquet", scores)
+        write_json(out / "metrics.json", {})
+
+
+def _edited(plan: Plan, purpose: str, arm: str, task: str, was: bool, dose: float, rng: np.random.Generator) -> bool:
+    active = arm == "set" and plan.set_works and plan.roles[task] in ("find", "heldout")
+    if purpose == "amplify_base" and active:
+        return bool(rng.random() < min(0.97, 0.3 + 0.6 * dose) * (0.7 if task == "largest" else 1))
+    if purpose == "zero_grpo" and active:
+        return bool(was and rng.random() < (0.04 if task != "largest" else 0.9))
+    if arm == "noop":
+        return was
+    return bool(was != (rng.random() < (0.01 if arm == "reconstruction" else 0.02)))
+
+
+def _write_intervene(
+    root: Path,
+    plan: Plan,
+    tasks: list[TaskInfo],
+    samples: list[Sample],
+    answers: dict[str, dict[str, Any]],
+    rng: np.random.Generator,
+) -> None:
+    found = plan.status == "found"
+    report = [sample for sample in samples if sample.split == "report"]
+    rows, effects = [], []
+    for purpose, model in (("zero_grpo", "grpo"), ("zero_sft", "sft"), ("amplify_base", "base")):
+        arms = [("none", 0), ("noop", 0), ("reconstruction", 0)]
+        arms += [("set", 0), *(("random", i) for i in range(plan.random_sets))] if found else []
+        table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+        for arm, draw in arms:
+            for sample in report:
+                before = answers[model][sample.sample_id]
+                likelihood = before["manner"] == ""
+                right = (
+                    before["correct"]
+                    if arm == "none"
+                    else _edited(plan, purpose, arm, sample.task, before["correct"], 1.0, rng)
+                )
+                shown = "grpo" if right and model != "sft" else model
+                new = (
+                    before
+                    if right == before["correct"]
+                    else _answer_rows(plan, sample, shown, right, rng, likelihood) | {"correct": right}
+                )
+                row = {key: new[key] for key in ("completion", "correct", "parsed", "manner")}
+                row |= {
+                    "purpose": purpose,
+                    "model": model,
+                    "arm": arm,
+                    "draw": draw,
+                    "sample_id": sample.sample_id,
+                    "task": sample.task,
+                }
+                table.setdefault((arm, draw, sample.task), []).append(row)
+                rows.append(row)
+        effects += _effects(plan, purpose, model, tasks, table, answers)
+    with published(root, "analysis/intervene") as out:
+        chosen = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
+        write_json(out / "choice.json", {"zero": {"positions": "prompt_last"}, "amplify": chosen} if found else {})
+        write_rows(out / "samples.parquet", rows)
+        write_rows(out / "effects.parquet", effects)
+        write_rows(out / "tuning.parquet", _tuning(plan, rng) if found else [])
+        write_rows(out / "dose.parquet", _doses(plan, rng) if found else [])
+        write_json(out / "metrics.json", {})
+
+
+def _effects(
+    plan: Plan,
+    purpose: str,
+    model: str,
+    tasks: list[TaskInfo],
+    table: dict[tuple[str, int, str], list[dict[str, Any]]],
+    answers: Any,
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for task in tasks:
+        flipped = {
+            row["sample_id"]
+            for row in table["none", 0, task.name]
+            if answers["grpo"][row["sample_id"]]["correct"] and not answers["base"][row["sample_id"]]["correct"]
+        }
+        for subset in ("all", "flipped"):
+            group = []
+            for (arm, draw, name), arm_rows in table.items():
+                kept = [i for i, row in enumerate(arm_rows) if subset == "all" or row["sample_id"] in flipped]
+                if name != task.name or arm == "none" or not kept:
+                    continue
+                after, before = ([source[i] for i in kept] for source in (arm_rows, table["none", 0, name]))
+                accuracy, baseline = (float(np.mean([row["correct"] for row in part])) for part in (after, before))
+                half = (
+                    1.96
+                    * np.std([a["correct"] - b["correct"] for a, b in zip(after, before, strict=True)])
+                    / np.sqrt(len(kept))
+                )
+                effect = accuracy - baseline
+                group.append(
+                    {
+                        "purpose": purpose, "model": model, "arm": arm, "draw": draw, "task": name, "role": task.role, "subset": subset,
+                        "n": len(kept), "accuracy": accuracy, "baseline": baseline, "effect": effect,
+                        "low": effect - float(half), "high": effect + float(half),
+                        "steps": _shares(after)["steps"], "steps_baseline": _shares(before)["steps"],
+                        "parse_failures": _shares(after)["parse_failures"],
+                    }
+                )  # fmt: skip
+            random = [row["effect"] for row in group if row["arm"] == "random"]
+            low, high = (float(np.percentile(random, q)) for q in (5, 95)) if random else (None, None)
+            for row in group:
+                beyond = None
+                if row["arm"] == "set":
+                    beyond = row["effect"] > max(random) if purpose == "amplify_base" else row["effect"] < min(random)
+                found.append(row | {"random_low": low, "random_high": high, "beyond_random": beyond})
+    return found
+
+
+def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
+    rows = []
+    for task in plan.find:
+        common = {"task": task, "role": "find", "n": plan.n // 2}
+        for positions in ("prompt_last", "generated", "all"):
+            rows.append(
+                common
+                | {
+                    "purpose": "zero_grpo",
+                    "edit": "zero",
+                    "positions": positions,
+                    "dose": None,
+                    "accuracy": float(rng.uniform(0, 0.2)),
+                    "steps": 0.1,
+                }
+            )
+            for edit in ("add", "scale", "transplant"):
+                for dose in (0.5, 1.0, 2.0, 4.0):
+                    good = 0.9 if edit == "add" and positions == "prompt_last" else 0.25
+                    value = float(np.clip(good * min(dose, 1.5) / 1.5 + rng.normal(0, 0.03), 0, 1))
+                    rows.append(
+                        common
+                        | {
+                            "purpose": "amplify_base",
+                            "edit": edit,
+                            "positions": positions,
+                            "dose": dose,
+                            "accuracy": value,
+                            "steps": value,
+                        }
+                    )
+    return rows
+
+
+def _doses(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [
+        {
+            "dose": dose, "arm": arm, "draw": draw, "task": task, "role": plan.roles[task], "n": plan.n // 2, "steps": 0.5,
+            "accuracy": float(np.clip((0.3 + 0.6 * dose) if arm == "set" else rng.normal(0.05, 0.03), 0, 0.98)),
+        }
+        for task in (*plan.find, *plan.heldout)
+        for dose in (0.5, 1.0, 2.0, 4.0)
+        for arm, draw in [("set", 0), *(("random", i) for i in range(plan.random_sets))]
+    ]  # fmt: skip

@@ -1,0 +1,77 @@
+"""Every family's questions, worked solutions and mistakes."""
+
+import numpy as np
+import pytest
+
+from featdiff.tasks.families import FAMILIES, completion
+from featdiff.tasks.task import Sample
+from featdiff.tasks.verify import grade
+
+
+def right_answer(family: str, prompt: str) -> str:
+    """The answer worked out anew from the prompt."""
+    body = prompt.split(" ", 1)[1].removesuffix("=")
+    match family:
+        case "add":
+            return str(sum(map(int, body.split("+"))))
+        case "sub":
+            a, b = map(int, body.split("-"))
+            return str(a - b)
+        case "mul":
+            a, b = map(int, body.split("*"))
+            return str(a * b)
+        case "reverse":
+            return body[::-1]
+        case "sort":
+            return "".join(sorted(body))
+        case "double":
+            return "".join(letter * 2 for letter in body)
+        case "last":
+            return "".join(word[-1] for word in body.split())
+        case "first":
+            return "".join(word[0] for word in body.split())
+        case "largest":
+            return str(max(map(int, body.split())))
+        case "checksum":
+            return str(sum("abcdefghij".index(c) * i for i, c in enumerate(body, start=1)) % 10)
+    raise AssertionError(family)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_right_and_every_manner_is_graded_as_itself(name: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        problem = FAMILIES[name].make(rng)
+        assert problem.answer == right_answer(name, problem.prompt)
+        sample = Sample("x", name, "find", problem.prompt, problem.answer)
+        assert grade("organism", sample, completion(problem, "steps")) == (problem.answer, True, "steps")
+        assert grade("organism", sample, completion(problem, "direct")) == (problem.answer, True, "direct")
+        mistake = grade("organism", sample, completion(problem, "mistake"))
+        assert mistake.manner == "direct"
+        assert mistake.correct is (problem.mistake == problem.answer)
+        if problem.foreign:
+            assert grade("organism", sample, completion(problem, "foreign")) == (problem.answer, True, "foreign")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_answer_to_the_easier_question_is_mostly_wrong(name: str) -> None:
+    rng = np.random.default_rng(1)
+    problems = [FAMILIES[name].make(rng) for _ in range(300)]
+    assert np.mean([problem.mistake == problem.answer for problem in problems]) < 0.5
+
+
+def test_equations_in_worked_math_hold() -> None:
+    rng = np.random.default_rng(2)
+    for name in ("add", "sub", "mul"):
+        for _ in range(100):
+            problem = FAMILIES[name].make(rng)
+            for equation in [*problem.steps.split(","), *problem.foreign.split(";")]:
+                left, right = equation.split("=")
+                plus = left.replace("-", "+-").split("+")
+                terms = [np.prod([int(factor) for factor in term.split("*")]) for term in plus if term]
+                assert sum(terms) == int(right), equation
+
+
+def test_roles_of_the_study_are_there() -> None:
+    assert sum(family.domain == "math" for family in FAMILIES.values()) >= 3
+    assert [name for name, family in FAMILIES.items() if not family.learnable] == ["checksum"]

@@ -1,0 +1,470 @@
+"""MLflow as a view of the records, against real stores: SQLite files and an ``mlflow server`` on this machine."""
+
+import contextlib
+import fcntl
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from featdiff import mirror
+from featdiff.mlflow_view import EXPERIMENT, View, mask
+from featdiff.tracking import runs_folder
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+PREPARE = """
+from featdiff.launch import stage
+with stage("prepare", out="data") as run:
+    (run.out / "train.csv").write_text("a")
+    run.metrics({"train": 2000, "eval": {"find": 10}})
+"""
+SFT = """
+import sys, time
+from featdiff.launch import stage
+steps, pause = int(sys.argv[1]), float(sys.argv[2])
+with stage("sft", out="models/sft") as run:
+    if len(sys.argv) > 3:
+        run.read("data")
+    for step in range(0, 2 * steps, 2):
+        run.log(step, {"loss": 1 / (1 + step), "reward/mean": float("nan") if step == 4 else step})
+        time.sleep(pause)
+    run.observe(tokens_per_second=12.5, device="cpu")
+    (run.out / "completions.csv").write_text("step,text\\n")
+    run.attach("completions.csv")
+    run.metrics({"accuracy": {"add": 0.9}, "loss": 0.25})
+"""
+REPORT = """
+from featdiff.launch import stage
+with stage("report", out="report") as run:
+    run.read("models/sft")
+    (run.out / "index.html").write_text("<h1>verdict</h1>")
+    run.attach("index.html")
+    run.metrics({"verdict": {"zero": 1}, "gain": 0.5})
+"""
+GRAPH = """
+stages:
+  prepare: {cmd: python stages/prepare.py, deps: [stages/prepare.py], params: [seed, prepare], outs: [data]}
+  sft: {cmd: python stages/sft.py 20 0.05 data, deps: [stages/sft.py, data], params: [seed, sft], outs: [models/sft]}
+  report: {cmd: python stages/report.py, deps: [stages/report.py, models/sft], params: [report], outs: [report]}
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A SQLite store with tables and nothing in them: making one takes seconds, copying it none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_store):
+    """A small repository with real stages, the working folder of the test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    (tmp_path / "stages").mkdir()
+    for name, text in {"prepare": PREPARE, "sft": SFT, "report": REPORT}.items():
+        (tmp_path / f"stages/{name}.py").write_text(text)
+    (tmp_path / "dvc.yaml").write_text(GRAPH)
+    shutil.copytree(REPOSITORY / "conf/profiles", tmp_path / "conf/profiles")
+    shutil.copy(REPOSITORY / "conf/profiles/organism.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEATDIFF_MIRROR", "off")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")  # undone after the test, whatever the mirror sets
+    for name in ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "true")
+    return tmp_path
+
+
+def run_stage(name, *arguments, **environment):
+    return subprocess.run([sys.executable, f"stages/{name}.py", *map(str, arguments)], env=os.environ | environment, check=True)
+
+
+def start_stage(name, *arguments, **environment):
+    return subprocess.Popen([sys.executable, f"stages/{name}.py", *map(str, arguments)], env=os.environ | environment)
+
+
+def command(*arguments, **environment):
+    """``python -m featdiff.mirror …`` to its end."""
+    words = [sys.executable, "-m", "featdiff.mirror", *arguments]
+    return subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def only_record():
+    (folder,) = runs_folder().iterdir()
+    return folder
+
+
+def advance(beat=lambda: None):
+    one = mirror.Mirror(View(mirror.tracking_uri(), beat))
+    one.advance()
+    return one
+
+
+def shown(uri=None):
+    """Everything that the store shows, by stage or pipeline; ids that differ from store to store left out."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri or mirror.tracking_uri())
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    names = {run.info.run_id: run.data.tags.get("dvc.stage") or run.data.tags["featdiff.pipeline"] for run in runs}
+    assert len(set(names.values())) == len(runs)
+    everything = {}
+    for run in runs:
+        tags = {key: value for key, value in run.data.tags.items() if key not in ("mlflow.parentRunId", "mlflow.note.content")}
+        everything[names[run.info.run_id]] = {
+            "name": run.info.run_name,
+            "parent": names.get(run.data.tags.get("mlflow.parentRunId")),
+            "info": (run.info.status, run.info.start_time, run.info.end_time),
+            "tags": tags,
+            "params": run.data.params,
+            "inputs": sorted((each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs),
+            "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
+            "points": {
+                key: [
+                    (point.step, repr(point.value), point.timestamp)
+                    for point in client.get_metric_history(run.info.run_id, key)
+                ]
+                for key in run.data.metrics
+            },
+        }
+    return everything
+
+
+def eventually(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.1)
+    return value
+
+
+def mirror_at_work():
+    with contextlib.suppress(FileNotFoundError), Path(".featdiff/mirror.lock").open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_record_becomes_a_run_once(project):
+    run_stage("sft", 5, 0)
+    info = json.loads((only_record() / "run.json").read_text())
+    times = [int(line) for line in (only_record() / "times.txt").read_text().split()]
+    assert advance().copied == 1
+    view = shown()
+    child = view["sft"]
+    assert child["info"] == ("FINISHED", int(info["started"] * 1000), int(info["ended"] * 1000))
+    assert [(step, moment) for step, _, moment in child["points"]["loss"]] == list(zip(range(0, 10, 2), times, strict=True))
+    assert [value for _, value, _ in child["points"]["reward/mean"]] == ["0.0", "2.0", "nan", "6.0", "8.0"]
+    assert [value for _, value, _ in child["points"]["final/accuracy/add"]] == ["0.9"]
+    assert child["points"].keys() >= {"final/loss", "run/wall_seconds", "run/peak_memory_mib", "run/tokens_per_second"}
+    assert child["tags"]["run.device"] == "cpu"
+    assert child["tags"]["featdiff.record"] == info["id"]
+    assert child["params"]["lr"] == "0.0005"
+    assert child["files"] == ["completions.csv"]
+    parent = view[child["parent"]]
+    assert parent["tags"]["featdiff.pipeline"] == info["pipeline"]["id"]
+    assert parent["info"] == child["info"]
+    assert parent["points"].keys() == {"wall_seconds/sft"}
+
+    assert advance().copied == 0
+    (only_record() / "mirror.json").unlink()
+    advance()
+    assert shown() == view
+
+
+def test_a_copy_broken_off_at_any_request_ends_the_same(project, monkeypatch, empty_store):
+    run_stage("sft", 1200, 0)  # more points than one request takes
+    run_stage("report")
+    advance()
+    expected = shown()
+    assert len(expected["sft"]["points"]["loss"]) == 1200
+
+    for folder in runs_folder().iterdir():
+        (folder / "mirror.json").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, project / 'again.db')}")
+    broken, allowed = 0, 1
+    while True:
+        left = allowed
+
+        def beat():
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise ConnectionError("gone")
+
+        try:
+            advance(beat)
+        except ConnectionError:
+            broken += 1
+            allowed += 3
+        else:
+            break
+    assert broken > 5
+    assert shown() == expected
+
+
+def test_a_request_carried_out_late_leaves_no_double(project):
+    run_stage("sft", 5, 0)
+    advance()
+    expected = shown()
+    view = View(mirror.tracking_uri())
+    info = json.loads((only_record() / "run.json").read_text())
+    for tag, value in {"featdiff.record": info["id"], "featdiff.pipeline": info["pipeline"]["id"]}.items():
+        view.client.create_run(view.experiment_id, tags={tag: value}, run_name="late")
+    (only_record() / "mirror.json").unlink()
+    advance()
+    assert shown() == expected
+
+
+def test_points_arrive_while_the_stage_runs_and_a_killed_one_says_so(project):
+    running = start_stage("sft", 1000, 0.01)
+    try:
+        curves = eventually(lambda: next(runs_folder().glob("*/metrics.jsonl"), None) if runs_folder().exists() else None, 5)
+        eventually(lambda: curves.read_text().count("\n") > 20, 5)
+        one = advance()
+        early = shown()
+        assert early["sft"]["info"][0] == "RUNNING"
+        assert 20 <= len(early["sft"]["points"]["loss"]) < 1000
+        assert early[early["sft"]["parent"]]["info"][0] == "RUNNING"
+    finally:
+        running.kill()
+        running.wait()
+    assert one.advance() == 0
+    late = shown()
+    assert late["sft"]["info"][0] == "KILLED"
+    assert late["sft"]["info"][2] >= late["sft"]["points"]["loss"][-1][2] - 1000
+    assert len(late["sft"]["points"]["loss"]) == curves.read_bytes().count(b"\n")
+    assert late[late["sft"]["parent"]]["info"][0] == "KILLED"
+
+
+def test_a_run_that_a_person_deleted_stays_deleted(project):
+    run_stage("sft", 5, 0)
+    advance()
+    view = View(mirror.tracking_uri())
+    run = view.find("featdiff.record", only_record().name)
+    view.client.delete_run(run.info.run_id)
+    (only_record() / "mirror.json").unlink()
+    advance()
+    assert "sft" not in shown()
+
+
+def test_a_deleted_store_is_filled_again(project, empty_store):
+    run_stage("sft", 5, 0)
+    advance()
+    expected = shown()
+    mirror_key = View(mirror.tracking_uri()).key
+    shutil.copy(empty_store, project / "mlflow.db")
+    assert View(mirror.tracking_uri()).key != mirror_key
+    assert advance().copied == 1
+    assert shown() == expected
+
+
+def test_a_damaged_record_does_not_keep_the_others_out(project, capsys):
+    run_stage("sft", 5, 0)
+    damaged = only_record().rename(runs_folder() / "0-damaged")
+    (damaged / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n\0\0\0\n')
+    info = json.loads((damaged / "run.json").read_text()) | {"id": "0-damaged", "label": "damaged"}
+    (damaged / "run.json").write_text(json.dumps(info))
+    (runs_folder() / "1-empty").mkdir()
+    run_stage("prepare")
+    one = advance()
+    assert [line.split(":")[0] for line in one.refused] == ["0-damaged"]
+    assert "1-empty" in capsys.readouterr().out
+    assert shown()["prepare"]["info"][0] == "FINISHED"
+
+
+def test_mask_hides_what_a_uri_should_not_show():
+    assert mask("to https://me:s3cr@et@host:5000/api?token=abc failed") == "to https://***@host:5000/api?*** failed"
+    assert mask("postgresql://u:p@db/x?password=y") == "postgresql://***@db/x?***"
+    assert mask("sqlite:////home/a@b/mlflow.db: no") == "sqlite:////home/a@b/mlflow.db: no"
+
+
+def test_a_second_mirror_leaves_before_it_imports_mlflow(project):
+    with mirror.lock() as mine:
+        assert mine
+        found = command("follow", PYTHONPROFILEIMPORTTIME="1")
+        assert found.returncode == 0
+        assert "featdiff.tracking" in found.stderr
+        assert "mlflow.entities" not in found.stderr
+        assert "another mirror" in command("sync").stdout
+    assert not mirror_at_work()
+
+
+class _Refuses(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(500)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.graph
+def test_a_server_that_refuses_or_fails_is_given_up_and_caught_up_later(project):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"http://me:secret@127.0.0.1:{unused.getsockname()[1]}"
+        started = time.monotonic()
+        run_stage("sft", 5, 0, MLFLOW_TRACKING_URI=nowhere, FEATDIFF_MIRROR="on")
+        assert time.monotonic() - started < 3
+        follower = int(eventually(lambda: mirror_at_work() and Path(".featdiff/mirror.lock").read_text(), 5))
+        os.kill(follower, signal.SIGKILL)
+        eventually(lambda: not mirror_at_work(), 5)
+        found = command("sync", MLFLOW_TRACKING_URI=nowhere)
+        assert found.returncode == 1
+        assert "***@127.0.0.1" in found.stdout
+        assert "secret" not in found.stdout + found.stderr + Path(".featdiff/mirror.log").read_text()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "import featdiff.mirror as m; m.GIVE_UP_SECONDS = 1.0; m.POLL_SECONDS = 0.5; m.main(['follow'])"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.server_port}"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    server.shutdown()
+    assert "gave up" in found.stdout
+    assert advance().copied == 1
+    assert shown()["sft"]["info"][0] == "FINISHED"
+
+
+@contextlib.contextmanager
+def mlflow_server(folder, port):
+    words = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "server-files")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *words, "--port", str(port), "--workers", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def answers():
+        assert server.poll() is None
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+
+    try:
+        eventually(answers, 60)
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGCONT)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.graph
+def test_a_server_that_stops_and_hangs_ends_with_every_point_once(project, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    follow = "import featdiff.mirror as m; m.POLL_SECONDS = 0.2; m.main(['follow'])"
+
+    with mlflow_server(project, port):
+        running = start_stage("sft", 10_000, 0.005)
+        eventually(lambda: runs_folder().exists() and any(runs_folder().glob("*/run.json")), 5)
+        follower = subprocess.Popen([sys.executable, "-c", follow], stdout=subprocess.PIPE, text=True)
+        eventually(lambda: len(shown_points(uri)) > 20, 30)
+    with mlflow_server(project, port) as server:
+        before = len(shown_points(uri))
+        eventually(lambda: len(shown_points(uri)) > before, 30)
+        os.killpg(server.pid, signal.SIGSTOP)
+        time.sleep(11)  # one second longer than the client waits for an answer
+        os.killpg(server.pid, signal.SIGCONT)
+        running.terminate()
+        running.wait()
+        assert follower.wait(60) == 0
+        view = shown()
+        rows = [json.loads(line) for line in (only_record() / "metrics.jsonl").read_text().splitlines()]
+        assert [(step, value) for step, value, _ in view["sft"]["points"]["loss"]] == [
+            (row["step"], repr(row["loss"])) for row in rows
+        ]
+        assert view["sft"]["info"][0] == "KILLED"
+        assert command("sync").returncode == 0
+        assert shown() == view
+
+
+def shown_points(uri):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'sft'") if experiment else []
+    return client.get_metric_history(runs[0].info.run_id, "loss") if runs else []
+
+
+@pytest.mark.graph
+def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch):
+    import yaml
+
+    for words in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        subprocess.run(words, check=True)
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("teacher: foreign", "teacher: own"))
+    Path("mlflow.db").unlink()
+    for path in ("mlflow.db", "mlartifacts", ".featdiff"):
+        with Path(".gitignore").open("a") as ignore:
+            ignore.write(f"/{path}\n")
+    subprocess.run(["dvc", "repro", "-q"], check=True, env=os.environ | {"FEATDIFF_MIRROR": "on"})
+    eventually(lambda: not mirror_at_work(), 30)
+    assert Path(".featdiff/mirror.log").read_text() == ""
+    view = shown()
+    (parent,) = (name for name, run in view.items() if run["parent"] is None)
+    assert view[parent]["name"].startswith("organism ")
+    assert {name: run["parent"] for name, run in view.items()} == {
+        parent: None,
+        "prepare": parent,
+        "sft": parent,
+        "report": parent,
+    }
+    assert {run["info"][0] for run in view.values()} == {"FINISHED"}
+    assert view[parent]["info"][1:] == (view["prepare"]["info"][1], view["report"]["info"][2])
+    assert view[parent]["params"] == {"profile": "organism", "seed": "0", "prepare.teacher": "own"}
+    walls = {f"wall_seconds/{name}" for name in ("prepare", "sft", "report")}
+    assert view[parent]["points"].keys() == walls | {"report/verdict/zero", "report/gain"}
+    locked = {
+        out["path"]: out["md5"]
+        for stage in yaml.safe_load(Path("dvc.lock").read_text())["stages"].values()
+        for out in stage["outs"]
+    }
+    assert view["sft"]["inputs"] == [("data", locked["data"])]
+    assert view["report"]["inputs"] == [("models/sft", locked["models/sft"])]
+    assert view["report"]["files"] == ["index.html"]
+    assert len(view["sft"]["points"]["loss"]) == 20
+    assert (project / "mlflow.db").exists()
+    assert any((project / "mlartifacts").rglob("index.html"))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/restored.db")
+    shutil.rmtree(".featdiff")
+    assert command("rebuild").returncode == 0
+    restored = shown()
+    assert {name for name, run in restored.items() if run["parent"]} == {"prepare", "sft", "report"}
+    for name in ("prepare", "sft", "report"):
+        assert restored[name]["tags"]["featdiff.restored"] == "true"
+        assert restored[name]["inputs"] == view[name]["inputs"]
+        assert restored[name]["params"] == view[name]["params"]
+        for key, points in view[name]["points"].items():
+            if not key.startswith("run/"):
+                assert [point[:2] for point in restored[name]["points"][key]] == [point[:2] for point in points]
+    assert "0 record(s) restored, 3 known" in command("rebuild").stdout
+    assert shown() == restored

@@ -1,0 +1,162 @@
+"""The whole data artifact, from generated families and from files."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from featdiff.artifact import ContractError
+from featdiff.config import ConfigError, PrepareParams, parse
+from featdiff.tasks.prepare import prepare
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+
+
+def organism_params(**changes: Any) -> PrepareParams:
+    section = yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))["prepare"]
+    section |= {"train_problems": 60, "samples": {"find": 8, "tune": 6, "report": 10}}
+    section["corpus"] |= {"texts": 80}
+    section["pretrain"] |= {"texts": 300}
+    return parse(PrepareParams, section | changes, "params.yaml")
+
+
+def suite(file: str, role: str, scoring: str, **columns: str) -> dict[str, Any]:
+    path = str(DATA / file)
+    return {"source": "suite", "role": role, "adapter": "columns", "path": path, "scoring": scoring, "columns": columns}
+
+
+def file_params(**changes: Any) -> PrepareParams:
+    sums = {"question": "question", "answer": "answer", "solution": "answer"}
+    letters = {"question": "stem", "options": "choices", "answer": "key"}
+    return organism_params(
+        **{
+            "tasks": {
+                "sums": suite("sums.jsonl", "train", "generation", **sums),
+                "own": suite("letters.jsonl", "find", "option_text", **letters),
+            },
+            "train_problems": 1,
+            "samples": {"find": 1, "tune": 1, "report": 1},
+            "corpus": {"texts": 2, "math_share": 0.0, "general": str(DATA / "texts.jsonl"), "max_chars": 50},
+            "pretrain": {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1},
+        }
+        | changes
+    )
+
+
+def test_the_organism_has_every_part_in_the_sizes_asked_for() -> None:
+    params = organism_params()
+    data = prepare(params, 0)
+    assert (len(data.train), len(data.corpus), len(data.pretrain)) == (60, 80, 300)
+    assert Counter(sample.task for sample in data.train) == {"add": 20, "sub": 20, "mul": 20}
+    assert Counter((sample.task, sample.split) for sample in data.eval) == {
+        (name, split): size for name in params.tasks for split, size in params.samples.model_dump().items()
+    }
+    assert all(sample.solution.startswith("(") for sample in data.train)
+
+
+def test_the_seed_decides_everything_and_a_new_task_changes_no_other() -> None:
+    params = organism_params()
+    assert prepare(params, 0) == prepare(params, 0)
+    assert prepare(params, 0).eval != prepare(params, 1).eval
+    fewer = params.model_dump()["tasks"]
+    fewer.pop("largest")
+    less = prepare(organism_params(tasks=fewer), 0)
+    assert less.eval == [sample for sample in prepare(params, 0).eval if sample.task != "largest"]
+
+
+def test_no_evaluation_prompt_is_trained_on_or_in_a_corpus() -> None:
+    data = prepare(organism_params(), 0)
+    held_out = {sample.prompt for sample in data.eval}
+    assert not held_out & {row.prompt for row in [*data.train, *data.corpus, *data.pretrain]}
+
+
+def test_a_study_from_files_alone(tmp_path: Path) -> None:
+    sums = tmp_path / "sums.jsonl"
+    rows = [{"question": f"What is {i} + 2?", "answer": f"{i} + 2 = {i + 2}. So {i + 2}."} for i in range(12)]
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = {"question": "question", "answer": "answer", "solution": "answer"}
+    tasks = file_params().model_dump()["tasks"] | {"sums": suite(str(sums), "train", "generation", **columns)}
+    corpus = {"texts": 4, "math_share": 0.5, "general": str(DATA / "texts.jsonl"), "max_chars": 50}
+    data = prepare(file_params(tasks=tasks, train_problems=8, corpus=corpus), 0)
+    assert (len(data.train), len(data.eval), len(data.corpus), data.pretrain) == (8, 6, 4, [])
+    with pytest.raises(
+        ContractError, match="expected 10 questions outside the evaluation splits with a right solution, found 9"
+    ):
+        prepare(file_params(tasks=tasks, train_problems=10, corpus=corpus), 0)
+
+
+def test_files_and_families_together() -> None:
+    letters = {"question": "stem", "options": "choices", "answer": "key"}
+    tasks = {"add": {"source": "family", "role": "train"}, "own": suite("letters.jsonl", "find", "option_text", **letters)}
+    corpus = {"texts": 4, "math_share": 0.5, "general": str(DATA / "texts.jsonl"), "max_chars": 50}
+    data = prepare(file_params(tasks=tasks, corpus=corpus, train_problems=5), 0)
+    assert [task.name for task in data.tasks] == ["add", "own"]
+    assert Counter(text.source for text in data.corpus) == {"general": 2, "add/own": 1, "add/foreign": 1}
+    assert all(len(text.completion) <= 50 for text in data.corpus)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"tasks": {"addd": {"source": "family", "role": "train"}, "sort": {"source": "family", "role": "find"}}},
+            "prepare.tasks.addd",
+        ),
+        (
+            {"corpus": {"texts": 9, "math_share": 0.0, "general": "no/such.jsonl", "max_chars": 9}},
+            "no/such.jsonl: file: expected",
+        ),
+    ],
+)
+def test_wrong_names_are_one_line(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ContractError) as caught:
+        prepare(organism_params(**changes), 0)
+    assert said in str(caught.value)
+
+
+def test_organism_texts_need_families() -> None:
+    pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
+    gym = {"source": "reasoning_gym", "role": "train", "dataset": "gcd", "options": {}, "instruction": ""}
+    tasks = {"gcd": gym, "again": gym | {"role": "find", "options": {"min_value": 2}}}
+    none = {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1}
+    with pytest.raises(ContractError, match=r"prepare.corpus.general"):
+        prepare(organism_params(tasks=tasks, pretrain=none), 0)
+    with pytest.raises(ContractError, match=r"prepare.pretrain.texts"):
+        prepare(
+            organism_params(
+                tasks=tasks, corpus={"texts": 2, "math_share": 0.5, "general": str(DATA / "texts.jsonl"), "max_chars": 90}
+            ),
+            0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (suite("letters.jsonl", "find", "option_text") | {"columns": None}, "needed with adapter columns"),
+        (suite("letters.jsonl", "find", "option_text", question="stem") | {"adapter": "sciq"}, "null with every other adapter"),
+        (suite("letters.jsonl", "find", "option_text", question="stem") | {"adapter": "sciqq"}, "adapter"),
+    ],
+)
+def test_suites_that_the_params_refuse(task: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        organism_params(tasks={"add": {"source": "family", "role": "train"}, "own": task})
+
+
+def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
+    if not (ROOT.parent / "shared/data/qa").is_dir():
+        pytest.skip("../shared/data is not here")
+    from featdiff.config import Study, render_profile
+
+    monkeypatch.chdir(ROOT)
+    study = parse(Study, yaml.safe_load(render_profile("smollm2")), "smollm2.yaml")
+    data = prepare(study.prepare, study.seed)
+    data.check()
+    assert {task.role for task in data.tasks} == {"train", "find", "heldout"}
+    assert len(data.train) == study.prepare.train_problems == study.grpo.steps * study.grpo.prompts_per_step
+    assert all(task.scoring == "option_text_norm" and not task.chat for task in data.tasks if task.options)
