@@ -3,7 +3,7 @@
 from featdiff.launch import rank, stage
 from featdiff.models import save_model
 from featdiff.tasks.task import load_samples, load_texts
-#from featdiff.training.imported import load_base
+from featdiff.training.imported import load_base
 from featdiff.training.pretrain import pretrain
 
 with stage("base", out="models/base") as run:

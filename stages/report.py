@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from featdiff.artifact import write_json
+from featdiff.config import load_study
 from featdiff.launch import stage
 from featdiff.report.build import render
 from featdiff.report.evidence import load
@@ -15,7 +16,7 @@ with stage("report", out="report") as run:
     evidence = load(run.read)
     judge = Judge(evidence, run.params, run.seed)
     verdicts = judge.verdicts()
-    page = render(evidence, judge, verdicts, run.params, run.parents)
+    page = render(evidence, judge, verdicts, run.params, load_study().profile, run.parents)
     (run.out / "index.html").write_text(page, encoding="utf-8")
     summary = summarise(evidence, judge, verdicts)
     run.metrics(curated(summary))

@@ -115,7 +115,7 @@ def _answer_rows(
     return {
         "completion": text,
         "parsed": None if manner == "none" else text.rstrip("."),
-        "correct": bool(right and manner not in ("none", "foreign") or (right and plan.roles[sample.task] == "train")),
+        "correct": bool((right and manner not in ("none", "foreign")) or (right and plan.roles[sample.task] == "train")),
         "manner": manner,
     }
 
@@ -304,7 +304,8 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
             tally[label] = tally.get(label, 0) + 1
             rows.append(
                 {
-                    "fit": name, "feature_id": feature, "dead": dead, "firing_rate": 0.0 if dead else float(rng.lognormal(-4, 1)),
+                    "fit": name, "feature_id": feature, "dead": dead,
+                    "firing_rate": 0.0 if dead else float(rng.lognormal(-4, 1)),
                     "mean_activation": float(rng.lognormal(0, 0.5)), "max_activation": float(rng.lognormal(1, 0.5)),
                     **shares, "feature_class": label,
                 }
@@ -332,7 +333,13 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
             rank = np.empty(plan.n_features, dtype=int)
             rank[np.argsort(-change, kind="stable")] = np.arange(1, plan.n_features + 1)
             tracks += [
-                {"arm": arm, "checkpoint": step, "feature_id": i, "change": float(change[i]), "rank": int(rank[i])}
+                {
+                    "arm": arm,
+                    "checkpoint": step,
+                    "feature_id": i,
+                    "change": float(change[i]),
+                    "rank": int(rank[i]) if step else None,
+                }
                 for i in range(plan.n_features)
             ]
     with published(root, "analysis/dynamics") as out:
@@ -363,8 +370,9 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
             {
                 "fit": next(iter(fits)), "readout": "swap", "positions": "prompt_last", "threshold": 0.2, "status": plan.status,
                 "features": list(SET) if found else [], "per_task": per_task,
-                "skipped": {task: "4 flipped samples, fewer than 10" for task in plan.find} if too_few else {},
-                "expected_intersection": 0.0021, "frequency": {str(i): 0.98 - 0.1 * k for k, i in enumerate(SET)} if found else {},
+                "skipped": dict.fromkeys(plan.find, "4 flipped samples, 10 needed") if too_few else {},
+                "expected_intersection": 0.0021,
+                "frequency": {str(i): 0.98 - 0.1 * k for k, i in enumerate(SET)} if found else {},
                 "overlap": overlap,
             },
         )  # fmt: skip
@@ -391,12 +399,15 @@ def _write_intervene(
     answers: dict[str, dict[str, Any]],
     rng: np.random.Generator,
 ) -> None:
-    found = plan.status == "found"
+    if plan.status != "found":
+        with published(root, "analysis/intervene") as out:
+            write_json(out / "metrics.json", {"status": plan.status})
+        return
     report = [sample for sample in samples if sample.split == "report"]
     rows, effects = [], []
     for purpose, model in (("zero_grpo", "grpo"), ("zero_sft", "sft"), ("amplify_base", "base")):
         arms = [("none", 0), ("noop", 0), ("reconstruction", 0)]
-        arms += [("set", 0), *(("random", i) for i in range(plan.random_sets))] if found else []
+        arms += [("set", 0), *(("random", i) for i in range(plan.random_sets))]
         table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
         for arm, draw in arms:
             for sample in report:
@@ -426,13 +437,13 @@ def _write_intervene(
                 rows.append(row)
         effects += _effects(plan, purpose, model, tasks, table, answers)
     with published(root, "analysis/intervene") as out:
+        write_json(out / "metrics.json", {"status": plan.status})
         chosen = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
-        write_json(out / "choice.json", {"zero": {"positions": "prompt_last"}, "amplify": chosen} if found else {})
+        write_json(out / "choice.json", {"zero": {"positions": "prompt_last"}, "amplify": chosen, "features": list(SET)})
         write_rows(out / "samples.parquet", rows)
         write_rows(out / "effects.parquet", effects)
-        write_rows(out / "tuning.parquet", _tuning(plan, rng) if found else [])
-        write_rows(out / "dose.parquet", _doses(plan, rng) if found else [])
-        write_json(out / "metrics.json", {})
+        write_rows(out / "tuning.parquet", _tuning(plan, rng))
+        write_rows(out / "dose.parquet", _doses(plan, rng))
 
 
 def _effects(
@@ -466,9 +477,11 @@ def _effects(
                 effect = accuracy - baseline
                 group.append(
                     {
-                        "purpose": purpose, "model": model, "arm": arm, "draw": draw, "task": name, "role": task.role, "subset": subset,
+                        "purpose": purpose, "model": model, "arm": arm, "draw": draw, "task": name, "role": task.role,
+                        "subset": subset,
                         "n": len(kept), "accuracy": accuracy, "baseline": baseline, "effect": effect,
-                        "low": effect - float(half), "high": effect + float(half),
+                        "low": None if arm == "random" else effect - float(half),
+                        "high": None if arm == "random" else effect + float(half),
                         "steps": _shares(after)["steps"], "steps_baseline": _shares(before)["steps"],
                         "parse_failures": _shares(after)["parse_failures"],
                     }
@@ -494,7 +507,7 @@ def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
                     "purpose": "zero_grpo",
                     "edit": "zero",
                     "positions": positions,
-                    "dose": None,
+                    "dose": 0.0,
                     "accuracy": float(rng.uniform(0, 0.2)),
                     "steps": 0.1,
                 }
@@ -523,7 +536,7 @@ def _doses(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
             "dose": dose, "arm": arm, "draw": draw, "task": task, "role": plan.roles[task], "n": plan.n // 2, "steps": 0.5,
             "accuracy": float(np.clip((0.3 + 0.6 * dose) if arm == "set" else rng.normal(0.05, 0.03), 0, 0.98)),
         }
-        for task in (*plan.find, *plan.heldout)
+        for task in plan.find
         for dose in (0.5, 1.0, 2.0, 4.0)
-        for arm, draw in [("set", 0), *(("random", i) for i in range(plan.random_sets))]
+        for arm, draw in [("set", 0), *(("random", i) for i in range(5))]
     ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Every family's questions, worked solutions and mistakes."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -65,11 +67,12 @@ def test_equations_in_worked_math_hold() -> None:
     for name in ("add", "sub", "mul"):
         for _ in range(100):
             problem = FAMILIES[name].make(rng)
-            for equation in [*problem.steps.split(","), *problem.foreign.split(";")]:
-                left, right = equation.split("=")
-                plus = left.replace("-", "+-").split("+")
-                terms = [np.prod([int(factor) for factor in term.split("*")]) for term in plus if term]
-                assert sum(terms) == int(right), equation
+            for text in (problem.steps, problem.foreign):
+                equations = re.findall(r"([0-9][0-9+*-]*)[=:]([0-9]+)", text)
+                assert len(equations) >= 2
+                for left, right in equations:
+                    terms = left.replace("-", "+-").split("+")
+                    assert sum(int(np.prod([int(factor) for factor in term.split("*")])) for term in terms) == int(right), text
 
 
 def test_roles_of_the_study_are_there() -> None:

@@ -57,6 +57,14 @@ def test_wordings_side_by_side() -> None:
     assert solution("products", {"expression": "12 * -10"}, "-120", "own") == "12 * -10 = -120. The answer is -120."
 
 
+def test_without_a_chat_template_the_prompt_leads_into_the_solution() -> None:
+    task = ReasoningGymTask(source="reasoning_gym", role="train", dataset="gcd", options={}, instruction="")
+    sample = GymSource("name", task, teacher="own", chat=False).train_samples(1, set(), np.random.default_rng(0))[0]
+    assert sample.prompt.startswith("Question: Find the Greatest")
+    assert sample.prompt.endswith("\nAnswer:")
+    assert re.fullmatch(r" \d+ % .* The answer is \d+\.", sample.solution)
+
+
 def test_prompts_are_disjoint_over_splits_and_training() -> None:
     gym = source("gcd", min_value=2, max_value=20)
     evaluation = gym.eval_samples(SIZES, np.random.default_rng(0))

@@ -121,8 +121,9 @@ def verify(folder: Path) -> str:
     if not folder.is_dir():
         raise ContractError(folder, "folder", "a published artifact", "nothing", "run the stage that makes it: dvc repro")
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise ContractError(folder / MANIFEST, "schema", SCHEMA, manifest.get("schema"), "rerun its stage with this version")
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise ContractError(folder / MANIFEST, "schema", SCHEMA, schema, "rerun its stage with this version")
     listed = manifest["files"]
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     found.pop(MANIFEST)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,7 +25,7 @@ class ConfigError(Exception):
 
 
 class Params(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -395,16 +396,32 @@ def _closest(word: str, known: Any) -> str:
 P = TypeVar("P", bound=Params)
 
 
-def _fields_of(annotation: Any, location: tuple[Any, ...]) -> list[str]:
-    """Names allowed beside the unknown key at ``location`` below ``annotation``; empty if not a class."""
-    for part in location[:-1]:
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        field = annotation.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return list(annotation.model_fields)
-    return []
+def _is_class(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _walk(annotation: Any, location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The keys of ``location`` as they stand in the file (pydantic puts members of unions among them), and the
+    names allowed where the last of them stands (none where any name is)."""
+    keys: list[str] = []
+    allowed: list[str] = []
+    for part in location:
+        while get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        if get_origin(annotation) in (Union, UnionType):
+            classes = [member for member in get_args(annotation) if _is_class(member)]
+            tagged = [member for member in classes if part in get_args(member.model_fields["source"].annotation)]
+            if not tagged:
+                break
+            annotation = tagged[0]
+            continue
+        keys.append(str(part))
+        allowed = list(annotation.model_fields) if _is_class(annotation) else []
+        if str(part) in allowed:
+            annotation = annotation.model_fields[str(part)].annotation
+        else:
+            annotation = get_args(annotation)[-1] if get_origin(annotation) in (dict, list) else None
+    return keys, allowed
 
 
 def parse(cls: type[P], data: Any, source: str) -> P:
@@ -412,17 +429,21 @@ def parse(cls: type[P], data: Any, source: str) -> P:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        found, more = first["input"], error.error_count() - 1
+        first, *others = error.errors(include_url=False)
+        keys, allowed = _walk(cls, first["loc"])
+        key, found = ".".join(keys) or "(top level)", first["input"]
         said = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            said = f"unknown key; {_closest(str(first['loc'][-1]), _fields_of(cls, first['loc']))}"
-            found = first["loc"][-1]
+            said = f"unknown key; {_closest(keys[-1], allowed)}"
+            found = keys[-1]
         elif first["type"] == "missing":
             said, found = "missing", "nothing"
+        elif first["type"] == "float_type" and isinstance(found, str) and any(map(str.isdigit, found)):
+            said += ", without quotes and with a decimal point before any exponent"
+        alike = [other for other in others if _walk(cls, other["loc"])[0] == keys]  # other members of one union
+        said = " or ".join([said, *(other["msg"] for other in alike)])
         shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r})"
-        rest = f" [and {more} more]" if more else ""
+        rest = f" [and {len(others) - len(alike)} more]" if len(others) > len(alike) else ""
         raise ConfigError(f"{source}: {key}: {said}{shown}; edit {source}{rest}") from None
 
 
@@ -431,7 +452,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run from the project's top folder") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
@@ -471,6 +492,7 @@ def render_profile(name: str) -> str:
     from io import StringIO
 
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in known:
@@ -483,7 +505,12 @@ def render_profile(name: str) -> str:
     round_trip.width = 4096
     document = round_trip.load(text)
     path = PROFILES / f"{name}.yaml"
-    _merge(document, round_trip.load(path.read_text(encoding="utf-8")), str(path))
+    read_yaml(path)
+    try:
+        overrides = round_trip.load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    _merge(document, overrides, str(path))
     document["profile"] = name
     out = StringIO()
     round_trip.dump(document, out)
@@ -503,7 +530,7 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
 def use_profile(name: str, *, discard_edits: bool = False) -> str:
     """Write params.yaml for ``name``; refuses while params.yaml holds edits by hand. Returns what it did."""
     wanted = render_profile(name)
-    if PARAMS.exists():
+    if PARAMS.exists() and not discard_edits:
         current = read_yaml(PARAMS)
         if current == yaml.safe_load(wanted):
             return f"params.yaml: already profile {name}"
@@ -511,7 +538,7 @@ def use_profile(name: str, *, discard_edits: bool = False) -> str:
         clean = flatten(yaml.safe_load(render_profile(now)))
         found = flatten(current)
         edits = [key for key in clean.keys() | found.keys() if clean.get(key) != found.get(key)]
-        if edits and not discard_edits:
+        if edits:
             raise ConfigError(
                 f"params.yaml: holds {len(edits)} edit(s) by hand over profile {now} "
                 f"({', '.join(sorted(edits)[:5])}); keep them in a profile of your own under conf/profiles/, "

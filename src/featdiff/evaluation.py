@@ -105,8 +105,7 @@ def _row(sample: Sample, mode: str, draw: int, completion: str, parsed: str | No
 
 def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
     choice = int(scores.argmax())
-    text = sample.options[choice]
-    return _row(sample, rule, 0, text, LETTERS[choice], text == sample.answer, "")
+    return _row(sample, rule, 0, sample.options[choice], LETTERS[choice], choice == sample.right_option, "")
 
 
 def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int) -> list[Row]:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from featdiff import artifact
 from featdiff.artifact import ContractError
@@ -109,10 +110,18 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
         _exit(f"{label}: {error}", EXIT_BAD_INPUT)
     except Stopped as error:
         _exit(f"{label}: stopped by {error}; nothing was published; start it again with dvc repro", EXIT_STOPPED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not _disk_full(error):
             raise
-        _exit(f"{label}: {error.filename or target}: no space left on device; free some and run dvc repro", EXIT_BAD_INPUT)
+        place = getattr(error, "filename", None) or target
+        _exit(f"{label}: {place}: no space left on device; free some and run dvc repro", EXIT_BAD_INPUT)
+
+
+def _disk_full(error: OSError | SafetensorError) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"os error {code}" in str(error) for code in codes)  # safetensors passes the code on in words only
 
 
 def source_files(name: str) -> list[Path]:
@@ -171,7 +180,9 @@ def main(arguments: list[str]) -> None:
     threads = environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", hardware, "--num_cpu_threads_per_process", threads, *arguments]
+    quiet = "--quiet"  # a stage that stopped has said why; the launcher's own traceback would bury it
+    command = [sys.executable, "-m", "accelerate.commands.launch", quiet, "--config_file", hardware, "--num_cpu_threads_per_process", threads, *arguments]
+    _die_with_parent()  # holds for the launcher too: it survives execve
     os.execve(sys.executable, command, environment)
 
 

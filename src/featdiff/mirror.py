@@ -26,6 +26,8 @@ from featdiff.tracking import home, runs_folder
 POLL_SECONDS = 3.0
 GIVE_UP_SECONDS = 60.0
 """So long a follower tries a store that fails; the next stage starts another."""
+REQUEST_SECONDS = 10
+"""So long a server may take over one answer."""
 STUCK_SECONDS = 150
 """No single request or import takes so long: the process ends itself, and loses nothing."""
 SETTLED = "mirror.json"
@@ -43,7 +45,7 @@ def say(text: str) -> None:
 def prepare_environment() -> None:
     """Settings of MLflow's client for this process only: short patience, no chatter, no reports to its makers."""
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the parent of every run
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(REQUEST_SECONDS)
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     for name, value in {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}.items():

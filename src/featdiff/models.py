@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
@@ -28,7 +29,7 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     characters = sorted(set("".join(texts)))
     vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, UNKNOWN, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # "." would leave line ends out
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
     return PreTrainedTokenizerFast(
@@ -58,9 +59,13 @@ def load_model(folder: Path) -> PreTrainedModel:
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ContractError(folder, "weights", "config.json and *.safetensors", "none", "point at a folder written by save_pretrained")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ContractError(folder, "weights", "a causal language model", str(error).splitlines()[0], "replace the folder") from None
+    if absent := sorted(report["missing_keys"]):  # the library only warns, and starts these at random
+        raise ContractError(folder, absent[0], "every weight of the configuration", "none", "replace the folder")
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise ContractError(folder, name, "finite weights", "NaN or infinity", "retrain, or take an earlier checkpoint")

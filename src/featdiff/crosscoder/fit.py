@@ -20,6 +20,7 @@ from featdiff.crosscoder.model import Crosscoder
 
 READ_ROWS = 8192
 THRESHOLD_MEMORY = 0.99
+GUESS = 0.8
 
 
 def _statistics(source: ActivationSource, stop: int) -> tuple[Tensor, Tensor, float]:
@@ -56,9 +57,10 @@ class _Step:
             ramp = min(1.0, (self.step + 1) / max(1.0, params.l1_warmup_share * params.steps))
             loss = l1_loss(self.crosscoder, x_BMD, params.l1_weight * ramp)
         else:
-            cutoff = self._cutoff(x_BMD)
+            f_BF = self.crosscoder.preactivations(x_BMD)
+            cutoff = self._cutoff(f_BF.detach())
             dead_F = self.idle_F >= params.dead_after_tokens
-            loss = batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance)
+            loss = batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance, f_BF)
             with torch.no_grad():
                 memory = THRESHOLD_MEMORY if self.step else 0.0
                 self.crosscoder.threshold.mul_(memory).add_(cutoff, alpha=1 - memory)
@@ -68,13 +70,13 @@ class _Step:
         return loss
 
     @torch.no_grad()
-    def _cutoff(self, x_BMD: Tensor) -> Tensor:
+    def _cutoff(self, f_BF: Tensor) -> Tensor:
         """Cutoff of the whole batch, over all processes: each sends only what can be among the largest."""
-        value = self.crosscoder.preactivations(x_BMD) * self.crosscoder.decoder_norms().sum(1)
+        value = f_BF * self.crosscoder.decoder_norms().sum(1)
         count = self.params.k * self.params.batch_tokens
         if self.accelerator.num_processes > 1:
             value = self.accelerator.gather(value.flatten().topk(min(count, value.numel())).values)
-        return batch_top_k(value, count)
+        return batch_top_k(value, count, self.crosscoder.threshold * GUESS if self.step else None)
 
 
 def fit(

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from featdiff.config import ReportParams
-from featdiff.report import model_figures, paper, set_figures, tables
+from featdiff.report import crosscoder_figures, model_figures, paper, set_figures, tables
 from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR
 from featdiff.report.evidence import MODELS, Evidence
 from featdiff.report.paired import Estimate
@@ -50,21 +50,23 @@ class Example:
     answers: list[Answer]
 
 
-def render(evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: ReportParams, parents: Mapping[str, str]) -> str:
+def render(
+    evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: ReportParams, profile: str, parents: Mapping[str, str]
+) -> str:
     """The report as one HTML document; ``parents`` are the hashes of the artifacts it was made from."""
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "number": number, "signed": signed, "percent": percent, "count": count, "compact": compact, "listed": listed, "json": _embedded,
-    }  # fmt: skip
+    writers = (number, signed, percent, count, compact, listed)
+    environment.filters |= {writer.__name__: writer for writer in writers} | {"json": _embedded}
     environment.globals |= {"interval": interval, "things": things}
     found = evidence.localize["status"] == "found"
-    paired = [table for table in _published(evidence, params)]
-    return environment.get_template("template.html.j2").render(
+    page = environment.get_template("template.html.j2").render(
         params=params,
+        profile=profile,
+        seed=judge.seed,
         evidence=evidence,
         verdicts=verdicts,
         bars=headline(evidence, judge),
@@ -80,17 +82,17 @@ def render(evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: Re
         effect_tables=[
             (label, table) for purpose, label in set_figures.PURPOSES.items() if (table := tables.effect(evidence, purpose))
         ],
-        paper_tables=paired,
+        paper_tables=_published(evidence, params),
         accuracy=model_figures.accuracy(evidence),
-        overlaps=model_figures.overlaps(evidence),
+        overlaps=crosscoder_figures.overlaps(evidence),
         effects=set_figures.effect_strips(evidence),
         panels={
             "manner": model_figures.manner(evidence),
             "training": model_figures.training(evidence),
-            "curves": model_figures.crosscoder_curves(evidence),
-            "nrn": model_figures.nrn(evidence),
-            "mas": model_figures.mas(evidence),
-            "trajectories": model_figures.trajectories(evidence),
+            "curves": crosscoder_figures.curves(evidence),
+            "nrn": crosscoder_figures.nrn(evidence),
+            "mas": crosscoder_figures.mas(evidence),
+            "trajectories": crosscoder_figures.trajectories(evidence),
             "scores": set_figures.scores(evidence),
             "tuning": set_figures.tuning(evidence),
             "doses": set_figures.doses(evidence),
@@ -102,6 +104,7 @@ def render(evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: Re
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
     )
+    return page.lstrip()
 
 
 def _embedded(value: Any) -> Markup:
@@ -157,9 +160,15 @@ def examples(evidence: Evidence, judge: Judge, most: int) -> list[Example]:
             options=evidence.questions[key].options,
             reference=evidence.questions[key].answer,
             answers=[
-                Answer(label, colour, _cut(row["completion"]), row["correct"], MANNER_NAMES.get(row["manner"], ""))
+                Answer(
+                    label,
+                    colour,
+                    _cut(row["completion"] or row["parsed"] or ""),
+                    row["correct"],
+                    MANNER_NAMES.get(row["manner"], ""),
+                )
                 for arm, label, colour in shown
-                if (row := given[key].get(arm))
+                for row in filter(None, [given[key].get(arm)])
             ],
         )
         for key in turns[:most]

@@ -123,12 +123,46 @@ def error_bars(values: Sequence[float], lows: Sequence[float | None], highs: Seq
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.2, "width": 2.5, "color": INK}
 
 
-def heat(alpha: float = 0.75) -> list[list[Any]]:
-    """One hue from clear to strong, readable over both themes."""
-    return [[0, "rgba(47,127,208,0.05)"], [1, f"rgba(47,127,208,{alpha})"]]
+def matrix(x: Sequence[Any], y: Sequence[Any], z: Sequence[Sequence[float | None]], hover: str) -> Trace:
+    """A heat map of shares with its numbers written in: one hue from clear to strong, readable over both themes."""
+    return {
+        "type": "heatmap",
+        "x": list(x),
+        "y": list(y),
+        "z": z,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[0, "rgba(47,127,208,0.05)"], [1, "rgba(47,127,208,0.75)"]],
+        "showscale": False,
+        "xgap": 2,
+        "ygap": 2,
+        "texttemplate": "%{z:.2f}",
+        "textfont": {"color": INK, "size": 12},
+        "hovertemplate": f"{hover}<extra></extra>",
+    }
 
 
 def mixed(colour: str, alpha: float) -> str:
     """``#rrggbb`` with transparency."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
+
+
+def lines(
+    key: str, heading: str, drawn: list[tuple[str, str, list[tuple[float, float]]]], x: str, y: str, zero: bool = True
+) -> Figure:
+    """A small line plot; ``drawn`` holds name, colour and (x, y) points of each line."""
+    traces: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if len(points) < 12 else "lines",
+            "name": name,
+            "x": [point[0] for point in points],
+            "y": [point[1] for point in points],
+            "line": {"color": colour, "width": 2},
+            "hovertemplate": f"{name}: %{{y:.4g}} at %{{x}}<extra></extra>",
+        }
+        for name, colour, points in drawn
+    ]
+    rangemode = {"rangemode": "tozero"} if zero else {}
+    return Figure(key, heading, traces, layout({"title": title(x)}, {"title": title(y), "nticks": 6} | rangemode), 240)

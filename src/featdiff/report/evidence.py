@@ -18,6 +18,9 @@ from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
 MODELS = ("base", "sft", "grpo")
 ROLES = ("train", "find", "heldout", "control")
 
+NOT_TESTED: dict[str, Any] = {"choice": {}, "tuning": [], "dose": [], "effects": [], "edited": []}
+"""What is known of interventions where no feature set was found."""
+
 Row = dict[str, Any]
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -124,6 +127,7 @@ def load(read: Callable[[str], Path]) -> Evidence:
         attribution / "features.parquet", "fit feature_id dead firing_rate nrn mas_base mas_sft mas_grpo feature_class"
     )
     fits = dict.fromkeys(row["fit"] for row in features)
+    found = read_json(localize / "features.json")
     return Evidence(
         tasks=tasks,
         questions={
@@ -142,7 +146,9 @@ def load(read: Callable[[str], Path]) -> Evidence:
         },
         answers={
             model: _rows(
-                folder / "samples.parquet", "sample_id task split mode draw completion correct manner", ("split", ["report"])
+                folder / "samples.parquet",
+                "sample_id task split mode draw completion parsed correct manner",
+                ("split", ["report"]),
             )
             for model, folder in evals.items()
         },
@@ -150,28 +156,32 @@ def load(read: Callable[[str], Path]) -> Evidence:
         features=features,
         overlap=_rows(dynamics / "overlap.parquet", "arm top a b overlap"),
         trajectories=_rows(dynamics / "trajectories.parquet", "arm checkpoint feature_id change rank"),
-        localize=read_json(localize / "features.json"),
+        localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
-        choice=read_json(intervene / "choice.json"),
-        tuning=_rows(intervene / "tuning.parquet", "purpose edit positions dose task role n accuracy steps"),
-        dose=_rows(intervene / "dose.parquet", "dose arm draw task role n accuracy"),
-        effects=_rows(
-            intervene / "effects.parquet",
-            "purpose model arm draw task role subset n accuracy baseline effect low high steps steps_baseline parse_failures "
-            "random_low random_high beyond_random",
-        ),
-        edited=_rows(
-            intervene / "samples.parquet",
-            "purpose model arm draw sample_id task completion correct manner",
-            ("arm", ["none", "set"]),
-        ),
+        **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
+
+
+def _interventions(folder: Path) -> dict[str, Any]:
+    """The tables of `intervene`, which writes them where there is a feature set to test."""
+    effects = (
+        "purpose model arm draw task role subset n accuracy baseline effect low high steps steps_baseline parse_failures "
+        "random_low random_high beyond_random"
+    )
+    answers = "purpose model arm draw sample_id task completion parsed correct manner"
+    return {
+        "choice": read_json(folder / "choice.json"),
+        "tuning": _rows(folder / "tuning.parquet", "purpose edit positions dose task role n accuracy steps"),
+        "dose": _rows(folder / "dose.parquet", "dose arm draw task role n accuracy"),
+        "effects": _rows(folder / "effects.parquet", effects),
+        "edited": _rows(folder / "samples.parquet", answers, ("arm", ["none", "set"])),
+    }
 
 
 def _rows(path: Path, columns: str, only: tuple[str, list[str]] | None = None) -> list[Row]:
     """Rows with ``columns`` (names in one string), optionally those whose column is one of some values.
 
-    A table without rows may lack columns: that is how a stage says that there was nothing to measure."""
+    A table without rows may lack columns."""
     wanted = columns.split()
     if not path.exists():
         return read_rows(path)

@@ -26,9 +26,15 @@
       font: { color: css.getPropertyValue("--ink").trim(), size: 12 },
     };
     layout.autosize = true;
-    Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
+    Plotly.react(plot, data, layout, { displayModeBar: false });
     plot.dataset.drawn = "yes";
   }
+
+  const sized = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      if (target.dataset.drawn && target.offsetParent) Plotly.Plots.resize(target);
+    }
+  });
 
   const near = new IntersectionObserver(
     (entries) => {
@@ -39,7 +45,7 @@
     { rootMargin: "600px" },
   );
   const plots = [...document.querySelectorAll(".plot")];
-  plots.forEach((plot) => near.observe(plot));
+  plots.forEach((plot) => (near.observe(plot), sized.observe(plot)));
 
   function drawNext() {
     const plot = plots.find((candidate) => !candidate.dataset.drawn && candidate.offsetParent);

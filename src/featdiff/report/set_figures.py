@@ -18,9 +18,9 @@ from featdiff.report.charts import (
     Panel,
     Trace,
     error_bars,
-    heat,
     layout,
     line,
+    matrix,
     mixed,
     role_bands,
     task_axis,
@@ -59,7 +59,7 @@ def scores(evidence: Evidence, top: int = 25) -> Panel | None:
             "text": [str(row["feature_id"]) for row in rows],
             "textposition": "none",
             "customdata": [row["frequency"] for row in rows],
-            "hovertemplate": "feature %{text}: score %{y:.3f}, above threshold in %{customdata:.0%} of resamples<extra></extra>",
+            "hovertemplate": "feature %{text}: %{y:.3f}<br>above threshold in %{customdata:.0%} of resamples<extra></extra>",
         }
         look = layout({"title": title("rank"), "nticks": 6}, {"title": title("score"), "rangemode": "tozero", "nticks": 5})
         look["shapes"] = [line(0.4, len(rows) + 0.6, bound, bound, dash="dash", colour=INK)]
@@ -78,12 +78,12 @@ def scores(evidence: Evidence, top: int = 25) -> Panel | None:
 
 
 def tuning(evidence: Evidence) -> Panel | None:
-    """Mean accuracy on the tune split for every edit, position and dose that was tried; the chosen one framed."""
+    """Mean accuracy on the tune split, over the tasks features were found on, for every edit that was tried."""
     figures = []
-    for purpose, edit in sorted(
-        {(row["purpose"], row["edit"]) for row in evidence.tuning}, key=lambda pair: (pair[0] != "zero_grpo", pair[1])
-    ):
-        rows = [row for row in evidence.tuning if (row["purpose"], row["edit"]) == (purpose, edit)]
+    tried = [row for row in evidence.tuning if row["role"] == "find"]
+    edits = dict.fromkeys((row["purpose"], row["edit"]) for row in tried)
+    for purpose, edit in sorted(edits, key=lambda pair: (pair[0] != "zero_grpo", pair[1])):
+        rows = [row for row in tried if (row["purpose"], row["edit"]) == (purpose, edit)]
         positions = list(dict.fromkeys(row["positions"] for row in rows))
         doses = sorted({row["dose"] for row in rows}, key=lambda dose: -1.0 if dose is None else dose)
         grid = [
@@ -92,37 +92,18 @@ def tuning(evidence: Evidence) -> Panel | None:
         ]
         choice = evidence.choice.get("zero" if edit == "zero" else "amplify") or {}
         labels = ["0" if dose is None else f"{dose:g}" for dose in doses]
-        trace: Trace = {
-            "type": "heatmap",
-            "x": labels,
-            "y": positions,
-            "z": grid,
-            "zmin": 0,
-            "zmax": 1,
-            "colorscale": heat(),
-            "showscale": False,
-            "xgap": 2,
-            "ygap": 2,
-            "texttemplate": "%{z:.2f}",
-            "textfont": {"color": INK, "size": 12},
-            "hovertemplate": "%{y}, dose %{x}: mean accuracy %{z:.3f}<extra></extra>",
-        }
-        x = {
-            "type": "category",
-            "title": title("factor" if edit in ("zero", "scale") else "dose"),
-            "ticks": "",
-            "showgrid": False,
-        }
+        trace = matrix(labels, positions, grid, "%{y}, dose %{x}: mean accuracy %{z:.3f}")
+        x = {"type": "category", "title": title("factor" if edit in ("zero", "scale") else "dose"), "ticks": ""}
         look = layout(x, {"autorange": "reversed", "ticks": "", "showgrid": False})
-        if choice.get("edit", "zero") == edit and choice.get("positions") in positions and choice.get("dose") in doses:
-            i, j = doses.index(choice.get("dose")), positions.index(choice["positions"])
+        dose = doses[0] if edit == "zero" else choice.get("dose")
+        if choice.get("edit", "zero") == edit and choice.get("positions") in positions and dose in doses:
+            i, j = doses.index(dose), positions.index(choice["positions"])
             frame = {"type": "rect", "x0": i - 0.5, "x1": i + 0.5, "y0": j - 0.5, "y1": j + 0.5}
             look["shapes"] = [frame | {"line": {"color": SET_COLOUR, "width": 3}}]
-        heading = f"{PURPOSES.get(purpose, purpose)}: {edit}" if edit != "zero" else PURPOSES.get(purpose, purpose)
+        heading = PURPOSES[purpose] if edit == "zero" else f"{PURPOSES[purpose]}: {edit}"
         figures.append(Figure(f"tuning-{purpose}-{edit}", heading, [trace], look, 110 + 38 * len(positions)))
-    tasks = {row["task"] for row in evidence.tuning}
-    sizes = sorted({row["n"] for row in evidence.tuning})
-    caption = f"Tune split, mean over {len(tasks)} tasks, n = {sizes[0] if sizes else 0} per task. Framed: the choice, made for all tasks at once."
+    tasks, least = {row["task"] for row in tried}, min((row["n"] for row in tried), default=0)
+    caption = f"Tune split, mean over {len(tasks)} tasks, n = {least} per task. Framed: the choice, made for all tasks at once."
     return Panel(figures, caption, [("chosen", SET_COLOUR)], tile_for(len(figures), 3)) if figures else None
 
 
@@ -189,8 +170,9 @@ def doses(evidence: Evidence) -> Panel | None:
     choice = evidence.choice.get("amplify") or {}
     draws = len({row["draw"] for row in evidence.dose if row["arm"] == "random"})
     caption = (
-        f"Amplified in the base: edit {choice.get('edit')}, positions {choice.get('positions')}, chosen dose {choice.get('dose')}. Tune split. "
-        f"Band: 5th to 95th percentile of {draws} matched random sets, line inside: their median. Dotted: base and GRPO unedited."
+        f"Amplified in the base: edit {choice.get('edit')}, positions {choice.get('positions')}, chosen dose "
+        f"{choice.get('dose')}. Tune split. Band: 5th to 95th percentile of {draws} matched random sets, line inside: median. "
+        "Dotted: base and GRPO unedited."
     )
     legend = [
         ("feature set", SET_COLOUR),
@@ -214,9 +196,13 @@ def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:
         figures = [figure for purpose in PURPOSES if (figure := _strip(evidence, purpose, subset))]
         if not figures:
             continue
-        caption = "Report split; change in accuracy against the same questions unedited, with interval. The no-op (factor 1) is the zero line."
+        caption = (
+            "Report split; change in accuracy against the same questions unedited, with interval. "
+            "The no-op (factor 1) is the zero line."
+        )
         if subset == "flipped":
-            caption += " Flipped: base wrong, GRPO right. These are chosen by their outcome: any damage lowers GRPO, any change can only raise base."
+            caption += " Flipped: base wrong, GRPO right. They are chosen by their outcome: any damage lowers GRPO, "
+            caption += "any change can only raise base."
             if any(task.options for task in evidence.tasks.values()):
                 caption += " Dashed: 1/(K−1), what a random flip among K options gives."
         legend = [("feature set", SET_COLOUR), ("matched random sets, one ring per draw", RANDOM), ("reconstruction only", INK)]
@@ -312,19 +298,20 @@ def manner_before_after(evidence: Evidence) -> Panel | None:
         if not rows:
             continue
         names = [row["task"] for row in rows]
-        joined = [value for row in rows for value in (row["steps_baseline"], row["steps"], None)]
+        own, quiet = MODEL_COLOURS[EDITED_MODEL[purpose]], {"type": "scatter", "mode": "markers", "y": names}
+        span = [value for row in rows for value in (row["steps_baseline"], row["steps"], None)]
+        joined = quiet | {"mode": "lines", "x": span, "y": [name for name in names for _ in range(3)], "hoverinfo": "skip"}
         ends: list[Trace] = [
-            {"type": "scatter", "mode": "lines", "x": joined, "y": [name for name in names for _ in range(3)],
-             "line": {"color": MUTED, "width": 2}, "hoverinfo": "skip"},
-            {"type": "scatter", "mode": "markers", "x": [row["steps_baseline"] for row in rows], "y": names,
-             "marker": {"size": 10, "color": MODEL_COLOURS[EDITED_MODEL[purpose]]}, "hovertemplate": "%{y}, unedited: %{x:.0%}<extra></extra>"},
-            {"type": "scatter", "mode": "markers", "x": [row["steps"] for row in rows], "y": names,
-             "marker": {"size": 10, "symbol": "diamond", "color": SET_COLOUR}, "hovertemplate": "%{y}, edited: %{x:.0%}<extra></extra>"},
-        ]  # fmt: skip
+            joined | {"line": {"color": MUTED}},
+            quiet | {"x": [row["steps_baseline"] for row in rows], "marker": {"size": 10, "color": own}},
+            quiet | {"x": [row["steps"] for row in rows], "marker": {"size": 10, "symbol": "diamond", "color": SET_COLOUR}},
+        ]
+        for trace, word in zip(ends[1:], ("unedited", "edited"), strict=True):
+            trace["hovertemplate"] = f"%{{y}}, {word}: %{{x:.0%}}<extra></extra>"
         look = layout(
             {"range": [-0.04, 1.04], "tickformat": ".0%", "dtick": 0.5, "showgrid": True},
             {"autorange": "reversed", "ticks": ""},
         )
         figures.append(Figure(f"steps-{purpose}", label, ends, look, 90 + 24 * len(names)))
-    caption = "Share of answers given step by step, from the unedited model (circle) to the edited one (diamond). Report split, all samples."
+    caption = "Share of answers given step by step: unedited model (circle), edited (diamond). Report split, all samples."
     return Panel(figures, caption, [("edited", SET_COLOUR)], 260) if figures else None

@@ -55,7 +55,7 @@ def _round(value: float | None) -> float | None:
 
 
 def curated(summary: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers by which runs are compared in a list: verdicts (1 supported, 0 undecided, −1 not), accuracies, set size."""
+    """The few numbers by which runs are compared: verdicts (1 supported, 0 undecided, −1 not), accuracies, set size."""
     worth = {"supported": 1, "undecided": 0, "not supported": -1}
     return {
         "verdict": {key: worth[status] for key, status in summary["verdicts"].items()},

@@ -152,6 +152,7 @@ class Judge:
             mode, tasks = "sampled", self._something_to_lose("sampled")
             rule = "sampled answers (greedily, the base has nothing to lose)"
         lost = self.estimate(tasks, self.outcomes.model("sft", mode), self.outcomes.model("base", mode)) if tasks else None
+        own = self.estimate(evidence.far, self.outcomes.model("sft"), self.outcomes.model("base"))
         behind = self.estimate(evidence.far, self.outcomes.model("sft"), self.outcomes.model("grpo"))
         criteria = (
             Criterion(
@@ -163,6 +164,10 @@ class Judge:
             Criterion(
                 f"SFT ends at least {number(p.min_effect)} below GRPO on the tasks away from math: {change(behind)}",
                 at_least(_reversed(behind), p.min_effect),
+            ),
+            Criterion(
+                f"by the tasks' own rule SFT does not rise {number(p.min_effect)} above the base on them: {change(own)}",
+                None if own is None else at_least(own, p.min_effect) is not True,
             ),
         )
         if not tasks:
@@ -177,7 +182,8 @@ class Judge:
                 f"by {rule}; SFT − GRPO on all tasks away from math: {change(behind)}."
             )
             weak = (
-                "Seen only in sampled answers: the base seldom shows what it knows, and greedy accuracy cannot fall."
+                "Seen only in sampled answers, in which the base shows what it seldom shows greedily; "
+                f"greedily SFT − base is {change(own)}."
                 if mode
                 else "One training run; how foreign the teacher's wording is decides much (prepare.teacher)."
             )
@@ -220,7 +226,8 @@ class Judge:
                 None if not spread or (min(spread) < p.overlap_margin and max(spread) > 0) else min(spread) >= p.overlap_margin,
             ),
             Criterion(
-                f"GRPO changes less in all: sum of mean changes {short(moved['grpo'])} against {short(moved['sft'])} in SFT",
+                f"GRPO changes less: sum of mean changes over the features followed {short(moved['grpo'])}, "
+                f"SFT {short(moved['sft'])}",
                 None if moved["sft"] is None or moved["grpo"] is None else moved["grpo"] < moved["sft"],
             ),
         )
@@ -230,7 +237,8 @@ class Judge:
             "SFT adds many specialised features that freeze early; RL changes few and keeps changing them",
             decide(criteria),
             f"Features of one arm alone, SFT against GRPO: {words}. Overlap of checkpoint {early} with the last "
-            f"(top-n sets, mean over n): SFT {number(frozen)}, GRPO {number(moving)}; total change SFT {short(moved['sft'])}, GRPO {short(moved['grpo'])}.",
+            f"(top-n sets, mean over n): SFT {number(frozen)}, GRPO {number(moving)}; "
+            f"total change SFT {short(moved['sft'])}, GRPO {short(moved['grpo'])}.",
             (f"It fails or stays open at this: {open_one.text}. " if open_one else "")
             + "One training run and one crosscoder seed per count: no noise floor between seeds yet.",
             criteria,
@@ -289,9 +297,10 @@ class Judge:
         )
         verb = "Zeroing" if sign < 0 else "Amplifying"
         said = (
-            f"{verb} {things(evidence.set_size, 'feature')} ({percent(share)}) changes accuracy by {change(on_found)} questions "
-            f"on the {things(len(found), 'task')} it was found on and {change(on_heldout)} on "
-            f"{things(len(heldout), 'held-out task')}; beyond all {draws} matched random sets on {len(beyond['found'])} of {len(found)} and {len(beyond['heldout'])} of {len(heldout)}."
+            f"{verb} {things(evidence.set_size, 'feature')} ({percent(share)}) changes accuracy by {change(on_found)} "
+            f"questions on the {things(len(found), 'task')} it was found on and {change(on_heldout)} on "
+            f"{things(len(heldout), 'held-out task')}; beyond all {draws} matched random sets on "
+            f"{len(beyond['found'])} of {len(found)} and {len(beyond['heldout'])} of {len(heldout)}."
         )
         status = decide(criteria)
         if status == "supported" and all(past_percentile(rows[task], sign) for task in found):

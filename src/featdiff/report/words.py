@@ -40,7 +40,10 @@ def percent(share: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
-    return "" if low is None or high is None else f"[{number(low, digits)},{NBSP}{number(high, digits)}]"
+    """``[low, high]``; empty where there is none."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"[{number(low, digits)},{NBSP}{number(high, digits)}]"
 
 
 def change(estimate: Estimate | None) -> str:

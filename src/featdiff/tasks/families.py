@@ -89,7 +89,7 @@ def _sub(rng: Rng) -> Problem:
 
 
 def _mul(rng: Rng) -> Problem:
-    a, b = int(rng.integers(10, 150)), int(rng.integers(2, 10))
+    a, b = int(rng.integers(10, 110)), int(rng.integers(2, 10))
     units, tens = (a % 10) * b, (a // 10) * b
     return Problem(
         prompt=f"mul {a}*{b}=",

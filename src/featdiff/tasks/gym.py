@@ -16,7 +16,7 @@ import numpy as np
 
 from featdiff.artifact import ContractError
 from featdiff.config import ReasoningGymTask
-from featdiff.tasks.task import GENERATION, SPLITS, Sample, TaskInfo
+from featdiff.tasks.task import ANSWER, GENERATION, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
 
 ATTEMPTS = 50
@@ -147,6 +147,8 @@ class GymSource:
                 return
             entry = dataset[index]
             prompt = f"{entry['question']} {self.task.instruction}".strip()
+            if not self.info.chat:
+                prompt = f"{QUESTION}{prompt}{ANSWER}"
             if prompt in seen or not self._answerable(prompt, entry):
                 continue
             seen.add(prompt)
@@ -174,7 +176,7 @@ class GymSource:
         return [
             self._sample(
                 f"{self.name}-train-{i:05d}", "train", prompt, entry,
-                solution(self.task.dataset, entry["metadata"], entry["answer"], self.teacher),
+                ("" if self.info.chat else " ") + solution(self.task.dataset, entry["metadata"], entry["answer"], self.teacher),
             )
             for i, (prompt, entry) in enumerate(self._entries(count, banned, rng))
         ]  # fmt: skip

@@ -98,13 +98,14 @@ def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.G
 
 
 def _worked(params: PrepareParams, count: int, banned: set[str], seed: int, rng: np.random.Generator) -> list[Text]:
-    """``count`` solved problems of the training domain, in equal shares of task and wording."""
+    """``count`` solved problems of the training domain, in equal shares of task and wording. A prompt that
+    does not lead into its solution (a chat turn) is parted from it by a line break."""
     parts = [
         (name, task, teacher) for name, task in params.tasks.items() if task.role == "train" for teacher in ("own", "foreign")
     ]
     shares = np.diff(np.linspace(0, count, len(parts) + 1).astype(int)).tolist()
     return [
-        Text(sample.prompt, f"\n{sample.solution}"[: params.corpus.max_chars], f"{name}/{teacher}")
+        Text(sample.prompt, ("\n" * params.chat + sample.solution)[: params.corpus.max_chars], f"{name}/{teacher}")
         for (name, task, teacher), share in zip(parts, shares, strict=True)
         for sample in _source(name, task, params, seed, teacher).train_samples(share, banned, rng)
     ]

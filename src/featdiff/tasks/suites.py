@@ -14,10 +14,9 @@ import numpy as np
 from featdiff.artifact import ContractError
 from featdiff.config import SuiteTask
 from featdiff.tasks.external import Row, read_rows
-from featdiff.tasks.task import GENERATION, LETTERS, SPLITS, Sample, TaskInfo
+from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade
 
-QUESTION, ANSWER = "Question: ", "\nAnswer:"
 LETTER_ONLY = "\nGive only the letter of the right option."
 NEEDED, OPTIONAL = {"question", "answer"}, {"options", "labels", "context", "solution"}
 
@@ -164,7 +163,8 @@ class SuiteSource:
         prompt = f"{QUESTION}{question.text}{ANSWER}"
         if self.listed:
             prompt = listed_prompt(prompt, options).removesuffix(ANSWER) + LETTER_ONLY + ANSWER
-        return Sample(sample_id, self.info.name, split, prompt, answer, options, question.solution)
+        solution = question.solution if self.info.chat or not question.solution else f" {question.solution}"
+        return Sample(sample_id, self.info.name, split, prompt, answer, options, solution)
 
     def _too_few(self, wanted: int, found: int, what: str) -> ContractError:
         left_out = ", ".join(f"{count} {why}" for why, count in self.left_out.items()) or "none"

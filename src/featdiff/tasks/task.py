@@ -19,6 +19,8 @@ from featdiff.artifact import ContractError, read_json, write_json
 SPLITS = ("find", "tune", "report")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GENERATION = "generation"
+QUESTION, ANSWER = "Question: ", "\nAnswer:"
+"""How a question of the outside world is put without a chat template."""
 
 
 @dataclass(frozen=True)

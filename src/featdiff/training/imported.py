@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from featdiff.artifact import ContractError
 
@@ -73,26 +74,31 @@ def _from_folder(folder: Path, precision: torch.dtype) -> tuple[Any, Any]:
 
 
 def _from_pretrained(source: str, name: str, precision: torch.dtype, **where: Any) -> tuple[Any, Any]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=precision, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
+            name,
+            dtype=precision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **where,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         said = " ".join(str(error).split())[:200]
         raise ContractError(
             source, "model", "a causal language model that loads", said, "correct the source or fetch it again"
         ) from None
-    # The library only warns of absent weights and starts them at random.
+    finally:
+        logging.set_verbosity(verbosity)
+    # The library only warns of weights that are absent or of another shape, and starts them at random.
     for kind in ("missing_keys", "mismatched_keys"):
-        if report.get(kind):
-            raise ContractError(
-                source,
-                "weights",
-                "every weight of the configuration",
-                f"{kind}: {sorted(report[kind])[0]}",
-                "fetch the model again",
-            )
+        if wrong := sorted(str(entry) for entry in report.get(kind) or ()):
+            found = f"{kind}: {wrong[0]}" + f" and {len(wrong) - 1} more" * (len(wrong) > 1)
+            raise ContractError(source, "weights", "every weight of the configuration", found, "fetch the model again")
     return model, tokenizer
 
 

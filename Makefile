@@ -1,0 +1,44 @@
+# featdiff: `make help` lists what can be done.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS ?= dev
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+PORT ?= 5000
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  PROFILE=name   with repro or profile: switch the profile first (conf/profiles/)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featdiff: Python 3.11 or newer is needed; say PYTHON=python3.11"; exit 2; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+install: $(STAMP)  ## create .venv and install from the constraints file (other targets do it too)
+
+profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits by hand)
+	@$(BIN)/python -m featdiff.config use $(PROFILE) $(if $(DISCARD),--discard)
+
+repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
+	dvc repro
+	@$(BIN)/python -m featdiff.mirror sync --wait 60
+	@echo "report: $(CURDIR)/report/index.html"
+
+test: $(STAMP)  ## the quick test suite
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types, quick tests
+	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -m 'not graph'
+
+format: $(STAMP)  ## format and mend what the linter can
+	@ruff format . && ruff check --fix .
+
+ui: $(STAMP)  ## open the tracking UI (PORT=5000)
+	@$(BIN)/python -m featdiff.mirror ui $(PORT)
+
+.PHONY: help install profile repro test check format ui

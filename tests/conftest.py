@@ -1,0 +1,135 @@
+"""What several test files share: a project in a temporary folder, and a tiny model with random weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share their cores with others
+
+import pytest
+import yaml
+
+from featdiff import artifact
+
+ROOT = Path(__file__).resolve().parents[1]
+ALPHABET = "abcdef =."
+
+
+class Project:
+    """A folder with this repository's sources, params of the profile ``organism`` and no artifacts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "ACCELERATE_"))}
+        self.environment |= {"FEATDIFF_MIRROR": "off", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def fill(self) -> Project:
+        shutil.copytree(ROOT / "conf", self.path / "conf")
+        shutil.copytree(ROOT / "stages", self.path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "dvc.yaml", self.path)
+        shutil.copy(ROOT / "conf/profiles/organism.yaml", self.path / "params.yaml")
+        (self.path / "src").symlink_to(ROOT / "src")
+        return self
+
+    def set(self, changes: dict[str, Any]) -> None:
+        """Change params, named by dotted keys."""
+        path = self.path / "params.yaml"
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for dotted, value in changes.items():
+            *sections, key = dotted.split(".")
+            place = params
+            for section in sections:
+                place = place[section]
+            place[key] = value
+        path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+
+    @contextmanager
+    def publishing(self, name: str) -> Iterator[Path]:
+        """A folder to fill, published at the end as the artifact ``name``."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield artifact.begin(target)
+        artifact.publish(target, params={}, code="", parents={})
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A Python process in the project's folder."""
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=self.path, env=self.environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The same, to its end (two minutes at most)."""
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=self.path, env=self.environment, text=True, capture_output=True,
+            check=False, timeout=120,
+        )  # fmt: skip
+
+    def refused(self, result: subprocess.CompletedProcess[str], out: str, *words: str) -> None:
+        """Assert that ``result`` is one line with all ``words``, a non-zero exit, and no trace of ``out``."""
+        assert result.returncode != 0
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        for word in words:
+            assert word in result.stderr
+        self.without(out)
+
+    def without(self, out: str) -> None:
+        assert not (self.path / out).exists()
+        assert not artifact.staging_path(self.path / out).exists()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path).fill()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of half a MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from featdiff.models import character_tokenizer
+
+    return character_tokenizer([ALPHABET])
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: Any) -> Callable[..., Any]:
+    """Qwen3 models of ``layers`` blocks of width 16, with weights large enough to give varied answers."""
+    import torch
+
+    from featdiff.config import Pretraining
+    from featdiff.models import organism_model
+
+    def make(seed: int = 0, layers: int = 2) -> Any:
+        size = Pretraining(
+            layers=layers, d_model=16, d_mlp=32, heads=2, row_tokens=64, batch_tokens=64, steps=1, lr=1.0, warmup_steps=0,
+            decay_share=0.0, prompt_weight=1.0, weight_decay=0.0,
+        )  # fmt: skip
+        model = organism_model(size, tokenizer, seed).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(0, 0.6, generator=generator)
+        return model
+
+    return make

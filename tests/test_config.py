@@ -1,0 +1,274 @@
+"""Parameters: what is refused and how, and the switch between profiles."""
+
+import ast
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from featdiff import config
+from featdiff.config import ConfigError, Study, flatten, load_params, load_study, main, parse, render_profile, use_profile
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "conf/profiles/organism.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+
+
+def said_about(change: dict[str, Any]) -> str:
+    """The message for the default params with ``change`` (dotted keys; None as value of ``-key`` removes it)."""
+    data = copy.deepcopy(DEFAULT)
+    for dotted, value in change.items():
+        *sections, key = dotted.removeprefix("-").split(".")
+        place = data
+        for section in sections:
+            place = place[section]
+        if dotted.startswith("-"):
+            del place[key]
+        else:
+            place[key] = value
+    with pytest.raises(ConfigError) as caught:
+        parse(Study, data, "params.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("params.yaml: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "near"),
+    [
+        ({"sfft": {}}, "sfft", "sft"),
+        ({"sft.epoch": 3}, "sft.epoch", "epochs"),
+        ({"base.pretraining.d_modle": 3}, "base.pretraining.d_modle", "d_model"),
+        ({"prepare.tasks.add.rolle": "find"}, "prepare.tasks.add.rolle", "role"),
+        ({"crosscoder.fits.joint_l1.los": "l1"}, "crosscoder.fits.joint_l1.los", "loss"),
+    ],
+)
+def test_a_typo_names_the_key_and_the_nearest_one(change: dict[str, Any], key: str, near: str) -> None:
+    assert said_about(change).startswith(f"params.yaml: {key}: unknown key; did you mean {near}?")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sft.epochs": "many"}, ["sft.epochs", "number", "'many'"]),
+        ({"sft.lr": "1e-3"}, ["sft.lr", "'1e-3'", "decimal point"]),
+        ({"sft.batch_size": 2.5}, ["sft.batch_size", "integer", "2.5"]),
+        ({"sft.batch_size": True}, ["sft.batch_size", "integer", "True"]),
+        ({"sft.lr": float("nan")}, ["sft.lr"]),
+        ({"sft.lr": float("inf")}, ["sft.lr", "finite"]),
+        ({"sft.lr": 0.0}, ["sft.lr", "greater than 0"]),
+        ({"localize.threshold": 1.5}, ["localize.threshold", "less than or equal to 1"]),
+        ({"prepare.teacher": "own_wording"}, ["prepare.teacher", "'own' or 'foreign'", "own_wording"]),
+        ({"prepare.tasks.add.role": "tran"}, ["prepare.tasks.add.role:", "'train'", "tran"]),
+        ({"prepare.tasks.add.source": "famly"}, ["prepare.tasks.add:", "famly", "'family'"]),
+        ({"prepare.tasks.Add": {"source": "family", "role": "find"}}, ["prepare.tasks.Add", "pattern"]),
+        ({"activations.layer": "midle"}, ["activations.layer:", "integer", "'middle'", "'midle'"]),
+        ({"crosscoder.fits.joint_l1.models": ["base", "rl", "sft"]}, ["crosscoder.fits.joint_l1.models.1", "'rl'"]),
+        ({"dynamics": None}, ["dynamics:"]),
+        ({"-seed": None}, ["seed: missing"]),
+        ({"-grpo.beta": None}, ["grpo.beta: missing"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_found(change: dict[str, Any], words: list[str]) -> None:
+    message = said_about(change)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"localize.fit": "joint_top"}, ["localize.fit = joint_top", "did you mean joint_topk?"]),
+        ({"grpo.steps": 251}, ["grpo", "steps = 251", "checkpoints = 5"]),
+        ({"grpo.micro_batch_size": 100}, ["grpo", "128", "micro_batch_size = 100"]),
+        ({"prepare.tasks": {"sort": {"source": "family", "role": "find"}}}, ["prepare", "role: train"]),
+        ({"prepare.tasks": {"add": {"source": "family", "role": "train"}}}, ["prepare", "role: find"]),
+    ],
+)
+def test_values_that_do_not_go_together(change: dict[str, Any], words: list[str]) -> None:
+    message = said_about(change)
+    for word in words:
+        assert word in message
+
+
+def test_several_mistakes_are_counted() -> None:
+    assert said_about({"sft.epoch": 3, "grpo.stepps": 1}).endswith("[and 1 more]")
+
+
+@pytest.mark.parametrize("text", ["seed: [", "- a\n", "", "\tseed: 1"])
+def test_a_file_that_is_no_mapping(text: str) -> None:
+    Path("params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^params\.yaml: ") as caught:
+        load_study()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_or_not_there() -> None:
+    Path("params.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_study()
+    Path("params.yaml").unlink()
+    with pytest.raises(ConfigError, match="not found; run from the project's top folder"):
+        load_study()
+
+
+def test_a_section_is_checked_with_the_whole_file() -> None:
+    params, seed = load_params("sft")
+    assert (params.model_dump(), seed) == (DEFAULT["sft"], DEFAULT["seed"])
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("n_features: 768", "n_feature: 768"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"crosscoder\.training\.n_feature"):
+        load_params("sft")
+
+
+def test_params_cannot_be_changed_once_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_study().sft.lr = 1.0
+
+
+def test_no_class_holds_a_default() -> None:
+    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    fields = [
+        (node.name, line)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "Params" for base in node.bases)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+    ]
+    assert len(fields) > 100
+    assert [(name, ast.unparse(line)) for name, line in fields if line.value is not None] == []
+    constraints = [call for _, line in fields for call in ast.walk(line.annotation) if isinstance(call, ast.Call)]
+    allowed = {"gt", "ge", "lt", "le", "pattern", "min_length", "max_length", "discriminator"}
+    assert {keyword.arg for call in constraints for keyword in call.keywords} <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/profiles").glob("*.yaml")))
+def test_every_profile_renders_and_parses(name: str) -> None:
+    text = render_profile(name)
+    study = parse(Study, yaml.safe_load(text), name)
+    assert study.profile == name
+    overrides = yaml.safe_load(Path(f"conf/profiles/{name}.yaml").read_text(encoding="utf-8"))
+    assert flatten(study.model_dump()).keys() >= {key for key in flatten(overrides) if "!" not in key}
+    if name != "organism":
+        assert text.count("#") >= 10  # the comments of the default survive
+
+
+def test_the_file_in_force_is_the_rendering_of_its_profile() -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    if (profile := yaml.safe_load(text)["profile"]) != "organism":
+        pytest.skip(f"params.yaml is switched to {profile}")
+    assert text == render_profile("organism")
+
+
+def test_a_profile_changes_what_it_names_and_nothing_else() -> None:
+    Path("conf/profiles/mine.yaml").write_text("sft: {lr: 0.25}\nprepare:\n  tasks!:\n    add: {source: family, role: train}\n")
+    with pytest.raises(ConfigError, match=r"conf/profiles/mine.yaml: prepare: no task has role: find"):
+        render_profile("mine")
+    Path("conf/profiles/mine.yaml").write_text("sft: {lr: 0.25}\nreport: {paper_model: Qwen3-4B}\n")
+    before, after = flatten(DEFAULT), flatten(yaml.safe_load(render_profile("mine")))
+    assert {key for key in before if before[key] != after[key]} == {"profile", "sft.lr", "report.paper_model"}
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sft: {lrr: 1.0}", ["mine.yaml: sft: lrr: unknown key; did you mean lr?"]),
+        ("stf: {lr: 1.0}", ["mine.yaml: stf: unknown key; did you mean sft?"]),
+        ("sft: {lr: fast}", ["mine.yaml: sft.lr", "'fast'"]),
+        ("sft: {lr: 1.0}\nsft: {lr: 2.0}", ["mine.yaml: not valid YAML", "duplicate"]),
+        ("", ["mine.yaml: expected a mapping"]),
+    ],
+)
+def test_a_profile_with_a_mistake(text: str, words: list[str]) -> None:
+    Path("conf/profiles/mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        use_profile("mine")
+    for word in words:
+        assert word in str(caught.value)
+    assert Path("params.yaml").read_bytes() == (ROOT / "conf/profiles/organism.yaml").read_bytes()
+
+
+def test_an_unknown_profile_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"profile 'nanno': unknown; did you mean nano\?"):
+        use_profile("nanno")
+    with pytest.raises(ConfigError, match="unknown"):
+        use_profile("../profiles/nano")
+
+
+def test_switching_there_and_back_gives_the_same_bytes() -> None:
+    before = Path("params.yaml").read_bytes()
+    assert use_profile("nano") == "params.yaml: now profile nano"
+    assert load_study().profile == "nano"
+    assert use_profile("nano") == "params.yaml: already profile nano"
+    use_profile("organism")
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_edits_by_hand_are_named_and_kept() -> None:
+    use_profile("nano")
+    edited = Path("params.yaml").read_text(encoding="utf-8").replace("teacher: foreign", "teacher: own")
+    Path("params.yaml").write_text(edited, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"1 edit\(s\) by hand over profile nano \(prepare\.teacher\).*DISCARD=1"):
+        use_profile("organism")
+    assert Path("params.yaml").read_text(encoding="utf-8") == edited
+    assert use_profile("organism", discard_edits=True) == "params.yaml: now profile organism"
+    assert load_study().prepare.teacher == "foreign"
+
+
+@pytest.mark.parametrize(
+    "edit", [("  lr: 0.0005", "  lrr: 0.0005"), ("seed: 0\n", ""), ("    sort: {source: family, role: find}\n", "")]
+)
+def test_added_and_removed_keys_are_edits_too(edit: tuple[str, str]) -> None:
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    assert text.count(edit[0]) >= 1
+    Path("params.yaml").write_text(text.replace(edit[0], edit[1], 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match="by hand over profile organism"):
+        use_profile("nano")
+
+
+def test_discarding_also_leaves_a_file_that_cannot_be_read() -> None:
+    for broken in ("profile: nosuch\n", "seed: ["):
+        Path("params.yaml").write_text(broken, encoding="utf-8")
+        with pytest.raises(ConfigError):
+            use_profile("nano")
+        use_profile("nano", discard_edits=True)
+        assert load_study().profile == "nano"
+
+
+def test_without_params_a_profile_is_written() -> None:
+    Path("params.yaml").unlink()
+    use_profile("nano")
+    assert load_study().profile == "nano"
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["use", "nano"])
+    main(["check"])
+    assert capsys.readouterr().out == "params.yaml: now profile nano\nparams.yaml: profile nano, all keys known\n"
+    for arguments in (["use", "nosuch"], ["switch"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("featdiff: ")
+        assert said.count("\n") == 1
+
+
+def test_reading_params_needs_no_torch() -> None:
+    code = (
+        "import sys, featdiff.config; print([name for name in ('torch', 'numpy', 'mlflow', 'ruamel') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

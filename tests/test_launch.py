@@ -1,0 +1,222 @@
+"""How a stage starts and ends: published whole or not at all, and one line where it was stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Project
+
+from featdiff import artifact
+
+GRAPH = """
+stages:
+  prepare:
+    cmd: python stages/prepare.py
+    deps: [stages/prepare.py]
+    params: [seed, prepare]
+    outs: [data]
+"""
+STAGE = """
+import sys
+from featdiff.artifact import ContractError
+from featdiff.launch import stage
+with stage("prepare", out="data") as run:
+    (run.out / "some.txt").write_text("half")
+    run.log(1, {"loss": 0.5})
+    run.metrics({"rows": 3})
+    print("begun", flush=True)
+    # here
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project of one stage, ``prepare``."""
+    return bare(tmp_path / "project")
+
+
+def bare(path: Path) -> Project:
+    (path / "stages").mkdir(parents=True)
+    shutil.copy(ROOT / "conf/profiles/organism.yaml", path / "params.yaml")
+    (path / "dvc.yaml").write_text(GRAPH, encoding="utf-8")
+    return Project(path)
+
+
+def body(project: Project, *lines: str) -> None:
+    text = STAGE.replace("    # here\n", "".join(f"    {line}\n" for line in lines))
+    (project.path / "stages/prepare.py").write_text(text, encoding="utf-8")
+
+
+def statuses(project: Project) -> list[str]:
+    records = sorted((project.path / ".featdiff/runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_text(encoding="utf-8"))["status"] for path in records]
+
+
+def begun(project: Project) -> subprocess.Popen[str]:
+    """The stage as a process that has written to its staging folder."""
+    process = project.start("stages/prepare.py")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def test_success_publishes_the_whole(project: Project) -> None:
+    body(project)
+    result = project.run("stages/prepare.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    data = project.path / "data"
+    artifact.verify(data)
+    assert {path.name for path in data.iterdir()} == {
+        "some.txt",
+        "metrics.json",
+        "metrics.jsonl",
+        "curves.csv",
+        "manifest.json",
+    }
+    manifest = artifact.read_json(data / "manifest.json")
+    assert manifest["parents"] == {}
+    os.chdir(project.path)
+    assert manifest["code"] == artifact.hash_files([Path("stages/prepare.py")])
+    assert artifact.read_json(data / "metrics.json") == {"rows": 3}
+    assert statuses(project) == ["FINISHED"]
+
+
+def test_a_stage_reads_what_another_published(project: Project) -> None:
+    with project.publishing("models/base") as folder:
+        (folder / "weights").write_text("w", encoding="utf-8")
+    body(project, "assert (run.read('models/base') / 'weights').read_text() == 'w'")
+    assert project.run("stages/prepare.py").returncode == 0
+    digest = artifact.verify(project.path / "models/base")
+    assert artifact.read_json(project.path / "data/manifest.json")["parents"] == {"models/base": digest}
+    (project.path / "models/base/weights").write_text("x", encoding="utf-8")
+    shutil.rmtree(project.path / "data")
+    project.refused(
+        project.run("stages/prepare.py"), "data", "prepare: models/base/weights: sha256", "dvc checkout models/base"
+    )
+
+
+def test_an_exception_publishes_nothing_and_shows_its_traceback(project: Project) -> None:
+    body(project, "raise RuntimeError('out of ideas')")
+    result = project.run("stages/prepare.py")
+    assert result.returncode == 1
+    assert "RuntimeError: out of ideas" in result.stderr
+    project.without("data")
+    assert statuses(project) == ["FAILED"]
+
+
+def test_a_failure_leaves_the_artifact_of_the_last_good_run(project: Project) -> None:
+    body(project)
+    project.run("stages/prepare.py")
+    digest = artifact.verify(project.path / "data")
+    body(project, "raise RuntimeError")
+    assert project.run("stages/prepare.py").returncode == 1
+    assert artifact.verify(project.path / "data") == digest
+
+
+def test_bad_input_is_one_line(project: Project) -> None:
+    body(project, "raise ContractError('some.jsonl:3', 'answer', 'a text', 'a list', 'correct this row')")
+    result = project.run("stages/prepare.py")
+    assert result.returncode == 2
+    wanted = "featdiff: prepare: some.jsonl:3: answer: expected a text, found a list; correct this row\n"
+    assert result.stderr == wanted
+    project.without("data")
+
+
+def test_bad_params_are_one_line(project: Project) -> None:
+    body(project)
+    project.set({"sft.epoch": 2})
+    result = project.run("stages/prepare.py")
+    assert result.returncode == 2
+    project.refused(result, "data", "params.yaml: sft.epoch: unknown key; did you mean epochs?")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_stage_with_75_and_publishes_nothing(project: Project, number: signal.Signals) -> None:
+    body(project, "sys.stdin.read()")
+    process = begun(project)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert said == f"featdiff: prepare: stopped by {number.name}; nothing was published; start it again with dvc repro\n"
+    project.without("data")
+    assert statuses(project) == ["KILLED"]
+
+
+def test_a_twin_is_refused_with_the_pid_of_the_first_which_goes_on(project: Project) -> None:
+    body(project, "sys.stdin.read()")
+    first = begun(project)
+    second = project.run("stages/prepare.py")
+    assert second.returncode == 2
+    assert f"data: writer: expected no other process writing it, found process {first.pid};" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert artifact.staging_path(project.path / "data").is_dir()
+    first.communicate(timeout=30)
+    assert first.returncode == 0
+    artifact.verify(project.path / "data")
+
+
+def test_after_a_kill_the_next_run_starts_clean(project: Project) -> None:
+    body(project, "(run.out / 'left.txt').write_text('over')", "sys.stdin.read()")
+    process = begun(project)
+    process.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert not (project.path / "data").exists()
+    body(project)
+    assert project.run("stages/prepare.py").returncode == 0
+    artifact.verify(project.path / "data")
+    assert not (project.path / "data/left.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is told by Linux")
+def test_a_stage_ends_with_the_process_that_started_it(project: Project) -> None:
+    body(project, "import time", "time.sleep(60)")
+    start = "import subprocess, sys; subprocess.Popen([sys.executable, 'stages/prepare.py']).wait()"
+    parent = project.start("-c", start)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "begun\n"
+    parent.kill()
+    deadline = time.monotonic() + 20
+    while statuses(project) != ["KILLED"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.communicate(timeout=30)
+    assert statuses(project) == ["KILLED"]
+    project.without("data")
+
+
+WRITES = [
+    "(run.out / 'large').write_bytes(bytes(1 << 20))",
+    "import numpy, safetensors.numpy as s; s.save_file({'a': numpy.zeros(1 << 17)}, run.out / 'a.safetensors')",
+    "from featdiff.tasks.task import write_rows; write_rows(run.out / 't.parquet', [{'a': os.urandom(1 << 20)}])",
+]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=["plain", "safetensors", "parquet"])
+def test_a_full_disk_is_one_line(small_disk: Path, write: str) -> None:
+    project = bare(small_disk / "project")
+    body(project, "import os", write)
+    result = project.run("stages/prepare.py")
+    assert result.returncode == 2
+    project.refused(result, "data", "featdiff: prepare: ", "no space left on device; free some and run dvc repro")
+
+
+def test_hardware_that_is_not_there_is_one_line(project: Project) -> None:
+    body(project)
+    project.environment["ACCELERATE_CONFIG"] = "conf/accelerate/tpu.yaml"
+    result = project.run("-m", "featdiff.launch", "stages/prepare.py")
+    assert result.returncode == 2
+    assert result.stderr == "featdiff: ACCELERATE_CONFIG: conf/accelerate/tpu.yaml: not found; use a file of conf/accelerate/\n"
+    project.without("data")
+
+
+@pytest.mark.graph
+def test_under_accelerate_bad_input_stays_one_line(project: Project) -> None:
+    body(project, "raise ContractError('some.jsonl:3', 'answer', 'a text', 'a list', 'correct this row')")
+    project.environment["ACCELERATE_CONFIG"] = str(ROOT / "conf/accelerate/cpu.yaml")
+    project.refused(project.run("-m", "featdiff.launch", "stages/prepare.py"), "data", "featdiff: prepare: some.jsonl:3")

@@ -1,0 +1,273 @@
+"""The page: self-contained, complete, escaped, the same bytes each time, and whole in every degenerate study."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from featdiff.artifact import ContractError
+from featdiff.config import ReportParams, load_params
+from featdiff.report import paper, words
+from featdiff.report.build import examples, render
+from featdiff.report.charts import tile_for
+from featdiff.report.evidence import Evidence, load
+from featdiff.report.summary import curated, summarise
+from featdiff.report.verdicts import Judge
+from synthetic_study import Plan, write_study
+
+ROOT = Path(__file__).parents[1]
+PARAMS, SEED = load_params("report", ROOT / "params.yaml")
+SUITES = {
+    "likelihood": True,
+    "train": ("products",),
+    "find": ("openbookqa", "arc_challenge", "sciq"),
+    "heldout": ("piqa",),
+    "control": (),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "too_few_flipped": {"status": "too_few_flipped", "rl_transfers": False},
+    "empty_intersection": {"status": "empty_intersection"},
+    "one_task_pairs_only": {"find": ("reverse",), "heldout": (), "control": (), "joint": False, "set_works": False},
+    "suites": SUITES,
+}
+
+
+@dataclass
+class Page:
+    evidence: Evidence
+    judge: Judge
+    html: str
+    summary: dict[str, Any]
+
+    @property
+    def own(self) -> str:
+        """The page without the plotting library."""
+        return re.sub(r"<script>/\*\*\s*\* plotly.*?</script>", "", self.html, flags=re.S)
+
+
+def make(folder: Path, params: ReportParams = PARAMS) -> Page:
+    evidence = load(lambda name: folder / name)
+    judge = Judge(evidence, params, SEED)
+    verdicts = judge.verdicts()
+    html = render(evidence, judge, verdicts, params, "organism", {"data": "0" * 64})
+    return Page(evidence, judge, html, summarise(evidence, judge, verdicts))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    found = {}
+    for name, changes in VARIANTS.items():
+        folder = write_study(tmp_path_factory.mktemp(name), Plan(n=60, n_features=700, **changes))
+        found[name] = make(folder, PARAMS.model_copy(update={"paper_model": "Qwen3-4B"} if name == "suites" else {}))
+    return found
+
+
+class Elements(HTMLParser):
+    """Attributes of every element, and text by kind of element."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.found[-1][0] if self.found else "", data))
+
+
+def figures(html: str) -> dict[str, dict[str, Any]]:
+    found = re.findall(r'<script type="application/json" data-for="([^"]+)">(.*?)</script>', html, flags=re.S)
+    assert len(found) == len(dict(found)), "two figures under one key"
+    return {key: json.loads(text) for key, text in found}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_page_needs_no_network_and_holds_the_plotting_library_once(pages: dict[str, Page], variant: str) -> None:
+    html = pages[variant].html
+    assert len(html.encode()) < 6_000_000
+    assert html.count("* plotly.js v") == 1
+    for tag, attributes in Elements(pages[variant].own).found:
+        assert "src" not in attributes, tag
+        assert not (attributes.get("href") or "").startswith(("http", "//", "file")), tag
+    assert "@import" not in pages[variant].own
+    assert "url(" not in pages[variant].own
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_plot_has_its_figure_and_every_figure_is_valid(pages: dict[str, Page], variant: str) -> None:
+    import plotly.graph_objects as go
+
+    html = pages[variant].html
+    drawn = figures(html)
+    places = [attributes["data-plot"] for _, attributes in Elements(pages[variant].own).found if "data-plot" in attributes]
+    assert sorted(places) == sorted(drawn)
+    for key, content in drawn.items():
+        plain = json.loads(re.sub(r"var\(--[a-z-]+\)", "#123456", json.dumps(content)))
+        figure = go.Figure(plain)
+        assert len(figure.data) > 0, key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_links_of_the_navigation_lead_somewhere(pages: dict[str, Page], variant: str) -> None:
+    elements = Elements(pages[variant].own).found
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {(attributes["href"] or "")[1:] for tag, attributes in elements if tag == "a"}
+    assert targets <= set(ids)
+
+
+def test_model_text_is_shown_as_text(pages: dict[str, Page]) -> None:
+    html = pages["full"].html
+    assert "<script>alert(" not in html
+    assert "&lt;script&gt;alert(" in html
+
+
+def test_json_in_the_page_cannot_end_its_script(tmp_path: Path) -> None:
+    write_study(tmp_path, Plan(n=20, find=("</script><b>", "sort"), heldout=()))
+    html = make(tmp_path).html
+    assert "</script><b>" not in html
+    assert any("</script><b>" in json.dumps(content) for content in figures(html).values())
+
+
+def test_the_word_causal_appears_only_with_a_supported_intervention(pages: dict[str, Page]) -> None:
+    assert "causal" in pages["full"].own
+    for variant in ("too_few_flipped", "empty_intersection", "one_task_pairs_only"):
+        assert "causal" not in pages[variant].own, variant
+
+
+def test_a_study_without_a_set_says_so_and_leaves_out_what_was_not_measured(pages: dict[str, Page]) -> None:
+    page = pages["too_few_flipped"]
+    assert "No features could be sought" in page.own
+    keys = figures(page.html)
+    assert not any(key.startswith(("effect-", "dose-", "tuning-", "score-", "steps-")) for key in keys)
+    assert "nothing was zeroed or amplified" in page.own
+    assert "accuracy-greedy" in keys
+    assert page.summary["feature_set"] == {"status": "too_few_flipped", "size": 0, "share": 0.0, "expected_by_chance": 0.0021}
+    assert page.summary["effects"] == {}
+
+
+def test_pair_fits_alone_have_no_triangle(pages: dict[str, Page]) -> None:
+    keys = figures(pages["one_task_pairs_only"].html)
+    assert {"nrn-base_sft", "nrn-base_grpo"} <= set(keys)
+    assert not any(key.startswith("mas-") for key in keys)
+
+
+def test_figures_show_the_numbers_of_the_tables(pages: dict[str, Page]) -> None:
+    page = pages["full"]
+    drawn = figures(page.html)
+    row = next(
+        row
+        for row in page.evidence.accuracy["grpo"]
+        if (row["task"], row["split"], row["mode"]) == ("sort", "report", "greedy")
+    )
+    bars = drawn["accuracy-greedy"]["data"][2]
+    place = [item[0] for item in bars["customdata"]].index("sort")
+    assert bars["y"][place] == row["accuracy"]
+    assert bars["y"][place] + bars["error_y"]["array"][place] == pytest.approx(row["high"])
+    strip = drawn["effect-zero_grpo-all"]["data"]
+    assert len(strip[0]["y"]) == 20 * len(page.evidence.tasks), "one ring for each random set and task"
+    histogram = drawn["nrn-base_sft"]["data"]
+    alive = [row for row in page.evidence.features if row["fit"] == "base_sft" and not row["dead"]]
+    assert sum(value or 0 for trace in histogram for value in trace["y"]) == len(alive)
+    assert set(drawn["score-sort"]["data"][0]["text"][:3]) == {"118", "311", "640"}
+
+
+def test_suites_show_chance_the_flip_floor_and_the_papers_numbers(pages: dict[str, Page]) -> None:
+    page = pages["suites"]
+    floors = [shape["y0"] for shape in figures(page.html)["effect-amplify_base-flipped"]["layout"]["shapes"]]
+    assert floors.count(pytest.approx(1 / 3)) == 4
+    assert "a random flip gives +0.33" in page.own
+    assert "−46.2" in page.own
+    assert paper.task_of(page.evidence, "ARC-C") == "arc_challenge"
+    assert paper.task_of(page.evidence, "LogiQA") is None
+    assert page.evidence.primary_mode("piqa") == "option_text_norm"
+
+
+def test_examples_put_flipped_questions_first_and_take_tasks_in_turn(pages: dict[str, Page]) -> None:
+    page = pages["full"]
+    shown = examples(page.evidence, page.judge, 6)
+    assert [example.task for example in shown] == page.evidence.far
+    for example in shown:
+        assert [answer.label for answer in example.answers] == [
+            "base",
+            "SFT",
+            "GRPO",
+            "GRPO, set zeroed",
+            "base, set amplified",
+        ]
+        assert (example.answers[0].correct, example.answers[2].correct) == (False, True)
+    assert len(examples(page.evidence, page.judge, 2)) == 2
+
+
+def test_the_summary_is_small_and_says_n_and_interval(pages: dict[str, Page]) -> None:
+    summary = pages["full"].summary
+    assert len(json.dumps(summary)) < 12_000
+    assert summary["verdicts"]["necessary"] == "supported"
+    assert summary["crosscoders"]["joint_topk"]["fve"]["base"] == 0.985
+    assert summary["accuracy"]["grpo"]["find"] > 0.85 > 0.2 > summary["accuracy"]["base"]["find"]
+    effect = summary["effects"]["zero_grpo"]["sort"]
+    assert effect["n"] == 60
+    assert effect["low"] <= effect["effect"] <= effect["high"] < effect["random_low"]
+    assert curated(summary)["verdict"]["sufficient"] == 1
+
+
+def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
+    write_study(tmp_path, Plan(n=10))
+    path = tmp_path / "analysis/intervene/effects.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["random_low"]), path)
+    with pytest.raises(ContractError, match=r"effects\.parquet: columns: expected random_low"):
+        load(lambda name: tmp_path / name)
+
+
+def test_numbers_are_written_without_negative_zero_or_plus_zero() -> None:
+    assert words.number(-0.001) == "0.00"
+    assert words.signed(-0.001) == "0.00"
+    assert words.signed(0.25) == "+0.25"
+    assert words.number(-0.5) == "−0.50"
+    assert words.number(float("nan")) == words.MISSING
+    assert words.compact(451_234) == "451k"
+    assert words.compact(7_620_000_000) == "7.62B"
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+    assert words.things(1, "task") == "1 task"
+
+
+def test_four_tiles_stand_two_by_two() -> None:
+    assert tile_for(4, 3) == tile_for(2, 3) > tile_for(3, 3) == tile_for(6, 4) > tile_for(8, 4)
+    assert tile_for(1, 3) > tile_for(2, 3)
+
+
+@pytest.mark.graph
+def test_the_stage_writes_page_and_summary_the_same_each_time(tmp_path: Path) -> None:
+    write_study(tmp_path, Plan(n=20))
+    for name in ("stages", "params.yaml"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, tmp_path / name)
+    (tmp_path / "dvc.yaml").write_text("stages:\n  report:\n    deps: [stages/report.py]\n")
+    environment = os.environ | {"FEATDIFF_MIRROR": "off"}
+    written = []
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "stages/report.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        written.append(
+            [(tmp_path / path).read_bytes() for path in ("report/index.html", "metrics/summary.json", "report/manifest.json")]
+        )
+    assert written[0] == written[1]
+    assert b"analysis/intervene" in written[0][0], "the page names the artifacts it was made from"
+    assert set(json.loads(written[0][1])) == {"verdicts", "accuracy", "crosscoders", "feature_set", "effects"}

@@ -1,0 +1,195 @@
+"""Rules of the verdicts: what makes a claim supported, not supported, undecided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featdiff.config import load_params
+from featdiff.report.evidence import Evidence, load
+from featdiff.report.paired import Estimate, mean_over_tasks
+from featdiff.report.quantities import early_checkpoint, own_features
+from featdiff.report.verdicts import Criterion, Judge, Verdict, at_least, decide
+from synthetic_study import Plan, write_study
+
+PARAMS, SEED = load_params("report", Path(__file__).parents[1] / "params.yaml")
+
+
+def study(folder: Path, plan: Plan) -> Evidence:
+    write_study(folder, plan)
+    return load(lambda name: folder / name)
+
+
+def judged(evidence: Evidence) -> dict[str, Verdict]:
+    return {verdict.key: verdict for verdict in Judge(evidence, PARAMS, SEED).verdicts()}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    return study(tmp_path_factory.mktemp("full"), Plan())
+
+
+def test_a_claim_is_the_conjunction_of_its_criteria() -> None:
+    yes, no, unknown = (Criterion("", holds) for holds in (True, False, None))
+    assert decide([yes, yes]) == "supported"
+    assert decide([yes, no, unknown]) == "not supported"
+    assert decide([yes, unknown]) == "undecided"
+    assert decide([]) == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.2, 0.1, 0.3, True),
+        (0.01, -0.02, 0.04, False),
+        (0.03, 0.01, 0.08, None),
+        (0.06, -0.01, 0.2, None),
+        (-0.3, -0.4, -0.2, False),
+    ],
+)
+def test_at_least_needs_size_and_interval(value: float, low: float, high: float, expected: bool | None) -> None:
+    assert at_least(Estimate(value, low, high, 100, 2), 0.05) is expected
+
+
+def test_a_study_with_every_part_of_the_pattern_supports_every_claim(full: Evidence) -> None:
+    verdicts = judged(full)
+    assert {key: verdict.status for key, verdict in verdicts.items()} == dict.fromkeys(
+        ("transfer", "forgetting", "features", "necessary", "sufficient"), "supported"
+    )
+    assert "n\u00a0=\u00a0720" in verdicts["transfer"].evidence
+    assert "sampled answers" in verdicts["forgetting"].evidence, "greedily this base has nothing to lose"
+    assert "causal" in verdicts["necessary"].evidence
+    assert verdicts["necessary"].weakest_link.startswith("Smallest on largest")
+
+
+def test_same_seed_same_intervals(full: Evidence) -> None:
+    assert judged(full) == judged(full)
+
+
+def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
+    verdict = judged(study(tmp_path, Plan(n=60, rl_transfers=False, status="too_few_flipped")))["transfer"]
+    assert verdict.status == "not supported"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [("too_few_flipped", "4 flipped samples"), ("empty_intersection", "No feature reaches")]
+)
+def test_without_a_feature_set_both_interventions_are_undecided(tmp_path: Path, status: str, words: str) -> None:
+    verdicts = judged(study(tmp_path, Plan(n=60, status=status)))
+    for key in ("necessary", "sufficient"):
+        assert verdicts[key].status == "undecided"
+        assert words in verdicts[key].evidence
+        assert "causal" not in verdicts[key].evidence
+
+
+def test_a_set_that_does_nothing_is_not_supported_and_never_called_causal(tmp_path: Path) -> None:
+    verdicts = judged(study(tmp_path, Plan(n=60, set_works=False)))
+    for key in ("necessary", "sufficient"):
+        assert verdicts[key].status == "not supported"
+        assert "causal" not in verdicts[key].evidence
+
+
+def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(tmp_path: Path) -> None:
+    verdicts = judged(study(tmp_path, Plan(n=60, find=("reverse",))))
+    assert verdicts["necessary"].status == "undecided"
+    assert "more than one task" in verdicts["necessary"].weakest_link
+
+
+def test_one_random_set_as_good_as_the_set_takes_the_verdict_away(full: Evidence) -> None:
+    """Beyond most random sets is not beyond all: with every found task matched by a draw, the claim falls."""
+    effects = [
+        row | {"beyond_random": False}
+        if row["arm"] == "set" and row["role"] == "find" and row["purpose"] == "zero_grpo"
+        else row
+        for row in full.effects
+    ]
+    verdicts = judged(replace(full, effects=effects))
+    assert verdicts["necessary"].status == "not supported"
+    assert verdicts["sufficient"].status == "supported"
+
+
+def test_the_word_causal_needs_the_percentile_of_the_random_sets(full: Evidence) -> None:
+    effects = [row | {"random_low": -1.0} for row in full.effects]
+    verdict = judged(replace(full, effects=effects))["necessary"]
+    assert "causal" not in verdict.evidence
+
+
+def test_an_edit_of_factor_one_that_changes_something_leaves_the_claim_open(full: Evidence) -> None:
+    effects = [row | {"effect": 0.01} if row["arm"] == "noop" else row for row in full.effects]
+    assert judged(replace(full, effects=effects))["necessary"].status == "undecided"
+
+
+def test_a_large_set_is_not_a_small_one(full: Evidence) -> None:
+    many = full.localize | {"features": list(range(100))}
+    assert judged(replace(full, localize=many))["necessary"].status == "not supported"
+
+
+def test_forgetting_is_undecided_where_the_base_never_knew(full: Evidence) -> None:
+    answers = full.answers | {"base": [row | {"correct": False} for row in full.answers["base"]]}
+    verdict = judged(replace(full, answers=answers))["forgetting"]
+    assert verdict.status == "undecided"
+    assert "at chance" in verdict.evidence
+
+
+def test_an_sft_that_answers_like_grpo_did_not_forget(full: Evidence) -> None:
+    verdict = judged(replace(full, answers=full.answers | {"sft": full.answers["grpo"]}))["forgetting"]
+    assert verdict.status == "not supported"
+
+
+def test_l1_counts_are_shown_but_do_not_decide(full: Evidence) -> None:
+    assert {label for label, _, _ in own_features(full)} == {"joint, batchtopk", "joint, l1", "pairs, batchtopk"}
+    assert "l1" not in judged(full)["features"].evidence
+
+
+def test_swapped_arms_turn_the_claim_about_features_round(full: Evidence) -> None:
+    other = {"sft": "grpo", "grpo": "sft"}
+    swapped = replace(
+        full,
+        overlap=[row | {"arm": other[row["arm"]]} for row in full.overlap],
+        trajectories=[row | {"arm": other[row["arm"]]} for row in full.trajectories],
+    )
+    verdict = judged(swapped)["features"]
+    assert verdict.status == "not supported"
+    assert [criterion.holds for criterion in verdict.criteria] == [True, False, False, False]
+
+
+def test_early_is_within_the_share_of_training(full: Evidence) -> None:
+    assert early_checkpoint(full, 0.4) == (2, 5)
+    assert early_checkpoint(full, 0.1) == (1, 5)
+    assert early_checkpoint(replace(full, overlap=[]), 0.4) == (0, 0)
+
+
+samples = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=30)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), samples, min_size=1, max_size=4), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_means_over_tasks_weigh_tasks_alike_and_lie_in_their_interval(values: dict[str, list[float]], seed: int) -> None:
+    arrays = {task: np.array(numbers) for task, numbers in values.items()}
+    found = mean_over_tasks(arrays, 0.95, 400, np.random.default_rng(seed))
+    assert found is not None
+    assert found.value == pytest.approx(np.mean([array.mean() for array in arrays.values()]))
+    assert found.low <= found.high
+    assert found.low >= -1
+    assert found.high <= 1
+    assert (found.n, found.tasks) == (sum(map(len, values.values())), len(values))
+
+
+def test_the_interval_narrows_with_samples_as_statistics_says() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (100, 400):
+        found = mean_over_tasks({"a": np.tile([0.0, 1.0], n // 2)}, 0.95, 4000, rng)
+        assert found is not None
+        widths.append(found.high - found.low)
+        assert widths[-1] == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(n), rel=0.12)
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.15)
+
+
+def test_no_samples_no_estimate() -> None:
+    assert mean_over_tasks({"a": np.array([])}, 0.95, 10, np.random.default_rng(0)) is None
