@@ -26,7 +26,7 @@ profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits 
 
 repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
 	dvc repro
-	@$(BIN)/python -m featdiff.mirror sync --wait 60
+	-@$(BIN)/python -m featdiff.mirror sync --wait 60
 	@echo "report: $(CURDIR)/report/index.html"
 
 test: $(STAMP)  ## the quick test suite

@@ -22,7 +22,7 @@ with stage("dynamics", out="analysis/dynamics") as run:
             for number, name in enumerate(series, start=1)
         }
         overlaps += overlap_rows(arm, changes, run.params.top)
-        trajectories += trajectory_rows(arm, changes, min(run.params.top))
+        trajectories += trajectory_rows(arm, changes)
     write_rows(run.out / "overlap.parquet", overlaps)
     write_rows(run.out / "trajectories.parquet", trajectories)
     first = {row["arm"]: row["overlap"] for row in overlaps if row["a"] == 1 and row["top"] == max(run.params.top)}

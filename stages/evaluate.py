@@ -16,7 +16,11 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
     require_same_tokenizer(folder, run.read("models/base"))
     tasks = load_tasks(data)
     examinee = Examinee(
-        load_model(folder), load_tokenizer(folder), tasks, batch_size=run.params.batch_size, max_new_tokens=run.params.max_new_tokens
+        load_model(folder),
+        load_tokenizer(folder),
+        tasks,
+        batch_size=run.params.batch_size,
+        max_new_tokens=run.params.max_new_tokens,
     )
     rows = evaluate(examinee, load_samples(data, "eval"), run.params, run.seed)
     table = accuracy_table(rows, tasks, run.params, run.seed)

@@ -1,6 +1,5 @@
 """Does the feature set carry the gain? Zeroing it in GRPO and SFT, amplifying it in base, against matched controls."""
 
-import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
@@ -18,7 +17,11 @@ from featdiff.tasks.task import load_samples, load_tasks, write_rows
 with stage("intervene", out="analysis/intervene") as run:
     params, data, found = run.params, run.read("data"), read_json(run.read("analysis/localize") / "features.json")
     fit = run.read(f"crosscoders/{found['fit']}")
-    crosscoder, statistics, layer = Crosscoder.load(fit), load_file(fit / "features.safetensors"), read_json(fit / "config.json")["layer"]
+    crosscoder, statistics, layer = (
+        Crosscoder.load(fit),
+        load_file(fit / "features.safetensors"),
+        read_json(fit / "config.json")["layer"],
+    )
     largest = largest_values(crosscoder, ActivationStore({"grpo": run.read("activations/grpo")}))
     folders = {name: run.read(f"models/{name}") for name in crosscoder.models}
     if found["status"] == "found":

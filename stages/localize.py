@@ -14,8 +14,8 @@ with stage("localize", out="analysis/localize") as run:
     crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
     folders = {name: run.read(f"models/{name}") for name in needed_models(crosscoder, params.readout)}
     trunks = {name: truncate(load_model(folder), layer) for name, folder in folders.items()}
-    answers = [read_rows(run.read(f"evals/{name}") / "samples.parquet") for name in ("base", "grpo")]
-    flipped = flipped_answers(*answers, tasks, "find")
+    before, after = (read_rows(run.read(f"evals/{name}") / "samples.parquet") for name in ("base", "grpo"))
+    flipped = flipped_answers(before, after, tasks, "find")
     differences, skipped = {}, {}
     for name, task in tasks.items():
         if task.role == "find" and len(flipped[name]) < params.min_flipped:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featdiff import artifact
@@ -113,6 +113,7 @@ def test_every_damage_names_the_file_and_what_to_do(target: Path, damage: Callab
     assert "\n" not in message
 
 
+@settings(max_examples=30)
 @given(position=st.integers(0, len(BODY) - 1), bit=st.integers(0, 7))
 def test_no_flipped_bit_goes_unseen(tmp_path_factory: pytest.TempPathFactory, position: int, bit: int) -> None:
     target = tmp_path_factory.mktemp("flip") / "a"

@@ -1,7 +1,6 @@
 """How a stage starts and ends: published whole or not at all, and one line where it was stopped."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Project
 
+from conftest import ROOT, Project
 from featdiff import artifact
 
 GRAPH = """
@@ -66,7 +65,7 @@ def begun(project: Project) -> subprocess.Popen[str]:
     return process
 
 
-def test_success_publishes_the_whole(project: Project) -> None:
+def test_success_publishes_the_whole(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     body(project)
     result = project.run("stages/prepare.py")
     assert (result.returncode, result.stderr) == (0, "")
@@ -81,7 +80,7 @@ def test_success_publishes_the_whole(project: Project) -> None:
     }
     manifest = artifact.read_json(data / "manifest.json")
     assert manifest["parents"] == {}
-    os.chdir(project.path)
+    monkeypatch.chdir(project.path)
     assert manifest["code"] == artifact.hash_files([Path("stages/prepare.py")])
     assert artifact.read_json(data / "metrics.json") == {"rows": 3}
     assert statuses(project) == ["FINISHED"]
@@ -175,10 +174,15 @@ def test_after_a_kill_the_next_run_starts_clean(project: Project) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is told by Linux")
-def test_a_stage_ends_with_the_process_that_started_it(project: Project) -> None:
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(["-m", "featdiff.launch"], marks=pytest.mark.graph)], ids=["alone", "launched"]
+)
+def test_a_stage_ends_with_the_process_that_started_it(project: Project, launcher: list[str]) -> None:
     body(project, "import time", "time.sleep(60)")
-    start = "import subprocess, sys; subprocess.Popen([sys.executable, 'stages/prepare.py']).wait()"
-    parent = project.start("-c", start)
+    project.environment["ACCELERATE_CONFIG"] = str(ROOT / "conf/accelerate/cpu.yaml")
+    parent = project.start(
+        "-c", "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])", *launcher, "stages/prepare.py"
+    )
     assert parent.stdout is not None
     assert parent.stdout.readline() == "begun\n"
     parent.kill()

@@ -95,7 +95,7 @@ def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapp
     digest = sha256_file(staging / MANIFEST)
     if target.exists():
         shutil.rmtree(target)
-    os.rename(staging, target)
+    staging.rename(target)
     _flush(target.parent)
     return digest
 

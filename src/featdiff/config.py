@@ -62,9 +62,7 @@ class SuiteTask(Params):
 
     source: Literal["suite"]
     role: Role
-    adapter: Literal[
-        "openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"
-    ]  # fmt: skip
+    adapter: Literal["openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"]
     """The suite whose columns the file has; ``columns`` takes any file through ``columns`` below."""
     path: str
     """Local ``.jsonl`` file, or ``hub:<owner>/<name>[:<config>]@<commit>#<split>``."""

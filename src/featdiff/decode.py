@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,10 @@ class Edit(Protocol):
     donor: PreTrainedModel | None
     """A second model that reads the same tokens, for edits that need its residual stream."""
 
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether tokens before the last one of the prompt are changed."""
+
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
         """The edited residual stream; ``prompt`` tells the pass over the prompt (left-padded, so that its
         last token is at index -1) from the passes over later tokens."""
@@ -42,14 +47,34 @@ class _Stream:
     def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
         output = self.model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=self.cache, use_cache=True,
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self.cache,
+            use_cache=True,
             logits_to_keep=keep,
-        )  # fmt: skip
+        )
         logits: Tensor = output.logits
         return logits
 
     def select(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
+
+
+class PromptCache:
+    """Prompts read once up to their last token, for many passes whose edits change nothing before it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bytes], DynamicCache] = {}
+
+    def start(self, stream: _Stream, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> None:
+        """Leave ``stream`` as if it had read all but the last token of each prompt."""
+        key = (id(stream.model), ids_BT.cpu().numpy().tobytes())
+        if key not in self._kept:
+            stream.feed(ids_BT[:, :-1], mask_BT[:, :-1], positions_BT[:, :-1], 1)
+            self._kept[key] = stream.cache
+        stream.cache = copy(self._kept[key])
+        stream.cache.layers = [copy(layer) for layer in stream.cache.layers]  # updates replace a layer's tensors
 
 
 class _Session:
@@ -61,6 +86,18 @@ class _Session:
         self.donor = _Stream(edit.donor) if edit is not None and edit.donor is not None else None
         self.donor_BTD: Tensor | None = None
         self.prompt = True
+
+    def start(
+        self, prompts: PromptCache | None, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and position ids of the prompt that are still to be read."""
+        if prompts is None or ids_BT.shape[1] == 1:
+            return ids_BT, positions_BT
+        if self.edit is not None and self.edit.whole_prompt:
+            raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
+        for stream in filter(None, (self.main, self.donor)):
+            prompts.start(stream, ids_BT, mask_BT, positions_BT)
+        return ids_BT[:, -1:], positions_BT[:, -1:]
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -112,18 +149,30 @@ def _batches(lengths: list[int], size: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int, eos: int, pad: int, batch_size: int,
-    temperature: float = 0.0, generator: torch.Generator | None = None, edit: Edit | None = None, progress: str = "",
-) -> list[list[int]]:  # fmt: skip
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos: int,
+    pad: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    edit: Edit | None = None,
+    shared: PromptCache | None = None,
+    progress: str = "",
+) -> list[list[int]]:
     """Token ids after each prompt, up to EOS (left out) or ``max_new_tokens``; greedy at temperature 0.
 
-    Raises ValueError for sampling without a generator."""
+    ``shared`` keeps the prompts read for further passes over the same ones. Raises ValueError for sampling
+    without a generator, and for a shared prompt that the edit changes."""
     if temperature > 0 and generator is None:
         raise ValueError("sampling needs an explicit generator")
     answers: list[list[int]] = [[] for _ in prompts]
     for rows in tqdm(_batches([len(p) for p in prompts], batch_size), desc=progress, unit="batch", disable=not progress):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
+        ids, positions = session.start(shared, ids, mask, positions)
         active = torch.tensor(rows)
         with session.hooked():
             for step in range(max_new_tokens):
@@ -159,16 +208,25 @@ class OptionScores(NamedTuple):
 
 @torch.inference_mode()
 def score_options(
-    model: PreTrainedModel, contexts: list[list[int]], options: list[list[list[int]]], *, pad: int, batch_size: int,
-    edit: Edit | None = None, progress: str = "",
-) -> list[OptionScores]:  # fmt: skip
-    """Summed log-likelihood of every option after its context. The context is read once per question.
+    model: PreTrainedModel,
+    contexts: list[list[int]],
+    options: list[list[list[int]]],
+    *,
+    pad: int,
+    batch_size: int,
+    edit: Edit | None = None,
+    shared: PromptCache | None = None,
+    progress: str = "",
+) -> list[OptionScores]:
+    """Summed log-likelihood of every option after its context. The context is read once per question, and
+    with ``shared`` once for all passes.
 
     ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
     scores: list[OptionScores] = [OptionScores([]) for _ in contexts]
     for rows in tqdm(_batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([contexts[row] for row in rows], pad, model.device)
+        ids, positions = session.start(shared, ids, mask, positions)
         pairs = [(i, option) for i, row in enumerate(rows) for option in options[row]]
         owner = torch.tensor([i for i, _ in pairs], device=model.device)
         longest = max(len(option) for _, option in pairs)
@@ -186,5 +244,3 @@ def score_options(
         for (i, _), total in zip(pairs, picked.sum(1).tolist(), strict=True):
             scores[rows[i]].log_likelihood.append(total)
     return scores
-
-

@@ -6,7 +6,7 @@ The same functions serve plain evaluation and every arm of the interventions (``
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config import EvaluateParams
-from featdiff.decode import Edit, generate, score_options
+from featdiff.decode import Edit, PromptCache, generate, score_options
 from featdiff.models import encode_prompts
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import GENERATION, LETTERS, SPLITS, Sample, TaskInfo
@@ -34,23 +34,42 @@ def primary_mode(task: TaskInfo) -> str:
 class Examinee:
     """A model with its tokenizer and the tasks it is asked about."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tasks: dict[str, TaskInfo], *, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        tasks: dict[str, TaskInfo],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
         self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
-    def answer(self, samples: list[Sample], *, edit: Edit | None = None, progress: str = "") -> list[Row]:
+    def answer(
+        self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None, progress: str = ""
+    ) -> list[Row]:
         """One row per sample, in order, under each task's own scoring rule."""
-        generated = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
-        chosen = [sample for sample in samples if self.tasks[sample.task].scoring != GENERATION]
-        rows = self.generate(generated, edit=edit, progress=progress)
-        rows += [row for row in self.choose(chosen, edit=edit, progress=progress) if row["mode"] == self.tasks[row["task"]].scoring]
+        rules: dict[str, list[Sample]] = {}
+        for sample in samples:
+            rules.setdefault(self.tasks[sample.task].scoring, []).append(sample)
+        rows = self.generate(rules.pop(GENERATION, []), edit=edit, shared=shared, progress=progress)
+        for rule, group in rules.items():
+            rows += self.choose(group, rules=(rule,), edit=edit, shared=shared, progress=progress)
         order = {sample.sample_id: i for i, sample in enumerate(samples)}
         return sorted(rows, key=lambda row: order[row["sample_id"]])
 
     def generate(
-        self, samples: list[Sample], *, draw: int = 0, temperature: float = 0.0, generator: torch.Generator | None = None,
-        edit: Edit | None = None, progress: str = "",
-    ) -> list[Row]:  # fmt: skip
+        self,
+        samples: list[Sample],
+        *,
+        draw: int = 0,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        edit: Edit | None = None,
+        shared: PromptCache | None = None,
+        progress: str = "",
+    ) -> list[Row]:
         """Generated answers with their grade and manner; ``mode`` is greedy at temperature 0."""
         rows: list[Row] = []
         for chat in (False, True):
@@ -58,10 +77,18 @@ class Examinee:
             if not group:
                 continue
             answers = generate(
-                self.model, encode_prompts(self.tokenizer, group, chat=chat), max_new_tokens=self.max_new_tokens,
-                eos=self.tokenizer.eos_token_id, pad=self.tokenizer.pad_token_id, batch_size=self.batch_size,
-                temperature=temperature, generator=generator, edit=edit, progress=progress,
-            )  # fmt: skip
+                self.model,
+                encode_prompts(self.tokenizer, group, chat=chat),
+                max_new_tokens=self.max_new_tokens,
+                eos=self.tokenizer.eos_token_id,
+                pad=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                temperature=temperature,
+                generator=generator,
+                edit=edit,
+                shared=shared,
+                progress=progress,
+            )
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
             for sample, text in zip(group, texts, strict=True):
                 graded = grade(self.tasks[sample.task].verifier, sample, text)
@@ -69,26 +96,45 @@ class Examinee:
                 rows.append(_row(sample, mode, draw, text, graded.parsed, graded.correct, graded.manner))
         return rows
 
-    def choose(self, samples: list[Sample], *, rules: Iterable[str] = LIKELIHOOD, edit: Edit | None = None, progress: str = "") -> list[Row]:
+    def choose(
+        self,
+        samples: list[Sample],
+        *,
+        rules: Iterable[str] = LIKELIHOOD,
+        edit: Edit | None = None,
+        shared: PromptCache | None = None,
+        progress: str = "",
+    ) -> list[Row]:
         """Answers by likelihood under each of ``rules``: option text (summed, and divided by its characters)
         after the question, and the option's letter after the question with its options listed."""
         if not samples:
             return []
         rows: list[Row] = []
-        wanted = set(rules) if edit is None else {self.tasks[sample.task].scoring for sample in samples}
+        wanted = set(rules)
+
+        def scored(prompts: list[str], texts: list[list[str]]) -> Iterator[tuple[Sample, np.ndarray]]:
+            contexts = self.tokenizer(prompts)["input_ids"]
+            options = [[self._continuation(text) for text in group] for group in texts]
+            results = score_options(
+                self.model,
+                contexts,
+                options,
+                pad=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                edit=edit,
+                shared=shared,
+                progress=progress,
+            )
+            return zip(samples, (np.array(result.log_likelihood) for result in results), strict=True)
+
         if wanted & {"option_text", "option_text_norm"}:
-            contexts = self.tokenizer([sample.prompt for sample in samples])["input_ids"]
-            options = [[self._continuation(option) for option in sample.options] for sample in samples]
-            scored = score_options(self.model, contexts, options, pad=self.tokenizer.pad_token_id, batch_size=self.batch_size, edit=edit, progress=progress)
-            for sample, scores in zip(samples, scored, strict=True):
-                summed = np.array(scores.log_likelihood)
+            for sample, summed in scored([sample.prompt for sample in samples], [list(sample.options) for sample in samples]):
                 rows.append(_chosen(sample, "option_text", summed))
                 rows.append(_chosen(sample, "option_text_norm", summed / [max(1, len(option)) for option in sample.options]))
         if "option_letter" in wanted:
-            contexts = self.tokenizer([listed_prompt(sample.prompt, sample.options) for sample in samples])["input_ids"]
-            options = [[self._continuation(LETTERS[i]) for i in range(len(sample.options))] for sample in samples]
-            scored = score_options(self.model, contexts, options, pad=self.tokenizer.pad_token_id, batch_size=self.batch_size, edit=edit, progress=progress)
-            rows += [_chosen(sample, "option_letter", np.array(scores.log_likelihood)) for sample, scores in zip(samples, scored, strict=True)]
+            listed = [listed_prompt(sample.prompt, sample.options) for sample in samples]
+            letters = [list(LETTERS[: len(sample.options)]) for sample in samples]
+            rows += [_chosen(sample, "option_letter", summed) for sample, summed in scored(listed, letters)]
         return [row for row in rows if row["mode"] in wanted]
 
     def _continuation(self, text: str) -> list[int]:
@@ -98,9 +144,16 @@ class Examinee:
 
 def _row(sample: Sample, mode: str, draw: int, completion: str, parsed: str | None, correct: bool, manner: str) -> Row:
     return {
-        "sample_id": sample.sample_id, "task": sample.task, "split": sample.split, "mode": mode, "draw": draw,
-        "completion": completion, "parsed": parsed, "correct": correct, "manner": manner,
-    }  # fmt: skip
+        "sample_id": sample.sample_id,
+        "task": sample.task,
+        "split": sample.split,
+        "mode": mode,
+        "draw": draw,
+        "completion": completion,
+        "parsed": parsed,
+        "correct": correct,
+        "manner": manner,
+    }
 
 
 def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
@@ -114,7 +167,13 @@ def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, 
     rows = examinee.generate(by_generation, progress="greedy")
     for draw in range(params.draws):
         generator = torch.Generator().manual_seed(seed * 1000 + draw)
-        rows += examinee.generate(by_generation, draw=draw, temperature=params.temperature, generator=generator, progress=f"sampled {draw + 1}/{params.draws}")
+        rows += examinee.generate(
+            by_generation,
+            draw=draw,
+            temperature=params.temperature,
+            generator=generator,
+            progress=f"sampled {draw + 1}/{params.draws}",
+        )
     return rows + examinee.choose([sample for sample in samples if sample.options], progress="likelihood")
 
 
@@ -134,13 +193,24 @@ def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: Evaluate
                         questions[row["sample_id"]].append(row["correct"])
                     means = np.array([np.mean(right) for right in questions.values()])
                     interval = stats.bootstrap_mean(means, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
-                    shares = {manner: float(np.mean([row["manner"] == manner for row in group])) for manner in ("steps", "foreign", "direct")}
+                    shares = {
+                        manner: float(np.mean([row["manner"] == manner for row in group]))
+                        for manner in ("steps", "foreign", "direct")
+                    }
                     table.append(
                         {
-                            "task": name, "role": task.role, "domain": task.domain, "split": split, "mode": mode,
-                            "primary": mode == primary_mode(task), "n": interval.n, "accuracy": interval.value,
-                            "low": interval.low, "high": interval.high,
-                            "parse_failures": float(np.mean([row["parsed"] is None for row in group])), **shares,
+                            "task": name,
+                            "role": task.role,
+                            "domain": task.domain,
+                            "split": split,
+                            "mode": mode,
+                            "primary": mode == primary_mode(task),
+                            "n": interval.n,
+                            "accuracy": interval.value,
+                            "low": interval.low,
+                            "high": interval.high,
+                            "parse_failures": float(np.mean([row["parsed"] is None for row in group])),
+                            **shares,
                         }
-                    )  # fmt: skip
+                    )
     return table

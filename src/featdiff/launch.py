@@ -137,6 +137,8 @@ def _exit(message: str, code: int) -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGINT):  # the launcher and the parent's death may both send one
+        signal.signal(other, signal.SIG_IGN)
     raise Stopped(signal.Signals(number).name)
 
 
@@ -164,11 +166,19 @@ def _lock(target: Path) -> Iterator[None]:
         except OSError:
             handle.seek(0)
             writer = handle.read().strip() or "unknown"
-            raise ContractError(target, "writer", "no other process writing it", f"process {writer}", "wait for it or end it") from None
+            raise ContractError(
+                target, "writer", "no other process writing it", f"process {writer}", "wait for it or end it"
+            ) from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+def _hardware(path: Path) -> tuple[int, bool]:
+    """Processes on this machine and whether they run on the CPU, as an accelerate configuration says."""
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return max(1, found.get("num_processes", 1) // found.get("num_machines", 1)), bool(found.get("use_cpu"))
 
 
 def main(arguments: list[str]) -> None:
@@ -177,11 +187,25 @@ def main(arguments: list[str]) -> None:
     if not Path(hardware).is_file():
         _exit(f"ACCELERATE_CONFIG: {hardware}: not found; use a file of conf/accelerate/", EXIT_BAD_INPUT)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    threads = environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    ranks, on_cpu = _hardware(Path(hardware))
+    if on_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
+    threads = environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other as soon as a core is shared
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
     quiet = "--quiet"  # a stage that stopped has said why; the launcher's own traceback would bury it
-    command = [sys.executable, "-m", "accelerate.commands.launch", quiet, "--config_file", hardware, "--num_cpu_threads_per_process", threads, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        quiet,
+        "--config_file",
+        hardware,
+        "--num_cpu_threads_per_process",
+        threads,
+        *arguments,
+    ]
     _die_with_parent()  # holds for the launcher too: it survives execve
     os.execve(sys.executable, command, environment)
 

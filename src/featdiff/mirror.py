@@ -80,6 +80,7 @@ class Mirror:
 
     def __init__(self, view: View) -> None:
         self._view, self._host = view, socket.gethostname()
+        self.experiment_id = view.experiment_id
         self._settled: set[str] = set()
         self._parents: dict[str, str | None] = {}
         self._children: dict[str, Child] = {}
@@ -177,6 +178,7 @@ def _still_moving() -> None:
 def _until_done(patience: float, *, wait_for_pipelines: bool) -> tuple[Mirror | None, str]:
     """Advance until nothing is under way (or once); gives up after ``patience`` seconds of failures in a row."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     mirror, failing_since = None, None
     while True:
@@ -185,7 +187,7 @@ def _until_done(patience: float, *, wait_for_pipelines: bool) -> tuple[Mirror | 
             if not mirror.advance() or not wait_for_pipelines:
                 return mirror, ""
             failing_since = None
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             mirror, failing_since = None, failing_since or time.monotonic()
             if time.monotonic() - failing_since >= patience:
                 return None, f"{tracking_uri()}: {error}"
@@ -210,27 +212,27 @@ def follow() -> None:
             return
 
 
-def sync(wait: float = 0.0) -> bool:
-    """Copy what is missing; returns whether the store now holds every record as far as it goes."""
+def sync(wait: float = 0.0) -> Mirror | None:
+    """Copy what is missing, once. Returns None where that was not possible within ``wait`` seconds."""
     started = time.monotonic()
     with lock(wait) as mine:
         if not mine:
             say("another mirror of this repository is at work; it goes on by itself (see .featdiff/mirror.log)")
-            return False
+            return None
         _still_moving()
         mirror, failure = _until_done(wait - (time.monotonic() - started), wait_for_pipelines=False)
         faulthandler.cancel_dump_traceback_later()
     if mirror is None:
         say(f"cannot copy to {failure}; nothing is lost, run it again")
-        return False
-    say(f"{tracking_uri()}: {mirror.copied} record(s) copied, {len(mirror.refused)} refused")
-    return not mirror.refused
+    else:
+        say(f"{tracking_uri()}: {mirror.copied} record(s) copied, {len(mirror.refused)} refused")
+    return mirror
 
 
 def ui(port: str) -> NoReturn:
     """Become MLflow's server for the local store, after a sync."""
     uri = tracking_uri()
-    sync()
+    mirror = sync()
     if uri.startswith(("http:", "https:")):
         say(f"MLFLOW_TRACKING_URI names a server; open {uri} in a browser")
         sys.exit(0)
@@ -238,10 +240,23 @@ def ui(port: str) -> NoReturn:
         if probe.connect_ex(("127.0.0.1", int(port))) == 0:
             say(f"port {port} is taken; give another: python -m featdiff.mirror ui {int(port) + 1}")
             sys.exit(2)
-    say(f"open http://127.0.0.1:{port} in a browser; Ctrl-C ends it")
+    # "machine_learning" is the one of MLflow's two faces that shows runs and curves first
+    page = f"/#/experiments/{mirror.experiment_id}/runs?workflowType=machine_learning" if mirror else ""
+    print(f"mirror: open http://127.0.0.1:{port}{page} in a browser; Ctrl-C ends it", flush=True)
     # by environment: a URI with a password must not show in the list of processes
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", port, "--workers", "1"])
+
+
+def _code(mirror: Mirror | None) -> int:
+    return 1 if mirror is None or mirror.refused else 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: everything is written, and taking MLflow's modules down costs most of a second of CPU."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: list[str]) -> None:
@@ -250,16 +265,17 @@ def main(arguments: list[str]) -> None:
     match arguments:
         case ["follow"]:
             follow()
+            _leave(0)
         case ["sync"]:
-            sys.exit(not sync())
+            _leave(_code(sync()))
         case ["sync", "--wait", seconds] if seconds.replace(".", "", 1).isdigit():
-            sys.exit(not sync(float(seconds)))
+            _leave(_code(sync(float(seconds))))
         case ["rebuild"]:
             from featdiff.restore import restore
 
             for line in restore(Path()):
                 say(line)
-            sys.exit(not sync())
+            _leave(_code(sync()))
         case ["ui"]:
             ui("5000")
         case ["ui", port] if port.isdigit():

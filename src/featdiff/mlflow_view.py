@@ -155,8 +155,7 @@ class View:
         found = self.client.get_experiment_by_name(EXPERIMENT)
         if found is None:
             try:
-                kind = {"mlflow.experimentKind": "custom_model_development"}  # which of its two faces MLflow shows
-                self.client.create_experiment(EXPERIMENT, artifacts.as_uri() if artifacts else None, kind)
+                self.client.create_experiment(EXPERIMENT, artifacts.as_uri() if artifacts else None)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 from featdiff.artifact import ContractError, hash_json
@@ -33,9 +40,14 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN, padding_side="left",
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def organism_model(size: Pretraining, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
@@ -43,12 +55,20 @@ def organism_model(size: Pretraining, tokenizer: PreTrainedTokenizerFast, seed: 
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=size.d_model, intermediate_size=size.d_mlp, num_hidden_layers=size.layers,
-            num_attention_heads=size.heads, num_key_value_heads=size.heads, head_dim=size.d_model // size.heads,
-            max_position_embeddings=4 * size.row_tokens, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=size.d_model,
+            intermediate_size=size.d_mlp,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            head_dim=size.d_model // size.heads,
+            max_position_embeddings=4 * size.row_tokens,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
     )
 
 
@@ -57,13 +77,17 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     Raises ContractError without safetensors weights, with weights that do not fit, or with values that are not finite."""
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ContractError(folder, "weights", "config.json and *.safetensors", "none", "point at a folder written by save_pretrained")
+        raise ContractError(
+            folder, "weights", "config.json and *.safetensors", "none", "point at a folder written by save_pretrained"
+        )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ContractError(folder, "weights", "a causal language model", str(error).splitlines()[0], "replace the folder") from None
+        raise ContractError(
+            folder, "weights", "a causal language model", str(error).splitlines()[0], "replace the folder"
+        ) from None
     if absent := sorted(report["missing_keys"]):  # the library only warns, and starts these at random
         raise ContractError(folder, absent[0], "every weight of the configuration", "none", "replace the folder")
     for name, tensor in model.named_parameters():
@@ -76,7 +100,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in ``folder``, set to pad on the left; a missing pad token becomes EOS."""
     if not (folder / "tokenizer.json").is_file():
         raise ContractError(folder, "tokenizer.json", "a fast tokenizer", "none", "save the tokenizer beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ContractError(
+            folder / "tokenizer.json", "content", "a fast tokenizer", said, "save the tokenizer again"
+        ) from None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -112,7 +142,9 @@ def resolve_layer(model: PreTrainedModel, layer: int | str) -> int:
     blocks = model.config.num_hidden_layers
     number = blocks // 2 if layer == "middle" else int(layer)
     if not 1 <= number <= blocks:
-        raise ContractError("params.yaml", "activations.layer", f"1 to {blocks} for this model, or middle", layer, "choose a layer that exists")
+        raise ContractError(
+            "params.yaml", "activations.layer", f"1 to {blocks} for this model, or middle", layer, "choose a layer that exists"
+        )
     return number
 
 

@@ -47,10 +47,18 @@ class TokenStream(NamedTuple):
 def token_stream(texts: list[Text], tokenizer: PreTrainedTokenizerFast, params: ActivationsParams) -> TokenStream:
     """The corpus as tokens; raises ContractError when it gives fewer than ``params.tokens`` rows."""
     skip = int(params.drop_first_token)
-    encoded = tokenizer([text.prompt + text.completion for text in texts], truncation=True, max_length=params.max_length)["input_ids"]
+    encoded = tokenizer([text.prompt + text.completion for text in texts], truncation=True, max_length=params.max_length)[
+        "input_ids"
+    ]
     stream = TokenStream([ids for ids in encoded if len(ids) > skip], skip)
     if stream.rows < params.tokens:
-        raise ContractError("params.yaml", "activations.tokens", f"at most {stream.rows} (the corpus)", params.tokens, "lower it or raise prepare.corpus.texts")
+        raise ContractError(
+            "params.yaml",
+            "activations.tokens",
+            f"at most {stream.rows} (the corpus)",
+            params.tokens,
+            "lower it or raise prepare.corpus.texts",
+        )
     return stream.first(params.tokens)
 
 
@@ -93,16 +101,25 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
     dtype = getattr(torch, params.dtype)
     folders = checkpoint_folders(folder)
     index: dict[str, object] = {
-        "tokenizer": tokenizer_hash(tokenizer), "drop_first_token": params.drop_first_token, "dtype": params.dtype,
-        "rows": stream.rows, "checkpoint_rows": 0, "checkpoints": len(folders) - 1,
-    }  # fmt: skip
+        "tokenizer": tokenizer_hash(tokenizer),
+        "drop_first_token": params.drop_first_token,
+        "dtype": params.dtype,
+        "rows": stream.rows,
+        "checkpoint_rows": 0,
+        "checkpoints": len(folders) - 1,
+    }
     jobs = [("acts", folder, _shards(stream, params.shard_rows))]
     if len(folders) > 1:
         short = stream.first(params.checkpoint_tokens)
         index["checkpoint_rows"] = short.rows
         jobs += [(f"checkpoint{i}", path, _shards(short, params.shard_rows)) for i, path in enumerate(folders[:-1], start=1)]
     files: dict[str, list[dict[str, object]]] = {}
-    bar = tqdm(total=sum(len(shards) for *_, shards in jobs), desc=f"activations {folder.name}", unit="shard", disable=not state.is_main_process)
+    bar = tqdm(
+        total=sum(len(shards) for *_, shards in jobs),
+        desc=f"activations {folder.name}",
+        unit="shard",
+        disable=not state.is_main_process,
+    )
     for name, path, shards in jobs:
         model = load_model(path).to(state.device)
         layer = resolve_layer(model, params.layer)
@@ -113,14 +130,24 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
             if i % state.num_processes == state.process_index:
                 acts = read_residual(trunk, shard, params.batch_size, tokenizer.pad_token_id, dtype)
                 if not torch.isfinite(acts).all():
-                    raise ContractError(path, f"residual stream after block {layer}", "finite values", "NaN or infinity", "check the model")
+                    raise ContractError(
+                        path, f"residual stream after block {layer}", "finite values", "NaN or infinity", "check the model"
+                    )
                 save_file({"acts": acts.contiguous()}, out / str(files[name][i]["file"]))
             bar.update(1)
     bar.close()
     if state.is_main_process:
-        kept = [(token, text, place) for text, ids in enumerate(stream.texts) for place, token in enumerate(ids) if place >= stream.skip]
+        kept = [
+            (token, text, place)
+            for text, ids in enumerate(stream.texts)
+            for place, token in enumerate(ids)
+            if place >= stream.skip
+        ]
         columns = torch.tensor(kept, dtype=torch.int32)
-        save_file({name: columns[:, i].contiguous() for i, name in enumerate(("token_id", "text_id", "position"))}, out / "tokens.safetensors")
+        save_file(
+            {name: columns[:, i].contiguous() for i, name in enumerate(("token_id", "text_id", "position"))},
+            out / "tokens.safetensors",
+        )
         write_json(out / "index.json", index | {"shards": files})
     state.wait_for_everyone()
     return {"rows": stream.rows, "texts": len(stream.texts), "checkpoints": len(folders) - 1}

@@ -47,9 +47,17 @@ class ActivationStore:
         for folder, index in zip(self._folders, indexes, strict=True):
             for field in ("rows", "d_model", "layer", "drop_first_token", "tokenizer"):
                 if index[field] != first[field]:
-                    raise ContractError(folder / "index.json", field, f"{first[field]} as in {self._folders[0]}", index[field], "rerun: dvc repro")
+                    raise ContractError(
+                        folder / "index.json",
+                        field,
+                        f"{first[field]} as in {self._folders[0]}",
+                        index[field],
+                        "rerun: dvc repro",
+                    )
             if not torch.equal(self.tokens(folder), self.tokens(self._folders[0])):
-                raise ContractError(folder / "tokens.safetensors", "token_id", f"the tokens of {self._folders[0]}", "others", "rerun: dvc repro")
+                raise ContractError(
+                    folder / "tokens.safetensors", "token_id", f"the tokens of {self._folders[0]}", "others", "rerun: dvc repro"
+                )
         self.layer, self.d_model = int(first["layer"]), int(first["d_model"])
         self._shards = [index["shards"][series] for index in indexes]
         self.rows = sum(shard["rows"] for shard in self._shards[0])
@@ -77,18 +85,24 @@ class ActivationStore:
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
         """Random blocks are read into a buffer that is permuted as a whole: sequential reads, shuffled rows.
 
-        A store that fits into the buffer stays there, perfectly shuffled from the first pass on."""
+        A store that fits into the buffer stays there, perfectly shuffled from the first pass on. What a buffer
+        leaves over starts the next batch. Raises ContractError where there are fewer rows than one batch."""
+        if stop - start < batch:
+            expected = f"at most {stop - start} (rows at hand)"
+            raise ContractError("params.yaml", "crosscoder.training.batch_tokens", expected, batch, "lower it")
         blocks = [(low, min(low + BLOCK_ROWS, stop)) for low in range(start, stop, BLOCK_ROWS)]
         per_buffer = max(1, BUFFER_ROWS // BLOCK_ROWS)
         resident = self.read(start, stop) if stop - start <= BUFFER_ROWS else None
+        left = torch.empty(0, len(self.models), self.d_model)
         while True:
             order = torch.randperm(len(blocks), generator=generator).tolist()
             for group in range(0, len(blocks), per_buffer):
                 chosen = [blocks[i] for i in order[group : group + per_buffer]]
                 buffer = resident if resident is not None else torch.cat([self.read(low, high) for low, high in chosen])
                 rows = torch.randperm(len(buffer), generator=generator)
-                full = len(rows) // batch * batch
-                if full == 0:
-                    raise ContractError("params.yaml", "crosscoder.training.batch_tokens", f"at most {len(buffer)} (rows at hand)", batch, "lower it")
-                for low in range(0, full, batch):
-                    yield buffer[rows[low : low + batch]]
+                head = batch - len(left)
+                for part in (rows[:head], *torch.split(rows[head:], batch)):
+                    left = torch.cat([left, buffer[part]]) if len(left) else buffer[part]
+                    if len(left) == batch:
+                        yield left
+                        left = left[:0]

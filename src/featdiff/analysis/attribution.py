@@ -43,7 +43,9 @@ def classify(shares: list[float], models: list[str], params: AttributionParams) 
     return "shared" if min(shares) >= 0.5 / len(models) else "mixed"
 
 
-def attribute(name: str, crosscoder: Crosscoder, features: dict[str, Tensor], params: AttributionParams) -> list[dict[str, Any]]:
+def attribute(
+    name: str, crosscoder: Crosscoder, features: dict[str, Tensor], params: AttributionParams
+) -> list[dict[str, Any]]:
     """One row per feature of one crosscoder: norms shares, class and activity. Dead features are flagged, not classed."""
     shares_FM = mas(crosscoder.W_dec).tolist()
     rows = []
@@ -53,13 +55,15 @@ def attribute(name: str, crosscoder: Crosscoder, features: dict[str, Tensor], pa
         pair = len(crosscoder.models) == 2
         rows.append(
             {
-                "fit": name, "feature_id": k, "dead": dead,
+                "fit": name,
+                "feature_id": k,
+                "dead": dead,
                 **{key: column[k].item() for key, column in features.items()},
                 "nrn": shares[1] if pair else None,
                 **{f"mas_{model}": None if pair else by_model.get(model) for model in ("base", "sft", "grpo")},
                 "feature_class": "dead" if dead else classify(shares, crosscoder.models, params),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

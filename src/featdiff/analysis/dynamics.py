@@ -47,16 +47,14 @@ def overlap_rows(arm: str, changes: Mapping[int, Tensor], tops: list[int]) -> li
     ]
 
 
-def trajectory_rows(arm: str, changes: Mapping[int, Tensor], top: int) -> list[dict[str, Any]]:
-    """Change at every checkpoint (0, the base, by definition 0) of the features that are among the ``top`` at any."""
-    followed: set[int] = set()
-    for change in changes.values():
-        followed |= set(change.topk(min(top, len(change))).indices.tolist())
-    ranks = {number: change.argsort(descending=True).argsort() for number, change in changes.items()}
-    rows = [{"arm": arm, "checkpoint": 0, "feature_id": k, "change": 0.0, "rank": None} for k in sorted(followed)]
+def trajectory_rows(arm: str, changes: Mapping[int, Tensor]) -> list[dict[str, Any]]:
+    """Change and rank of every feature at every checkpoint (0, the base, has changed nothing and ranks nothing)."""
+    rows: list[dict[str, Any]] = []
     for number, change in changes.items():
+        rank = change.argsort(descending=True).argsort() + 1
         rows += [
-            {"arm": arm, "checkpoint": number, "feature_id": k, "change": change[k].item(), "rank": int(ranks[number][k]) + 1}
-            for k in sorted(followed)
+            {"arm": arm, "checkpoint": number, "feature_id": k, "change": value, "rank": place}
+            for k, (value, place) in enumerate(zip(change.tolist(), rank.tolist(), strict=True))
         ]
-    return rows
+    n_features = len(next(iter(changes.values())))
+    return [{"arm": arm, "checkpoint": 0, "feature_id": k, "change": 0.0, "rank": None} for k in range(n_features)] + rows

@@ -17,7 +17,10 @@ from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import read_all
 from featdiff.evaluation import primary_mode
 from featdiff.models import encode_prompts
+from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import GENERATION, Sample, TaskInfo
+
+OPTION_LETTER = "option_letter"
 
 
 def flipped_answers(
@@ -27,7 +30,9 @@ def flipped_answers(
     scoring rule: sample_id → the tuned model's answer text."""
 
     def primary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {row["sample_id"]: row for row in rows if row["split"] == split and row["mode"] == primary_mode(tasks[row["task"]])}
+        return {
+            row["sample_id"]: row for row in rows if row["split"] == split and row["mode"] == primary_mode(tasks[row["task"]])
+        }
 
     before, after = primary(base_rows), primary(tuned_rows)
     flipped: dict[str, dict[str, str]] = {name: {} for name in tasks}
@@ -37,26 +42,40 @@ def flipped_answers(
     return flipped
 
 
-def _sequences(tokenizer: PreTrainedTokenizerFast, task: TaskInfo, samples: list[Sample], answers: list[str]) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompt and answer, and the length of each prompt."""
-    by_generation = task.scoring == GENERATION
-    prompts = encode_prompts(tokenizer, samples, chat=task.chat and by_generation)
-    joint = answers if by_generation else [f" {answer}" for answer in answers]
+def _sequences(
+    tokenizer: PreTrainedTokenizerFast, task: TaskInfo, samples: list[Sample], answers: list[str]
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of prompt and answer as the task's scoring rule reads them, and the length of each prompt."""
+    if task.scoring == OPTION_LETTER:
+        prompts = tokenizer([listed_prompt(sample.prompt, sample.options) for sample in samples])["input_ids"]
+        answers = [sample.answer for sample in samples]  # GRPO was right, so its letter is the right one
+    else:
+        prompts = encode_prompts(tokenizer, samples, chat=task.chat and task.scoring == GENERATION)
+    joint = answers if task.scoring == GENERATION else [f" {answer}" for answer in answers]
     ends = tokenizer(joint, add_special_tokens=False)["input_ids"]
     return [prompt + end for prompt, end in zip(prompts, ends, strict=True)], [len(prompt) for prompt in prompts]
 
 
 def feature_differences(
-    crosscoder: Crosscoder, trunks: dict[str, torch.nn.Module], tokenizer: PreTrainedTokenizerFast, task: TaskInfo,
-    samples: list[Sample], answers: list[str], params: LocalizeParams,
-) -> Tensor:  # fmt: skip
+    crosscoder: Crosscoder,
+    trunks: dict[str, torch.nn.Module],
+    tokenizer: PreTrainedTokenizerFast,
+    task: TaskInfo,
+    samples: list[Sample],
+    answers: list[str],
+    params: LocalizeParams,
+) -> Tensor:
     """f^GRPO − f^base [S, F] on identical tokens (prompt and GRPO's own answer), averaged over the positions of
     ``params.positions``: the last prompt token, the answer's tokens, or all but the first token."""
     sequences, starts = _sequences(tokenizer, task, samples, answers)
     stream = TokenStream(sequences, skip=0)
-    resid = {name: read_residual(trunk, stream, params.batch_size, tokenizer.pad_token_id, torch.float32) for name, trunk in trunks.items()}
+    resid = {
+        name: read_residual(trunk, stream, params.batch_size, tokenizer.pad_token_id, torch.float32)
+        for name, trunk in trunks.items()
+    }
     offsets = torch.tensor([0, *map(len, sequences)]).cumsum(0).tolist()
-    kept, owner = [], []
+    kept: list[int] = []
+    owner: list[int] = []
     for i, start in enumerate(starts):
         low, high = offsets[i], offsets[i + 1]
         spans = {"prompt_last": (low + start - 1, low + start), "answer": (low + start, high), "all": (low + 1, high)}
@@ -73,4 +92,3 @@ def feature_differences(
 def needed_models(crosscoder: Crosscoder, readout: str) -> list[str]:
     """Models whose residual streams the readout needs."""
     return crosscoder.models if readout == "contribution" else ["base", "grpo"]
-

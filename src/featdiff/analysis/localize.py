@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,10 +23,10 @@ def score(difference_SF: Float[Tensor, "S F"]) -> Float[Tensor, " F"]:
     return difference_SF.mean(0)
 
 
-def above_threshold(score_F: Float[Tensor, "*R F"], threshold: float) -> Float[Tensor, "*R F"]:
-    """Which features reach ``threshold`` of the largest score; none where no score is positive."""
+def above_threshold(score_F: Float[Tensor, "*R F"], threshold: float) -> Bool[Tensor, "*R F"]:
+    """Which features reach ``threshold`` of the largest score; never one whose score is not positive."""
     largest = score_F.amax(-1, keepdim=True)
-    return (score_F >= threshold * largest) & (largest > 0)
+    return (score_F >= threshold * largest) & (score_F > 0)
 
 
 class Selection(NamedTuple):
@@ -48,7 +48,9 @@ class Selection(NamedTuple):
     """Per task, share of resamples in which each feature reaches the threshold."""
 
 
-def select(differences: dict[str, Float[Tensor, "S F"]], skipped: dict[str, str], params: LocalizeParams, seed: int) -> Selection:
+def select(
+    differences: dict[str, Float[Tensor, "S F"]], skipped: dict[str, str], params: LocalizeParams, seed: int
+) -> Selection:
     """Score, threshold and intersect over the tasks of ``differences``; resample flipped samples for stability.
 
     Tasks with fewer than ``params.min_flipped`` samples must already be in ``skipped`` (name → reason)."""
@@ -63,7 +65,9 @@ def select(differences: dict[str, Float[Tensor, "S F"]], skipped: dict[str, str]
     task_frequency = {}
     for task, difference in differences.items():
         drawn_RS = torch.randint(len(difference), (params.bootstrap, len(difference)), generator=generator)
-        counts_RS = torch.zeros(params.bootstrap, len(difference)).scatter_add_(1, drawn_RS, torch.ones_like(drawn_RS, dtype=torch.float32))
+        counts_RS = torch.zeros(params.bootstrap, len(difference)).scatter_add_(
+            1, drawn_RS, torch.ones_like(drawn_RS, dtype=torch.float32)
+        )
         kept_RF = above_threshold(counts_RS @ difference / len(difference), params.threshold)
         task_frequency[task] = kept_RF.double().mean(0).numpy()
         always &= kept_RF

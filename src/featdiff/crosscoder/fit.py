@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featdiff.activations.store import ActivationSource
+from featdiff.artifact import ContractError
 from featdiff.config import CrosscoderTraining
 from featdiff.crosscoder.losses import Loss, batch_top_k, batchtopk_loss, l1_loss
 from featdiff.crosscoder.model import Crosscoder
@@ -26,7 +27,8 @@ GUESS = 0.8
 def _statistics(source: ActivationSource, stop: int) -> tuple[Tensor, Tensor, float]:
     """Scale [M] that brings the mean norm of each model to √D, mean [M, D] of the scaled rows, and their total
     variance (mean squared distance to the mean, summed over models), over rows 0 to ``stop``."""
-    norm, total, square = torch.zeros(len(source.models), dtype=torch.float64), 0.0, 0.0
+    norm, square = torch.zeros(2, len(source.models), dtype=torch.float64)
+    total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
     for start in range(0, stop, READ_ROWS):
         rows = source.read(start, min(start + READ_ROWS, stop)).double()
         norm += rows.norm(dim=-1).sum(0)
@@ -80,13 +82,25 @@ class _Step:
 
 
 def fit(
-    source: ActivationSource, loss: str, params: CrosscoderTraining, seed: int, log: Callable[[int, dict[str, float]], None], label: str
+    source: ActivationSource,
+    loss: str,
+    params: CrosscoderTraining,
+    seed: int,
+    log: Callable[[int, dict[str, float]], None],
+    label: str,
 ) -> tuple[Crosscoder, dict[str, Any], dict[str, Tensor]]:
     """Train a crosscoder; returns it with final metrics and per-feature statistics [F].
 
-    The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises FloatingPointError at NaN or infinity."""
+    The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises ContractError for rows or batches that
+    cannot be shared out, FloatingPointError at NaN or infinity."""
     accelerator = Accelerator()
     train_rows = source.rows - int(source.rows * params.heldout_share)
+    if not 0 < train_rows < source.rows:
+        field, found = "crosscoder.training.heldout_share", f"{params.heldout_share} of {source.rows} rows"
+        raise ContractError("params.yaml", field, "a share that leaves rows on both sides", found, "change it")
+    if params.batch_tokens % accelerator.num_processes:
+        field, expected = "crosscoder.training.batch_tokens", f"a multiple of {accelerator.num_processes} (processes)"
+        raise ContractError("params.yaml", field, expected, params.batch_tokens, "change it")
     crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)
     crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed))
     scale, mean, variance = _statistics(source, train_rows)
@@ -98,7 +112,9 @@ def fit(
     take = _Step(crosscoder, params, variance, accelerator)
     bar = tqdm(range(params.steps), desc=f"crosscoder {label}", unit="step", disable=not accelerator.is_main_process)
     for step in bar:
-        x_BMD = crosscoder.normalise(next(batches)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device))
+        x_BMD = crosscoder.normalise(
+            next(batches)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+        )
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, params)
         result = take(x_BMD)

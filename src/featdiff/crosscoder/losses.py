@@ -39,9 +39,13 @@ def _rebuild(crosscoder: Crosscoder, x_BMD: Tensor, f_BF: Tensor, kept_BF: Tenso
         code_BF = f_BF * kept_BF
         return x_BMD - crosscoder.decode(code_BF), (code_BF * norms_F).sum()
     rebuilt_BI, value_E, entries = autoencode(
-        x_BMD.flatten(1), crosscoder.W_enc.flatten(0, 1), crosscoder.b_enc, crosscoder.W_dec.flatten(1), crosscoder.b_dec.flatten(),
+        x_BMD.flatten(1),
+        crosscoder.W_enc.flatten(0, 1),
+        crosscoder.b_enc,
+        crosscoder.W_dec.flatten(1),
+        crosscoder.b_dec.flatten(),
         f_BF.detach() * kept_BF,
-    )  # fmt: skip
+    )
     return x_BMD - rebuilt_BI.view_as(x_BMD), (value_E * norms_F[entries.column_E]).sum()
 
 
@@ -65,9 +69,15 @@ def batch_top_k(value_BF: Float[Tensor, "B F"], count: int, guess: Tensor | None
 
 
 def batchtopk_loss(
-    crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], cutoff: Tensor, dead_F: Tensor, aux_k: int, aux_weight: float, variance: float,
+    crosscoder: Crosscoder,
+    x_BMD: Float[Tensor, "B M D"],
+    cutoff: Tensor,
+    dead_F: Tensor,
+    aux_k: int,
+    aux_weight: float,
+    variance: float,
     f_BF: Float[Tensor, "B F"] | None = None,
-) -> Loss:  # fmt: skip
+) -> Loss:
     """Mean over tokens of Σ_m ‖x^m − x̂^m‖² / ``variance`` over the features with f_k Σ_m‖d_k^m‖ ≥ ``cutoff``
     (Bussmann et al. 2024; norm-weighted as in Minder, Dumas et al. 2025), plus ``aux_weight`` times the same for
     the residual error rebuilt by the ``aux_k`` most active dead features (Gao et al. 2024). ``f_BF`` are the

@@ -80,9 +80,17 @@ class Crosscoder(nn.Module):
 
     def save(self, folder: Path, **facts: Any) -> None:
         """Write ``weights.safetensors`` and ``config.json``."""
-        save_file({name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}, folder / "weights.safetensors")
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}, folder / "weights.safetensors"
+        )
         scale = dict(zip(self.models, self.scale.tolist(), strict=True))
-        config = {"models": self.models, "d_model": self.d_model, "n_features": self.n_features, "loss": self.loss, "scale": scale}
+        config = {
+            "models": self.models,
+            "d_model": self.d_model,
+            "n_features": self.n_features,
+            "loss": self.loss,
+            "scale": scale,
+        }
         write_json(folder / "config.json", config | facts)
 
     @classmethod
@@ -94,6 +102,8 @@ class Crosscoder(nn.Module):
         for name, tensor in crosscoder.state_dict().items():
             found = tuple(weights[name].shape) if name in weights else "nothing"
             if found != tuple(tensor.shape):
-                raise ContractError(folder / "weights.safetensors", name, tuple(tensor.shape), found, "rerun its stage: dvc repro")
+                raise ContractError(
+                    folder / "weights.safetensors", name, tuple(tensor.shape), found, "rerun its stage: dvc repro"
+                )
         crosscoder.load_state_dict(weights)
         return crosscoder.eval().requires_grad_(False)

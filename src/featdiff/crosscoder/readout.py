@@ -25,7 +25,9 @@ class Reader:
     A checkpoint is read with the slot and scale of the arm it belongs to. ``features`` restricts the reader
     to some features (in that order), which is what an edit needs."""
 
-    def __init__(self, crosscoder: Crosscoder, model: str, readout: Literal["swap", "slot"] = "swap", features: list[int] | None = None) -> None:
+    def __init__(
+        self, crosscoder: Crosscoder, model: str, readout: Literal["swap", "slot"] = "swap", features: list[int] | None = None
+    ) -> None:
         slot = crosscoder.slot(model)
         chosen = torch.arange(crosscoder.n_features) if features is None else torch.tensor(features, dtype=torch.long)
         self.scale = crosscoder.scale[slot].item()
@@ -54,7 +56,9 @@ class Reader:
         return self(resid_BD) @ self.directions_FD + self.offset_D
 
 
-def read_all(crosscoder: Crosscoder, resid: dict[str, Float[Tensor, "B D"]], readout: Readout) -> dict[str, Float[Tensor, "B F"]]:
+def read_all(
+    crosscoder: Crosscoder, resid: dict[str, Float[Tensor, "B D"]], readout: Readout
+) -> dict[str, Float[Tensor, "B F"]]:
     """Feature values of every model of ``resid`` on the same tokens. ``contribution`` needs all models of the crosscoder."""
     if readout != "contribution":
         return {model: Reader(crosscoder, model, readout)(rows) for model, rows in resid.items()}

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from featdiff.artifact import ContractError
+
 NEIGHBOURS = 10
 
 
@@ -19,12 +21,14 @@ def matched_random_sets(
 
     Each feature is replaced by one drawn from its nearest neighbours in log firing rate and log mean contribution
     f_k‖d_k‖ (both standardised over live features). Where a few neighbours cannot give enough different sets, more
-    are taken in. Raises ValueError when fewer live features exist than one set needs."""
+    are taken in. Raises ContractError when fewer live features exist than one set needs."""
     rng = np.random.default_rng(seed)
     live = np.flatnonzero(firing_rate_F > 0)
     pool = np.setdiff1d(live, features)
     if len(pool) < len(features):
-        raise ValueError(f"only {len(pool)} live features outside the set of {len(features)}; no matched random set exists")
+        expected = f"as many live features outside the set as in it ({len(features)})"
+        todo = "raise localize.threshold or crosscoder.training.n_features"
+        raise ContractError("analysis/localize/features.json", "features", expected, f"only {len(pool)}", todo)
     with np.errstate(divide="ignore"):
         described = np.stack([np.log(firing_rate_F), np.log(contribution_F)], axis=1)
     spread = described[live].std(axis=0)
@@ -41,7 +45,9 @@ def matched_random_sets(
     return list(sets.values())
 
 
-def _draw(features: list[int], pool: NDArray[np.int64], described: NDArray[np.float64], neighbours: int, rng: np.random.Generator) -> list[int]:
+def _draw(
+    features: list[int], pool: NDArray[np.int64], described: NDArray[np.float64], neighbours: int, rng: np.random.Generator
+) -> list[int]:
     drawn: list[int] = []
     for feature in features:
         target = np.nan_to_num(described[feature], neginf=described[pool].min())

@@ -63,8 +63,12 @@ class FeatureEdit:
     donor: PreTrainedModel | None = None
     donor_reader: Reader | None = None
 
+    @property
+    def whole_prompt(self) -> bool:
+        return self.positions in ("prompt", "all")
+
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
-        if self.positions == "generated" and prompt or self.positions.startswith("prompt") and not prompt:
+        if (self.positions == "generated" and prompt) or (self.positions.startswith("prompt") and not prompt):
             return resid_BTD
         if self.kind == "reconstruct":
             change = self.reader.reconstruct(resid_BTD) - resid_BTD.float()

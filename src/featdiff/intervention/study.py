@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from featdiff import stats
 from featdiff.config import InterveneParams
+from featdiff.decode import PromptCache
 from featdiff.evaluation import Examinee, Row
 from featdiff.intervention.edits import Editor, FeatureEdit
 from featdiff.tasks.task import Sample, TaskInfo
@@ -41,7 +42,9 @@ def settings(purpose: str, params: InterveneParams) -> list[Setting]:
     """What is tried on the tune split, simplest first (ties go to the first)."""
     if purpose != "amplify_base":
         return [Setting("zero", positions, 0.0) for positions in params.positions]
-    return [Setting(edit, positions, dose) for edit in params.amplify for positions in params.positions for dose in params.doses]
+    return [
+        Setting(edit, positions, dose) for edit in params.amplify for positions in params.positions for dose in params.doses
+    ]
 
 
 def mean_accuracy(rows: list[Row]) -> float:
@@ -55,20 +58,29 @@ def by_task(rows: list[Row], tasks: dict[str, TaskInfo]) -> Iterator[dict[str, A
     for name in dict.fromkeys(row["task"] for row in rows):
         group = [row for row in rows if row["task"] == name]
         yield {
-            "task": name, "role": tasks[name].role, "n": len(group),
-            "accuracy": float(np.mean([row["correct"] for row in group])), "steps": float(np.mean([row["manner"] == "steps" for row in group])),
-        }  # fmt: skip
+            "task": name,
+            "role": tasks[name].role,
+            "n": len(group),
+            "accuracy": float(np.mean([row["correct"] for row in group])),
+            "steps": float(np.mean([row["manner"] == "steps" for row in group])),
+        }
 
 
 def tune(
-    purpose: str, subject: Subject, features: list[int], samples: list[Sample], params: InterveneParams, progress: Callable[[str], None]
+    purpose: str,
+    subject: Subject,
+    features: list[int],
+    samples: list[Sample],
+    params: InterveneParams,
+    progress: Callable[[str], None],
 ) -> tuple[Setting, list[dict[str, Any]]]:
     """Try every setting on ``samples`` (tune split, tasks used for finding); returns the one with the lowest
     (zeroing) or highest (amplifying) mean accuracy, and the table of all."""
     sign = 1 if purpose == "amplify_base" else -1
-    best, best_value, table = None, -np.inf, []
+    best, best_value, table, prompts = None, -np.inf, [], PromptCache()
     for setting in settings(purpose, params):
-        rows = subject.examinee.answer(samples, edit=subject.editor.edit(setting.edit, features, setting.positions, setting.dose))
+        edit = subject.editor.edit(setting.edit, features, setting.positions, setting.dose)
+        rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
         value = sign * mean_accuracy(rows)
         if value > best_value:
             best, best_value = setting, value
@@ -79,19 +91,27 @@ def tune(
 
 
 def dose_curve(
-    subject: Subject, chosen: Setting, sets: dict[tuple[str, int], list[int]], samples: list[Sample], params: InterveneParams, progress: Callable[[str], None]
+    subject: Subject,
+    chosen: Setting,
+    sets: dict[tuple[str, int], list[int]],
+    samples: list[Sample],
+    params: InterveneParams,
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Accuracy over doses at the chosen edit and positions, for the found set and some random sets (tune split)."""
-    table = []
+    table, prompts = [], PromptCache()
     for (arm, draw), features in sets.items():
         for dose in params.doses:
-            rows = subject.examinee.answer(samples, edit=subject.editor.edit(chosen.edit, features, chosen.positions, dose))
+            edit = subject.editor.edit(chosen.edit, features, chosen.positions, dose)
+            rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
             table += [{"dose": dose, "arm": arm, "draw": draw, **line} for line in by_task(rows, subject.examinee.tasks)]
             progress("dose curve")
     return table
 
 
-def arms(subject: Subject, chosen: Setting, features: list[int], random_sets: list[list[int]]) -> Iterator[tuple[str, int, FeatureEdit | None]]:
+def arms(
+    subject: Subject, chosen: Setting, features: list[int], random_sets: list[list[int]]
+) -> Iterator[tuple[str, int, FeatureEdit | None]]:
     """Every arm of one purpose with its edit: unedited, no-op, reconstruction only, the set, the random sets."""
     editor = subject.editor
     yield "none", 0, None
@@ -103,18 +123,28 @@ def arms(subject: Subject, chosen: Setting, features: list[int], random_sets: li
 
 
 def run_arms(
-    purpose: str, subject: Subject, chosen: Setting, features: list[int], random_sets: list[list[int]], samples: list[Sample], progress: Callable[[str], None]
+    purpose: str,
+    subject: Subject,
+    chosen: Setting,
+    features: list[int],
+    random_sets: list[list[int]],
+    samples: list[Sample],
+    progress: Callable[[str], None],
 ) -> list[Row]:
-    """Answers under every arm to all ``samples`` (report split, every task)."""
+    """Answers under every arm to all ``samples`` (report split, every task). Where no arm changes the prompt
+    before its last token, all arms share one reading of the prompts, the unedited one too."""
     rows = []
+    shared = None if chosen.positions in ("prompt", "all") else PromptCache()
     for arm, draw, edit in arms(subject, chosen, features, random_sets):
-        answered = subject.examinee.answer(samples, edit=edit)
+        answered = subject.examinee.answer(samples, edit=edit, shared=shared)
         rows += [{"purpose": purpose, "model": PURPOSES[purpose], "arm": arm, **row, "draw": draw} for row in answered]
         progress(f"{purpose} {arm}")
     return rows
 
 
-def effects(rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int) -> list[dict[str, Any]]:
+def effects(
+    rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int
+) -> list[dict[str, Any]]:
     """Change of accuracy against the unedited model, per purpose, arm, task and subset, with paired bootstrap
     intervals and the band of the matched random draws. ``flipped`` holds the sample ids that base fails and GRPO
     solves: chosen by outcome, so read it beside the full set."""
@@ -122,16 +152,28 @@ def effects(rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], para
     for purpose in dict.fromkeys(row["purpose"] for row in rows):
         for task in tasks.values():
             for subset in ("all", "flipped"):
-                group = [row for row in rows if row["purpose"] == purpose and row["task"] == task.name and (subset == "all" or row["sample_id"] in flipped)]
+                group = [
+                    row
+                    for row in rows
+                    if row["purpose"] == purpose
+                    and row["task"] == task.name
+                    and (subset == "all" or row["sample_id"] in flipped)
+                ]
                 if group:
                     table += _task_effects(purpose, task, subset, group, params, seed)
     return table
 
 
-def _task_effects(purpose: str, task: TaskInfo, subset: str, rows: list[Row], params: InterveneParams, seed: int) -> list[dict[str, Any]]:
+def _task_effects(
+    purpose: str, task: TaskInfo, subset: str, rows: list[Row], params: InterveneParams, seed: int
+) -> list[dict[str, Any]]:
     answers: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: str(row["sample_id"])):
         answers.setdefault((row["arm"], row["draw"]), []).append(row)
+    asked = [row["sample_id"] for row in answers["none", 0]]
+    for (arm, draw), group in answers.items():
+        if [row["sample_id"] for row in group] != asked:
+            raise ValueError(f"{purpose} {arm} {draw}: other samples of {task.name} than the unedited model answered")
     right = {key: np.array([row["correct"] for row in group], dtype=float) for key, group in answers.items()}
     baseline, before = right["none", 0], answers["none", 0]
     draws = [float((value - baseline).mean()) for (arm, _), value in right.items() if arm == "random"]
@@ -141,21 +183,37 @@ def _task_effects(purpose: str, task: TaskInfo, subset: str, rows: list[Row], pa
         if arm == "none":
             continue
         effect = float((value - baseline).mean())
-        interval = stats.paired_difference(value, baseline, resamples=params.bootstrap, confidence=params.confidence, seed=seed) if arm != "random" else None
+        interval = (
+            stats.paired_difference(value, baseline, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+            if arm != "random"
+            else None
+        )
         beyond = None
         if arm == "set" and draws:
             beyond = effect > max(draws) if purpose == "amplify_base" else effect < min(draws)
         table.append(
             {
-                "purpose": purpose, "model": PURPOSES[purpose], "arm": arm, "draw": draw, "task": task.name, "role": task.role,
-                "subset": subset, "n": len(value), "accuracy": float(value.mean()), "baseline": float(baseline.mean()), "effect": effect,
-                "low": interval.low if interval else None, "high": interval.high if interval else None,
+                "purpose": purpose,
+                "model": PURPOSES[purpose],
+                "arm": arm,
+                "draw": draw,
+                "task": task.name,
+                "role": task.role,
+                "subset": subset,
+                "n": len(value),
+                "accuracy": float(value.mean()),
+                "baseline": float(baseline.mean()),
+                "effect": effect,
+                "low": interval.low if interval else None,
+                "high": interval.high if interval else None,
                 "steps": float(np.mean([row["manner"] == "steps" for row in answers[arm, draw]])),
                 "steps_baseline": float(np.mean([row["manner"] == "steps" for row in before])),
                 "parse_failures": float(np.mean([row["parsed"] is None for row in answers[arm, draw]])),
-                "random_low": float(low_random), "random_high": float(high_random), "beyond_random": beyond,
+                "random_low": float(low_random),
+                "random_high": float(high_random),
+                "beyond_random": beyond,
             }
-        )  # fmt: skip
+        )
     return table
 
 
@@ -179,7 +237,12 @@ class Outcome(NamedTuple):
 
 
 def intervene(
-    subjects: dict[str, Subject], features: list[int], random_sets: list[list[int]], samples: list[Sample], params: InterveneParams, seed: int
+    subjects: dict[str, Subject],
+    features: list[int],
+    random_sets: list[list[int]],
+    samples: list[Sample],
+    params: InterveneParams,
+    seed: int,
 ) -> Outcome:
     """The whole study of one feature set. ``subjects`` by model; a model the crosscoder does not know is left out.
 
@@ -188,7 +251,9 @@ def intervene(
     tasks = subjects["grpo"].examinee.tasks
     tuning_samples = [sample for sample in samples if sample.split == "tune" and tasks[sample.task].role == "find"]
     report_samples = [sample for sample in samples if sample.split == "report"]
-    curve_sets = {("set", 0): features} | {("random", i): drawn for i, drawn in enumerate(random_sets[: params.dose_random_sets])}
+    curve_sets = {("set", 0): features} | {
+        ("random", i): drawn for i, drawn in enumerate(random_sets[: params.dose_random_sets])
+    }
     purposes = [purpose for purpose, model in PURPOSES.items() if model in subjects]
     passes = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
     passes += len(curve_sets) * len(params.doses) + len(purposes) * (4 + len(random_sets))
@@ -204,8 +269,18 @@ def intervene(
         chosen = {"zero_grpo": zero, "zero_sft": zero, "amplify_base": amplify}
         rows: list[Row] = []
         for purpose in purposes:
-            rows += run_arms(purpose, subjects[PURPOSES[purpose]], chosen[purpose], features, random_sets, report_samples, progress)
-    right = {purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]} for purpose in purposes}
+            rows += run_arms(
+                purpose, subjects[PURPOSES[purpose]], chosen[purpose], features, random_sets, report_samples, progress
+            )
+    right = {
+        purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]}
+        for purpose in purposes
+    }
     flipped = right["zero_grpo"] - right["amplify_base"]
-    choice = {"zero": {"positions": zero.positions}, "amplify": amplify._asdict(), "features": features, "random_sets": random_sets}
+    choice = {
+        "zero": {"positions": zero.positions},
+        "amplify": amplify._asdict(),
+        "features": features,
+        "random_sets": random_sets,
+    }
     return Outcome(choice, tuning + more, dose, rows, effects(rows, flipped, tasks, params, seed))

@@ -12,10 +12,17 @@ from featdiff.report.tables import Cell, Table
 from featdiff.report.words import MISSING, interval, number, signed
 
 SUITES = {
-    "MATH500": "math500", "AIME24": "aime24", "AIME25": "aime25",
-    "OBQA": "openbookqa", "CSQA": "commonsenseqa", "HeadQA": "headqa", "SciQ": "sciq", "ARC-C": "arcchallenge",
-    "LogiQA": "logiqa", "PIQA": "piqa",
-}  # fmt: skip
+    "MATH500": "math500",
+    "AIME24": "aime24",
+    "AIME25": "aime25",
+    "OBQA": "openbookqa",
+    "CSQA": "commonsenseqa",
+    "HeadQA": "headqa",
+    "SciQ": "sciq",
+    "ARC-C": "arcchallenge",
+    "LogiQA": "logiqa",
+    "PIQA": "piqa",
+}
 
 _ACCURACY_OF = ("MATH500", "AIME24", "AIME25", "OBQA", "CSQA", "SciQ", "ARC-C")
 ACCURACY = {

@@ -137,9 +137,15 @@ def doses(evidence: Evidence) -> Panel | None:
             }
             traces += [
                 band | {"fillcolor": "rgba(133,141,153,0.28)", "line": {"width": 0}},
-                {"type": "scatter", "mode": "lines", "x": xs, "y": middle.tolist(), "line": {"color": RANDOM, "width": 1.5},
-                 "hovertemplate": "random sets, median %{y:.2f}<extra></extra>"},
-            ]  # fmt: skip
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "x": xs,
+                    "y": middle.tolist(),
+                    "line": {"color": RANDOM, "width": 1.5},
+                    "hovertemplate": "random sets, median %{y:.2f}<extra></extra>",
+                },
+            ]
         held = sorted((row for row in rows if row["arm"] == "set"), key=lambda row: row["dose"])
         traces.append(
             {

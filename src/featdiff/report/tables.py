@@ -71,7 +71,7 @@ def audit(evidence: Evidence) -> Table:
         rows.append([_label(label), *shown, Cell("yes" if same else "no", mark="good" if same else "bad")])
     for key, label in (("samples_seen", "samples seen"), ("tokens_seen", "tokens seen"), ("updates", "updates")):
         rows.append([_label(label), Cell(count(sft[key])), Cell(count(grpo[key])), Cell("reported")])
-    steps = [Cell(", ".join(str(step) for step in arm["checkpoints"])) for arm in (sft, grpo)]
+    steps = [Cell(", ".join(str(step) for step in arm["checkpoints"]), mark="text") for arm in (sft, grpo)]
     rows.append([_label("checkpoints at update"), *steps, Cell("reported")])
     reward = moved(number(grpo.get("reward_first")), number(grpo.get("reward_last")))
     rows.append([_label("reward, first → last"), Cell(MISSING), Cell(reward), Cell("reported")])
@@ -84,9 +84,16 @@ def crosscoders(evidence: Evidence) -> Table:
         fve = [Cell(number(fit.metrics["fve"].get(model), 3)) for model in MODELS]
         models = " · ".join(MODEL_NAMES.get(model, model) for model in fit.models)
         rows.append(
-            [_label(name, models), Cell(fit.config["loss"]), *fve, Cell(number(fit.metrics["l0"], 1)),
-             Cell(percent(fit.metrics["dead_share"])), Cell(count(fit.config["n_features"])), Cell(str(fit.config["seed"]))]
-        )  # fmt: skip
+            [
+                _label(name, models),
+                Cell(fit.config["loss"]),
+                *fve,
+                Cell(number(fit.metrics["l0"], 1)),
+                Cell(percent(fit.metrics["dead_share"])),
+                Cell(count(fit.config["n_features"])),
+                Cell(str(fit.config["seed"])),
+            ]
+        )
     head = ["crosscoder", "loss", "FVE base", "FVE SFT", "FVE GRPO", "L0", "dead", "features", "seed"]
     return Table(head, rows, "On tokens held out of the fit. FVE: fraction of variance explained.")
 

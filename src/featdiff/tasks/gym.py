@@ -29,8 +29,13 @@ def _package() -> Any:
         import reasoning_gym  # noqa: F401  (fills the registry)
         from reasoning_gym import factory
     except ModuleNotFoundError as error:
-        raise ContractError("params.yaml", "prepare.tasks", "the package reasoning-gym installed", f"no module {error.name}",
-                            "pip install -e .[smollm2]") from None  # fmt: skip
+        raise ContractError(
+            "params.yaml",
+            "prepare.tasks",
+            "the package reasoning-gym installed",
+            f"no module {error.name}",
+            "pip install -e .[smollm2]",
+        ) from None
     return factory
 
 
@@ -124,9 +129,14 @@ class GymSource:
             raise self._wrong("dataset", f"worked solutions ({', '.join(SOLUTIONS)})", task.dataset, todo)
         category = self._dataset(0, 1).category
         self.info = TaskInfo(
-            name=name, role=task.role, domain="math" if task.role == "train" else category, scoring=GENERATION,
-            verifier="reasoning_gym", chat=chat, options=0,
-        )  # fmt: skip
+            name=name,
+            role=task.role,
+            domain="math" if task.role == "train" else category,
+            scoring=GENERATION,
+            verifier="reasoning_gym",
+            chat=chat,
+            options=0,
+        )
 
     def _wrong(self, field: str, expected: str, found: object, todo: str) -> ContractError:
         return ContractError("params.yaml", f"prepare.tasks.{self.name}.{field}", expected, found, todo)
@@ -175,8 +185,11 @@ class GymSource:
     def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
         return [
             self._sample(
-                f"{self.name}-train-{i:05d}", "train", prompt, entry,
+                f"{self.name}-train-{i:05d}",
+                "train",
+                prompt,
+                entry,
                 ("" if self.info.chat else " ") + solution(self.task.dataset, entry["metadata"], entry["answer"], self.teacher),
             )
             for i, (prompt, entry) in enumerate(self._entries(count, banned, rng))
-        ]  # fmt: skip
+        ]

@@ -18,9 +18,15 @@ class FamilySource:
         self.family: Family = FAMILIES[name]
         self.manner = "steps" if teacher == "own" else "foreign"
         self.info = TaskInfo(
-            name=name, role=role, domain=self.family.domain, scoring=GENERATION, verifier="organism", chat=False, options=0,
+            name=name,
+            role=role,
+            domain=self.family.domain,
+            scoring=GENERATION,
+            verifier="organism",
+            chat=False,
+            options=0,
             learnable=self.family.learnable,
-        )  # fmt: skip
+        )
 
     def _unseen(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Problem]:
         found: dict[str, Problem] = {}
@@ -46,11 +52,15 @@ class FamilySource:
     def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
         return [
             Sample(
-                f"{self.info.name}-train-{i:05d}", self.info.name, "train", problem.prompt, problem.answer,
+                f"{self.info.name}-train-{i:05d}",
+                self.info.name,
+                "train",
+                problem.prompt,
+                problem.answer,
                 solution=completion(problem, self.manner),
             )
             for i, problem in enumerate(self._unseen(count, banned, rng))
-        ]  # fmt: skip
+        ]
 
 
 def texts(count: int, families: list[str], manners: dict[str, float], banned: set[str], rng: np.random.Generator) -> list[Text]:

@@ -136,10 +136,14 @@ class SuiteSource:
         self.listed = generated and self.letters
         counts = Counter(len(question.options) for question in self.questions)
         self.info = TaskInfo(
-            name=name, role=task.role, domain="math" if task.role == "train" or not self.letters else "questions",
-            scoring=task.scoring, verifier="letter" if self.letters else "number", chat=chat and generated,
+            name=name,
+            role=task.role,
+            domain="math" if task.role == "train" or not self.letters else "questions",
+            scoring=task.scoring,
+            verifier="letter" if self.letters else "number",
+            chat=chat and generated,
             options=counts.most_common(1)[0][0] if counts else 0,
-        )  # fmt: skip
+        )
 
     def _read(self, max_chars: int) -> list[Question]:
         kept: dict[str, Question] = {}

@@ -114,9 +114,12 @@ class Data:
             other = seen.setdefault(sample.prompt, sample)
             if other is not sample and other.split != sample.split:
                 raise ContractError(
-                    "data", f"prompt {sample.prompt[:40]!r}", f"only in split {other.split} ({other.task})",
-                    f"also in split {sample.split} ({sample.task})", "remove the duplicate from one of the files",
-                )  # fmt: skip
+                    "data",
+                    f"prompt {sample.prompt[:40]!r}",
+                    f"only in split {other.split} ({other.task})",
+                    f"also in split {sample.split} ({sample.task})",
+                    "remove the duplicate from one of the files",
+                )
         banned = {sample.prompt for sample in self.eval}
         for text in [*self.corpus, *self.pretrain]:
             if text.prompt in banned:

@@ -9,8 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import (
-    PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments,
-)  # fmt: skip
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from featdiff.artifact import MANIFEST, sha256_file, write_json
 from featdiff.models import save_model
@@ -34,8 +40,13 @@ class Recorder(TrainerCallback):
         trainer.remove_callback(PrinterCallback)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"train {self.out.name.split('.')[1]}", unit="step",
-                        disable=not state.is_world_process_zero)  # fmt: skip
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=f"train {self.out.name.split('.')[1]}",
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:

@@ -16,9 +16,16 @@ from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
 
 SERIES = {
-    "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "reward": "reward", "reward_std": "reward_std",
-    "entropy": "entropy", "completions/mean_length": "completion_tokens", "frac_reward_zero_std": "groups_without_signal", "kl": "kl",
-}  # fmt: skip
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "entropy": "entropy",
+    "completions/mean_length": "completion_tokens",
+    "frac_reward_zero_std": "groups_without_signal",
+    "kl": "kl",
+}
 KEPT_CALLS = 25
 
 
@@ -50,17 +57,19 @@ class Reward:
         return rewards
 
 
-def train_grpo(
-    base: Path, data: Path, out: Path, scratch: Path, params: GRPOParams, seed: int, log: Log
-) -> dict[str, Any]:
+def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
     """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
     state = PartialState()
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_model(base), load_tokenizer(base)
     total = params.prompts_per_step * params.rollouts
-    micro, accumulation = per_process(total, params.micro_batch_size, state.num_processes, "grpo.prompts_per_step x grpo.rollouts")
+    micro, accumulation = per_process(
+        total, params.micro_batch_size, state.num_processes, "grpo.prompts_per_step x grpo.rollouts"
+    )
     reward = Reward(tasks, samples, params.steps)
-    rows = [trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples]
+    rows = [
+        trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples
+    ]
     recorder = Recorder(out, log, params.checkpoints, SERIES, shown="reward")
     trainer = GRPOTrainer(
         model=model,
@@ -68,7 +77,9 @@ def train_grpo(
         reward_funcs=[reward],
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(
-            **common_arguments(params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]),
+            **common_arguments(
+                params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]
+            ),
             output_dir=str(scratch),
             max_steps=params.steps,
             per_device_train_batch_size=micro,

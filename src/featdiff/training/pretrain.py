@@ -45,7 +45,9 @@ def pack(texts: list[Text], tokenizer: PreTrainedTokenizerFast, row_tokens: int,
     for prompt, completion, text in zip(prompts, completions, texts, strict=True):
         length = len(prompt) + len(completion) + 1
         if length > row_tokens:
-            raise ContractError("params.yaml", "base.pretraining.row_tokens", f"at least {length}", row_tokens, f"raise it for {text.prompt!r}")
+            raise ContractError(
+                "params.yaml", "base.pretraining.row_tokens", f"at least {length}", row_tokens, f"raise it for {text.prompt!r}"
+            )
         if len(ids) + length > row_tokens:
             rows.append((ids, positions, weight))
             ids, positions, weight = [], [], []
@@ -53,9 +55,7 @@ def pack(texts: list[Text], tokenizer: PreTrainedTokenizerFast, row_tokens: int,
         positions = [*positions, *range(length)]
         weight = [*weight, 0.0, *[prompt_weight] * (len(prompt) - 1), *[1.0] * (len(completion) + 1)]
     shape = (len(rows), row_tokens)
-    packed = Rows(
-        torch.full(shape, tokenizer.pad_token_id), torch.arange(row_tokens).expand(shape).clone(), torch.zeros(shape)
-    )
+    packed = Rows(torch.full(shape, tokenizer.pad_token_id), torch.arange(row_tokens).expand(shape).clone(), torch.zeros(shape))
     for i, (row_ids, row_positions, row_weight) in enumerate(rows):
         length = len(row_ids)
         packed.ids_RT[i, :length] = torch.tensor(row_ids)
@@ -87,7 +87,13 @@ def pretrain(
     needed, found = params.steps * rows_per_step, len(rows.ids_RT)
     if found < needed:
         more = int(np.ceil(len(texts) * needed / found))
-        raise ContractError("params.yaml", "prepare.pretrain.texts", f"about {more} for base.pretraining.steps", len(texts), "raise it or train less")
+        raise ContractError(
+            "params.yaml",
+            "prepare.pretrain.texts",
+            f"about {more} for base.pretraining.steps",
+            len(texts),
+            "raise it or train less",
+        )
     model = organism_model(params, tokenizer, seed)
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     others_ = [weight for weight in model.parameters() if weight.ndim <= 1]

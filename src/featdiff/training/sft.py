@@ -15,12 +15,16 @@ from featdiff.models import load_model, load_tokenizer, trl_row
 from featdiff.tasks.task import load_samples, load_tasks
 from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
 
-SERIES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "mean_token_accuracy": "token_accuracy", "entropy": "entropy"}
+SERIES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "mean_token_accuracy": "token_accuracy",
+    "entropy": "entropy",
+}
 
 
-def train_sft(
-    base: Path, data: Path, out: Path, scratch: Path, params: SFTParams, seed: int, log: Log
-) -> dict[str, Any]:
+def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
     """Fine-tune ``base`` on the train problems of ``data``; loss on the solution only. Returns the audit."""
     state = PartialState()
     tasks, samples = load_tasks(data), load_samples(data, "train")
@@ -28,7 +32,13 @@ def train_sft(
     for sample in samples:
         length = len(tokenizer(sample.prompt + sample.solution)["input_ids"]) + 1
         if length > params.max_length:
-            raise ContractError(data / "train.parquet", sample.sample_id, f"at most sft.max_length = {params.max_length} tokens", length, "raise it")
+            raise ContractError(
+                data / "train.parquet",
+                sample.sample_id,
+                f"at most sft.max_length = {params.max_length} tokens",
+                length,
+                "raise it",
+            )
     micro, accumulation = per_process(params.batch_size, params.micro_batch_size, state.num_processes, "sft.batch_size")
     rows = [trl_row(sample, chat=tasks[sample.task].chat, solution=True) for sample in samples]
     recorder = Recorder(out, log, params.checkpoints, SERIES, shown="loss")
@@ -37,7 +47,9 @@ def train_sft(
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
         args=SFTConfig(
-            **common_arguments(params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]),
+            **common_arguments(
+                params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]
+            ),
             output_dir=str(scratch),
             num_train_epochs=params.epochs,
             per_device_train_batch_size=micro,
@@ -51,5 +63,9 @@ def train_sft(
     trainer.train()
     history = trainer.state.log_history
     tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
-    facts = {"problems": len(samples), "samples_seen": trainer.state.global_step * params.batch_size, "tokens_seen": int(tokens)}
+    facts = {
+        "problems": len(samples),
+        "samples_seen": trainer.state.global_step * params.batch_size,
+        "tokens_seen": int(tokens),
+    }
     return finish(trainer, recorder, out, base, data, facts)

@@ -1,0 +1,127 @@
+"""Decoder norms compared between models: NRN, MAS, classes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from featdiff.analysis.attribution import attribute, class_counts, classify, mas, nrn
+from featdiff.config import AttributionParams
+from tiny import params_of, random_crosscoder
+
+NUMBERS = st.floats(-100, 100, width=32).map(lambda x: 0.0 if abs(x) < 1e-4 else x)
+
+
+def decoders(models: st.SearchStrategy[int]) -> st.SearchStrategy[Tensor]:
+    """W_dec [F, M, D], with exact zeros among the entries."""
+    shapes = st.tuples(st.integers(1, 6), models, st.integers(1, 5))
+    return shapes.flatmap(lambda shape: arrays(np.float32, shape, elements=NUMBERS)).map(torch.from_numpy)
+
+
+PAIRS, ANY = decoders(st.just(2)), decoders(st.integers(2, 4))
+
+
+def statistics(n: int, dead: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    rate = torch.full((n,), 0.25)
+    rate[list(dead)] = 0
+    return {"firing_rate": rate, "mean_activation": rate * 2, "max_activation": rate * 8}
+
+
+def params() -> AttributionParams:
+    return params_of(AttributionParams, "attribution", shared_band=[0.3, 0.7], joint_dominance=0.6)
+
+
+@settings(deadline=None)
+@given(ANY)
+def test_mas_are_shares_that_sum_to_one(w_dec: Tensor) -> None:
+    shares = mas(w_dec)
+    assert ((shares >= 0) & (shares <= 1)).all()
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(w_dec)))
+
+
+@settings(deadline=None)
+@given(ANY)
+def test_mas_is_the_l1_norm_over_the_sum_of_l1_norms(w_dec: Tensor) -> None:
+    for k, shares in enumerate(mas(w_dec).tolist()):
+        norms = [sum(abs(x) for x in row) for row in w_dec[k].tolist()]
+        wanted = [norm / sum(norms) if sum(norms) else 1 / len(norms) for norm in norms]
+        assert shares == pytest.approx(wanted, abs=1e-5)
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_swapping_the_models_mirrors_nrn(w_dec: Tensor) -> None:
+    assert ((nrn(w_dec) >= 0) & (nrn(w_dec) <= 1)).all()
+    torch.testing.assert_close(nrn(w_dec.flip(1)), 1 - nrn(w_dec))
+
+
+@settings(deadline=None)
+@given(ANY, st.randoms(use_true_random=False), st.floats(0.1, 10))
+def test_shares_follow_permutations_and_ignore_the_scale_of_a_feature(
+    w_dec: Tensor, random: np.random.Generator, scale: float
+) -> None:
+    order = list(range(len(w_dec)))
+    random.shuffle(order)
+    assert torch.equal(mas(w_dec[order]), mas(w_dec)[order])
+    torch.testing.assert_close(mas(w_dec * scale), mas(w_dec))
+
+
+def test_zero_rows() -> None:
+    zero, one = torch.zeros(4), torch.ones(4)
+    w_dec = torch.stack([torch.stack(pair) for pair in ((zero, one), (one, zero), (one, one), (zero, zero))])
+    assert nrn(w_dec).tolist() == [1, 0, 0.5, 0.5]
+
+
+def test_nrn_takes_the_l1_norm_not_the_l2_norm() -> None:
+    w_dec = torch.tensor([[[3.0, 0.0], [1.0, 1.0]]])
+    assert nrn(w_dec).item() == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize(
+    ("share", "named"),
+    [(0.0, "base"), (0.299, "base"), (0.3, "shared"), (0.5, "shared"), (0.7, "shared"), (0.701, "sft"), (1.0, "sft")],
+)
+def test_classes_of_a_pair(share: float, named: str) -> None:
+    assert classify([1 - share, share], ["base", "sft"], params()) == named
+
+
+@pytest.mark.parametrize(
+    ("shares", "named"),
+    [
+        ([0.1, 0.2, 0.7], "grpo"),
+        ([0.61, 0.39, 0.0], "base"),
+        ([0.2, 0.6, 0.2], "shared"),  # dominance has to be exceeded
+        ([1 / 3, 1 / 3, 1 / 3], "shared"),
+        ([0.45, 0.45, 0.1], "mixed"),
+        ([0.16, 0.42, 0.42], "mixed"),
+        ([0.17, 0.415, 0.415], "shared"),
+    ],
+)
+def test_classes_of_three_models(shares: list[float], named: str) -> None:
+    assert classify(shares, ["base", "sft", "grpo"], params()) == named
+
+
+def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
+    pair = random_crosscoder(("base", "sft"), n_features=5)
+    pair.W_dec.data[:, 0] = 0
+    rows = attribute("pair", pair, statistics(5, dead=(1, 4)), params())
+    assert [row["feature_class"] for row in rows] == ["sft", "dead", "sft", "sft", "dead"]
+    assert [row["dead"] for row in rows] == [False, True, False, False, True]
+    assert [(row["feature_id"], row["nrn"], row["mas_sft"]) for row in rows] == [(k, 1.0, None) for k in range(5)]
+    assert rows[0]["max_activation"] == 2.0
+
+
+def test_joint_fits_have_mas_in_the_place_of_their_model() -> None:
+    joint = random_crosscoder(("grpo", "base", "sft"), n_features=4)
+    rows = attribute("joint", joint, statistics(4), params())
+    shares = mas(joint.W_dec.detach())
+    for k, row in enumerate(rows):
+        assert row["nrn"] is None
+        assert [row["mas_grpo"], row["mas_base"], row["mas_sft"]] == pytest.approx(shares[k].tolist())
+    counts = class_counts(rows + attribute("other", joint, statistics(4, dead=(0,)), params()))
+    assert sum(counts["joint"].values()) == sum(counts["other"].values()) == 4
+    assert counts["other"]["dead"] == 1
+    assert "dead" not in counts["joint"]

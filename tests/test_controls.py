@@ -1,0 +1,100 @@
+"""Matched random feature sets."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from featdiff.artifact import ContractError
+from featdiff.intervention.controls import matched_random_sets
+
+Floats = NDArray[np.float64]
+
+
+def activity(n: int, seed: int, dead_share: float = 0.1) -> tuple[Floats, Floats]:
+    """Firing rates and mean contributions as they come: over some orders of magnitude, a share of them dead."""
+    rng = np.random.default_rng(seed)
+    rate = np.clip(np.exp(rng.normal(-4, 1.5, n)), 0, 1)
+    contribution = np.exp(rng.normal(0, 1, n))
+    dead = rng.random(n) < dead_share
+    return np.where(dead, 0, rate), np.where(dead, 0, contribution)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_sets_have_the_same_size_avoid_the_set_and_the_dead_and_differ(seed: int, size: int) -> None:
+    rate, contribution = activity(80, seed)
+    features = np.random.default_rng(seed).choice(np.flatnonzero(rate > 0), size, replace=False).tolist()
+    sets = matched_random_sets(features, rate, contribution, 20, seed)
+    assert len(sets) == 20
+    assert len({frozenset(drawn) for drawn in sets}) == 20
+    for drawn in sets:
+        assert len(set(drawn)) == size
+        assert not set(drawn) & set(features)
+        assert (rate[drawn] > 0).all()
+    assert sets == matched_random_sets(features, rate, contribution, 20, seed)
+
+
+def test_another_seed_draws_other_sets() -> None:
+    rate, contribution = activity(200, 0)
+    features = np.flatnonzero(rate > 0)[:4].tolist()
+    assert matched_random_sets(features, rate, contribution, 20, 0) != matched_random_sets(features, rate, contribution, 20, 1)
+
+
+def test_they_are_matched_in_firing_rate_and_in_contribution() -> None:
+    rate, contribution = activity(400, 3)
+    described = np.stack(
+        [np.log(rate, where=rate > 0, out=np.full(400, -99.0)), np.log(contribution, where=rate > 0, out=np.full(400, -99.0))],
+        1,
+    )
+    live = np.flatnonzero(rate > 0)
+    for axis, extreme in ((0, 1), (0, -1), (1, 1), (1, -1)):  # a set from each end of either quantity
+        features = live[np.argsort(extreme * described[live, axis])[:4]].tolist()
+        sets = matched_random_sets(features, rate, contribution, 20, 0)
+        target = described[features]
+        matched = np.mean([np.abs(described[drawn] - target).mean(0) for drawn in sets], axis=0)
+        pool = np.setdiff1d(live, features)
+        rng = np.random.default_rng(0)
+        unmatched = np.mean(
+            [np.abs(described[rng.choice(pool, 4, replace=False)] - target).mean(0) for _ in range(200)], axis=0
+        )
+        assert (matched < 0.6 * unmatched).all(), (axis, extreme, matched, unmatched)
+
+
+def test_each_feature_is_replaced_by_one_like_it() -> None:
+    rate = np.concatenate([np.full(30, 1e-3), np.full(30, 0.5)])
+    contribution = np.concatenate([np.full(30, 5.0), np.full(30, 0.1)])
+    for drawn in matched_random_sets([0, 59], rate, contribution, 20, 0):
+        assert drawn[0] < 30 <= drawn[1]
+
+
+def test_more_neighbours_are_taken_in_until_there_are_enough_sets() -> None:
+    rate, contribution = activity(60, 1, dead_share=0)
+    assert len(matched_random_sets([7], rate, contribution, 40, 0)) == 40
+
+
+def test_all_sets_that_exist_where_live_features_are_few() -> None:
+    rate, contribution = activity(6, 0, dead_share=0)
+    sets = matched_random_sets([0, 1], rate, contribution, 20, 0)
+    assert {frozenset(drawn) for drawn in sets} == {frozenset((a, b)) for a in range(2, 6) for b in range(2, a)}
+    rate[5] = 0
+    assert {frozenset(drawn) for drawn in matched_random_sets([0, 1], rate, contribution, 20, 0)} == {
+        frozenset(pair) for pair in ((2, 3), (2, 4), (3, 4))
+    }
+
+
+def test_too_few_live_features_are_one_line() -> None:
+    rate = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.0])
+    with pytest.raises(ContractError, match=r"features: expected .* found only 2"):
+        matched_random_sets([0, 1, 2], rate, rate, 20, 0)
+    assert matched_random_sets([0, 1], rate[:4], rate[:4], 20, 0) in ([[2, 3]], [[3, 2]])
+
+
+def test_a_set_with_a_feature_that_the_joint_code_never_fires() -> None:
+    rate, contribution = activity(50, 2, dead_share=0)
+    rate[0] = contribution[0] = 0
+    sets = matched_random_sets([0, 1], rate, contribution, 20, 0)
+    assert len(sets) == 20
+    rarest = np.argsort(rate[2:]) + 2
+    assert {drawn[0] for drawn in sets} <= set(rarest[:25].tolist())

@@ -1,0 +1,291 @@
+"""Decoding against the plainest reference there is: one prompt at a time, full forward passes, no cache."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from featdiff.decode import PromptCache, generate, left_pad, score_options
+from featdiff.models import block
+
+PROMPTS = [
+    [1, 4, 5, 6, 7],
+    [1, 8],
+    [1, 9, 10, 11, 4, 4, 5, 12],
+    [1],
+    [1, 12, 12],
+    [1, 5, 6, 8, 9],
+    [1, 7, 4],
+    [1, 11, 8, 4, 6, 6],
+]
+NEW = 14
+
+
+@dataclass
+class Push:
+    """Adds ``vector`` [D] to the residual stream at the last prompt token or at every later one."""
+
+    vector: Tensor
+    positions: str = "prompt_last"
+    layer: int = 1
+    donor: Any = None
+    whole_prompt: bool = False
+    passes: list[bool] = field(default_factory=list)
+
+    def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
+        self.passes.append(prompt)
+        edited = resid_BTD.clone()
+        if self.positions == "prompt_last" and prompt:
+            edited[:, -1] += self.vector
+        if self.positions == "generated" and not prompt:
+            edited += self.vector
+        return edited
+
+
+@dataclass
+class Borrow:
+    """Puts the donor's residual stream in place of the model's."""
+
+    donor: Any
+    layer: int = 1
+    whole_prompt: bool = True
+
+    def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
+        assert donor_BTD is not None
+        assert donor_BTD.shape == resid_BTD.shape
+        return donor_BTD
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Any]) -> Any:
+    return make_model(seed=90)
+
+
+@pytest.fixture(scope="module")
+def other(make_model: Callable[..., Any]) -> Any:
+    return make_model(seed=87)
+
+
+@contextmanager
+def replaced(model: Any, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    handle = block(model, layer).register_forward_hook(lambda _module, _inputs, output: change(output))
+    yield
+    handle.remove()
+
+
+Change = Callable[[Tensor, int, list[int]], Tensor]
+
+
+@torch.inference_mode()
+def by_full_passes(model: Any, prompt: list[int], eos: int, change: Change | None = None) -> list[int]:
+    """Greedy answer, each token from a forward pass over everything before it. ``change`` gets the residual stream
+    after block 1, the length of the prompt and all tokens."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + NEW:
+        now = ids
+        with replaced(model, 1, lambda resid, now=now: change(resid, len(prompt), now) if change else resid):
+            chosen = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+        if chosen == eos:
+            break
+        ids = [*ids, chosen]
+    return ids[len(prompt) :]
+
+
+@pytest.fixture
+def ask(tokenizer: Any) -> Callable[..., list[list[int]]]:
+    def ask(model: Any, prompts: list[list[int]] = PROMPTS, **settings: Any) -> list[list[int]]:
+        usual = {"max_new_tokens": NEW, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "batch_size": 3}
+        return generate(model, prompts, **usual | settings)
+
+    return ask
+
+
+def test_greedy_answers_are_those_of_the_library_and_of_full_passes(model: Any, tokenizer: Any, ask: Any) -> None:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids, mask, _ = left_pad(PROMPTS, pad, torch.device("cpu"))
+    settings = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": eos, "pad_token_id": pad}
+    with torch.inference_mode():
+        rows = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :].tolist()
+    theirs = [row[: row.index(eos)] if eos in row else row for row in rows]
+    ours = ask(model)
+    assert ours == theirs == [by_full_passes(model, prompt, eos) for prompt in PROMPTS]
+    lengths = {len(answer) for answer in ours}
+    assert max(lengths) == NEW  # the fixture shows both ends of an answer: cut off, and EOS after some tokens
+    assert any(0 < length < NEW for length in lengths)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 100])
+def test_neither_batch_nor_padding_nor_order_matters(model: Any, ask: Any, batch_size: int) -> None:
+    expected = ask(model)
+    assert ask(model, batch_size=batch_size) == expected
+    assert ask(model, PROMPTS[::-1], batch_size=batch_size) == expected[::-1]
+
+
+def test_length_limits_and_nothing_to_answer(model: Any, ask: Any) -> None:
+    expected = ask(model)
+    assert ask(model, max_new_tokens=3) == [answer[:3] for answer in expected]
+    assert ask(model, []) == []
+
+
+def test_equal_generators_give_equal_samples(model: Any, ask: Any) -> None:
+    def sample(seed: int) -> list[list[int]]:
+        return ask(model, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    torch.manual_seed(0)
+    first = sample(1)
+    torch.manual_seed(1)
+    assert sample(1) == first  # the global generator plays no part
+
+
+def test_sampling_needs_a_generator(model: Any, ask: Any) -> None:
+    with pytest.raises(ValueError, match="generator"):
+        ask(model, temperature=1.0)
+
+
+def test_samples_follow_the_softmax_at_their_temperature(model: Any, ask: Any, tokenizer: Any) -> None:
+    draws, temperature, prompt = 3000, 2.0, PROMPTS[0]
+    answers = ask(
+        model,
+        [prompt] * draws,
+        max_new_tokens=1,
+        batch_size=draws,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+    )
+    chosen = torch.tensor([answer[0] if answer else tokenizer.eos_token_id for answer in answers])
+    with torch.inference_mode():
+        wanted = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    found = torch.bincount(chosen, minlength=len(wanted)) / draws
+    error = (wanted * (1 - wanted) / draws).sqrt()
+    assert ((found - wanted).abs() <= 4.5 * error + 1e-6).all()
+    assert (wanted > 0.02).sum() >= 3
+
+
+OPTIONS = [[[4, 5], [6], [7, 8, 9, 10]], [[4], [5]], [[11, 12], [4, 4, 4]], [[5], [6, 7, 8], [9], [10, 11]]]
+
+
+@torch.inference_mode()
+def likelihood(
+    model: Any, context: list[int], option: list[int], change: Callable[[Tensor], Tensor] = lambda resid: resid
+) -> float:
+    with replaced(model, 1, change):
+        logits = model(input_ids=torch.tensor([context + option])).logits[0].log_softmax(-1)
+    return sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(option))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_options_score_what_separate_full_passes_give(model: Any, batch_size: int) -> None:
+    contexts = PROMPTS[:4]
+    found = score_options(model, contexts, OPTIONS, pad=0, batch_size=batch_size)
+    for context, options, scores in zip(contexts, OPTIONS, found, strict=True):
+        expected = [likelihood(model, context, option) for option in options]
+        assert scores.log_likelihood == pytest.approx(expected, abs=1e-4)
+
+
+def test_questions_whose_options_are_single_tokens(model: Any) -> None:
+    found = score_options(model, PROMPTS[:2], [[[4], [5]], [[6], [7]]], pad=0, batch_size=2)
+    assert found[1].log_likelihood == pytest.approx([likelihood(model, PROMPTS[1], [token]) for token in (6, 7)], abs=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["prompt_last", "generated", "none"])
+def test_an_edit_that_adds_nothing_changes_no_bit(model: Any, ask: Any, positions: str) -> None:
+    nothing = Push(torch.zeros(16), positions)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert ask(model, edit=nothing) == ask(model)
+    sampled = [ask(model, temperature=1.0, generator=g, edit=edit) for g, edit in zip(generators, (nothing, None), strict=True)]
+    assert sampled[0] == sampled[1]
+    plain = score_options(model, PROMPTS[:4], OPTIONS, pad=0, batch_size=2)
+    assert score_options(model, PROMPTS[:4], OPTIONS, pad=0, batch_size=2, edit=nothing) == plain
+
+
+def at(positions: str, vector: Tensor) -> Change:
+    def change(resid: Tensor, start: int, _ids: list[int]) -> Tensor:
+        edited = resid.clone()
+        span = slice(start - 1, start) if positions == "prompt_last" else slice(start, None)
+        edited[:, span] += vector
+        return edited
+
+    return change
+
+
+@pytest.mark.parametrize("positions", ["prompt_last", "generated"])
+def test_an_edit_acts_at_its_positions_and_nowhere_else(model: Any, ask: Any, tokenizer: Any, positions: str) -> None:
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 4
+    edit = Push(vector, positions)
+    edited = ask(model, edit=edit)
+    assert edited == [by_full_passes(model, prompt, tokenizer.eos_token_id, at(positions, vector)) for prompt in PROMPTS]
+    plain = ask(model)
+    assert edited != plain
+    assert edit.passes[0] is True
+    assert edit.passes.count(True) == 3  # one pass over the prompts of each batch
+    if positions == "generated":  # the first token is read off the unedited prompt
+        assert [answer[:1] for answer in edited] == [answer[:1] for answer in plain]
+
+
+@pytest.mark.parametrize("positions", ["prompt_last", "generated"])
+def test_an_edit_acts_on_the_likelihood_of_options(model: Any, positions: str) -> None:
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 4
+    found = score_options(model, PROMPTS[:4], OPTIONS, pad=0, batch_size=3, edit=Push(vector, positions))
+    for context, options, scores in zip(PROMPTS[:4], OPTIONS, found, strict=True):
+        start = len(context)
+        expected = [likelihood(model, context, o, lambda r, s=start: at(positions, vector)(r, s, [])) for o in options]
+        assert scores.log_likelihood == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_donor_reads_the_same_tokens_in_lockstep(model: Any, other: Any, ask: Any, tokenizer: Any) -> None:
+    def from_donor(_resid: Tensor, _start: int, ids: list[int]) -> Tensor:
+        seen: list[Tensor] = []
+        handle = block(other, 1).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        other(input_ids=torch.tensor([ids]))
+        handle.remove()
+        return seen[0]
+
+    edited = ask(model, edit=Borrow(other))
+    assert edited == [by_full_passes(model, prompt, tokenizer.eos_token_id, from_donor) for prompt in PROMPTS]
+    assert edited != ask(model)
+    assert edited != ask(other)
+
+
+def test_passes_that_share_their_prompts_give_the_same_answers(model: Any, other: Any, ask: Any) -> None:
+    shared = PromptCache()
+    vectors = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)) * 4
+    edits = [None, *(Push(vector, positions) for vector in vectors for positions in ("prompt_last", "generated")), None]
+    alone = [ask(model, edit=edit) for edit in edits]
+    assert [ask(model, edit=edit, shared=shared) for edit in edits] == alone
+    assert ask(other, shared=shared) == ask(other)
+    assert ask(model, PROMPTS[:3], shared=shared) == alone[0][:3]
+    contexts = PROMPTS[:4]
+    for edit in (edits[1], edits[2], None):
+        scores = score_options(model, contexts, OPTIONS, pad=0, batch_size=3, edit=edit)
+        again = score_options(model, contexts, OPTIONS, pad=0, batch_size=3, edit=edit, shared=shared)
+        for one, two in zip(scores, again, strict=True):
+            assert two.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-4)
+
+
+def test_an_edit_of_the_whole_prompt_shares_no_prompt(model: Any, other: Any, ask: Any) -> None:
+    with pytest.raises(ValueError, match="whole prompt"):
+        ask(model, edit=Borrow(other), shared=PromptCache())
+
+
+def test_no_hook_stays_behind(model: Any, other: Any, ask: Any) -> None:
+    def hooks() -> int:
+        return len(block(model, 1)._forward_hooks) + len(block(other, 1)._forward_hooks)
+
+    ask(model, edit=Borrow(other))
+    assert hooks() == 0
+    with pytest.raises(RuntimeError):
+        ask(model, edit=Push(torch.zeros(15)))
+    assert hooks() == 0
+
+
+def test_left_padding() -> None:
+    ids, mask, positions = left_pad([[1, 2, 3], [7]], 9, torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 7]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]

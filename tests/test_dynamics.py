@@ -1,0 +1,90 @@
+"""Features over checkpoints: change, overlap, trajectories."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from featdiff.analysis import dynamics
+from featdiff.analysis.dynamics import change_from_base, overlap_rows, top_overlap, trajectory_rows
+from tiny import random_crosscoder
+
+MODELS = ("base", "sft", "grpo")
+
+
+def streams(rows: int = 20) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 6, generator=generator), torch.randn(rows, 6, generator=generator)
+
+
+@pytest.mark.parametrize("arm", ["sft", "grpo"])
+def test_change_is_the_mean_absolute_difference_times_the_arms_norm(arm: str) -> None:
+    crosscoder, (base, tuned) = random_crosscoder(MODELS), streams()
+    slot = MODELS.index(arm)
+    wanted = torch.zeros(12)
+    for before, after in zip(base, tuned, strict=True):
+        f_before = crosscoder.encode((before * crosscoder.scale[0]).expand(1, 3, 6))[0]
+        f_after = crosscoder.encode((after * crosscoder.scale[slot]).expand(1, 3, 6))[0]
+        wanted += (f_after - f_before).abs() / len(base)
+    wanted *= crosscoder.W_dec[:, slot].norm(dim=1)
+    torch.testing.assert_close(change_from_base(crosscoder, base, tuned, arm), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_reading_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    crosscoder, (base, tuned) = random_crosscoder(MODELS), streams()
+    whole = change_from_base(crosscoder, base, tuned, "grpo")
+    monkeypatch.setattr(dynamics, "READ_ROWS", 7)
+    torch.testing.assert_close(change_from_base(crosscoder, base, tuned, "grpo"), whole)
+
+
+def test_a_checkpoint_that_equals_the_base_has_not_moved() -> None:
+    crosscoder, (base, _) = random_crosscoder(MODELS), streams()
+    crosscoder.scale[2] = crosscoder.scale[0]
+    assert (change_from_base(crosscoder, base, base.clone(), "grpo") == 0).all()
+
+
+def test_overlap_counts_shared_members_of_the_top_sets() -> None:
+    a, b = torch.tensor([5.0, 4, 3, 2, 1, 0]), torch.tensor([5.0, 0, 4, 1, 2, 3])
+    assert [top_overlap(a, b, n) for n in (1, 2, 3, 6, 99)] == [1, 1 / 2, 2 / 3, 1, 1]
+    assert top_overlap(a, -a, 3) == 0
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 15))
+def test_overlap_is_symmetric_and_one_with_itself(seed: int, top: int) -> None:
+    a, b = torch.rand(2, 12, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    assert top_overlap(a, a, top) == 1
+    assert top_overlap(a, b, top) == top_overlap(b, a, top) == top_overlap(a[order], b[order], top)
+    assert 0 <= top_overlap(a, b, top) <= 1
+
+
+def changes() -> dict[int, Tensor]:
+    return {1: torch.tensor([3.0, 2, 1, 0, 0.5]), 2: torch.tensor([0.0, 1, 3, 4, 2]), 3: torch.tensor([5.0, 1, 0, 4, 3])}
+
+
+def test_every_pair_of_checkpoints_for_every_size() -> None:
+    rows = overlap_rows("sft", changes(), [1, 2])
+    assert len(rows) == 2 * 3 * 3
+    table = {(row["top"], row["a"], row["b"]): row["overlap"] for row in rows}
+    assert all(table[top, a, a] == 1 for top in (1, 2) for a in (1, 2, 3))
+    assert (table[2, 1, 2], table[2, 1, 3], table[2, 2, 3]) == (0, 0.5, 0.5)
+    assert all(table[top, a, b] == table[top, b, a] for top, a, b in table)
+    assert {row["arm"] for row in rows} == {"sft"}
+
+
+def test_trajectories_follow_every_feature_from_zero_on() -> None:
+    rows = trajectory_rows("grpo", changes())
+    assert len(rows) == 5 * (1 + 3)
+    assert {row["arm"] for row in rows} == {"grpo"}
+    assert all(row["change"] == 0 and row["rank"] is None for row in rows if row["checkpoint"] == 0)
+    table = {(row["checkpoint"], row["feature_id"]): (row["change"], row["rank"]) for row in rows}
+    assert len(table) == len(rows)
+    assert table[1, 0] == (3, 1)
+    assert table[1, 3] == (0, 5)
+    assert table[2, 3] == (4, 1)
+    assert table[2, 0] == (0, 5)
+    assert table[3, 1] == (1, 4)
+    for checkpoint in (1, 2, 3):
+        assert sorted(table[checkpoint, k][1] for k in range(5)) == [1, 2, 3, 4, 5]

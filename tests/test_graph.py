@@ -1,0 +1,221 @@
+"""The pipeline file against the code, and the whole graph under DVC: run, repeat, change, push, clone, pull."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from featdiff.config import PROFILES, Study, flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+PLUMBING = {"featdiff", "config", "artifact", "tracking", "launch", "mirror", "mlflow_view", "restore"}
+"""Modules that know nothing of the science: a change of them cannot change a result."""
+
+
+def stages() -> dict[str, dict[str, Any]]:
+    found = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {name: entry.get("do", entry) for name, entry in found.items()}
+
+
+def imported(path: Path) -> set[Path]:
+    """Science modules of the package that ``path`` imports, directly or through others, wherever the import stands."""
+    found: set[Path] = set()
+    queue = [path]
+    while queue:
+        tree = ast.parse(queue.pop().read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        for name in names:
+            module = ROOT / "src" / Path(*name.split(".")).with_suffix(".py")
+            if name.startswith("featdiff.") and name.split(".")[1] not in PLUMBING and module.is_file() and module not in found:
+                found.add(module)
+                queue.append(module)
+    return found
+
+
+@pytest.mark.parametrize("name", stages())
+def test_code_dependencies_are_the_imports(name: str) -> None:
+    declared = [ROOT / dep for dep in stages()[name]["deps"] if dep.startswith("src/")]
+    needed = imported(ROOT / "stages" / f"{name}.py")
+    covered = {module for module in needed for dep in declared if module == dep or dep in module.parents}
+    assert needed - covered == set(), "imported and not declared: a change would leave the stage stale"
+    idle = [dep for dep in declared if not any(module == dep or dep in module.parents for module in needed)]
+    assert idle == [], "declared and not imported: a change would rerun the stage for nothing"
+
+
+@pytest.mark.parametrize("name", stages())
+def test_params_are_the_sections_that_are_read(name: str) -> None:
+    entry = stages()[name]
+    source = (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8")
+    sections = {param.split(".")[0] for param in entry["params"]}
+    assert sections <= set(Study.model_fields)
+    assert name in sections
+    assert ("seed" in sections) == ("run.seed" in source)
+    assert ("profile" in sections) == (".profile" in source)
+
+
+@pytest.mark.parametrize("name", stages())
+def test_artifacts_read_and_written_are_declared(name: str) -> None:
+    entry = stages()[name]
+
+    def plain(text: str) -> str:
+        return re.sub(r"\$?\{[^}]*\}", "*", text)
+
+    source = (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8")
+    deps = [plain(dep) for dep in entry["deps"]]
+    outs = [plain(out if isinstance(out, str) else next(iter(out))) for out in entry["outs"]]
+    for read in map(plain, re.findall(r'run\.read\(f?"([^"]+)"\)', source)):
+        assert any(fnmatch(dep, read) or fnmatch(read, dep) or read.startswith(f"{dep}/") for dep in deps), read
+    assert plain(re.findall(r'out=f?"([^"]+)"', source)[0]) in outs
+
+
+def test_every_stage_says_what_it_does() -> None:
+    assert all(entry.get("desc") for entry in stages().values())
+    assert set(stages()) == {path.stem for path in (ROOT / "stages").glob("*.py")}
+
+
+def test_stages_fit_on_a_screen() -> None:
+    too_long = {path.name: n for path in (ROOT / "stages").glob("*.py") if (n := len(path.read_text().splitlines())) > 60}
+    assert too_long == {}
+
+
+class Repository:
+    """A clone of this project under DVC, with the profile nano."""
+
+    def __init__(self, path: Path, home: Path) -> None:
+        self.path = path
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "ACCELERATE_", "GIT_"))}
+        bin_folder = str(Path(sys.executable).parent)
+        self.environment = clean | {
+            "PATH": f"{bin_folder}{os.pathsep}{clean['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HOME": str(home),
+            "DVC_NO_ANALYTICS": "1",
+            "GIT_AUTHOR_NAME": "t",
+            "GIT_AUTHOR_EMAIL": "t@example.org",
+            "GIT_COMMITTER_NAME": "t",
+            "GIT_COMMITTER_EMAIL": "t@example.org",
+            "PYTHONPATH": str(path / "src"),
+        }
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.path, env=self.environment, text=True, capture_output=True, check=False, timeout=900
+        )
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        return done.stdout + done.stderr
+
+    def executed(self, output: str) -> list[str]:
+        """Stages that DVC ran, by its own words."""
+        return re.findall(r"Running stage '([^']+)'", output)
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """The nano study, computed once from nothing and committed."""
+    folder = tmp_path_factory.mktemp("graph")
+    repository = Repository(folder / "one", folder)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout
+    for name in listed.splitlines():
+        if name not in ("dvc.lock", "metrics/summary.json") and (ROOT / name).is_file():
+            (repository.path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, repository.path / name)
+    repository.run("git", "init", "--quiet", "--initial-branch", "main")
+    repository.run(sys.executable, "-m", "featdiff.config", "use", "nano")
+    output = repository.run("dvc", "repro")
+    fits = len(yaml.safe_load((PROFILES / "organism.yaml").read_text())["crosscoder"]["fits"])
+    assert len(repository.executed(output)) == 4 + 3 + 3 + fits + 5
+    repository.run(sys.executable, "-m", "featdiff.mirror", "sync", "--wait", "60")
+    repository.run("dvc", "remote", "add", "--default", "store", str(folder / "remote"))
+    repository.run("git", "add", "--all")
+    repository.run("git", "commit", "--quiet", "--message", "nano")
+    return repository
+
+
+@pytest.mark.graph
+def test_the_study_ends_in_a_report_and_a_summary(nano: Repository) -> None:
+    page = (nano.path / "report/index.html").read_text(encoding="utf-8")
+    summary = json.loads((nano.path / "metrics/summary.json").read_text(encoding="utf-8"))
+    assert "<html" in page
+    assert "http://" not in re.sub(r'"http://www.w3.org[^"]*"', "", page.split("<script", 1)[0])
+    assert set(summary) >= {"verdicts"}
+    assert (nano.path / "analysis/intervene/effects.parquet").is_file(), "the nano study should get as far as interventions"
+
+
+@pytest.mark.graph
+def test_arms_start_from_one_base_on_the_same_problems(nano: Repository) -> None:
+    sft, grpo = (json.loads((nano.path / f"models/{arm}/audit.json").read_text()) for arm in ("sft", "grpo"))
+    assert sft["base_manifest"] == grpo["base_manifest"]
+    assert sft["data_manifest"] == grpo["data_manifest"]
+    assert sft["problems"] == grpo["problems"] == 96
+    assert grpo["updates"] == 6
+    assert sft["tokens_seen"] > 0
+
+
+@pytest.mark.graph
+def test_no_op_arm_gives_the_bytes_of_the_unedited_model(nano: Repository) -> None:
+    from featdiff.tasks.task import read_rows
+
+    rows = read_rows(nano.path / "analysis/intervene/samples.parquet")
+    kept = ("purpose", "sample_id", "completion", "parsed", "correct", "manner")
+    arms = {arm: [[row[key] for key in kept] for row in rows if row["arm"] == arm] for arm in ("none", "noop")}
+    assert arms["none"]
+    assert arms["none"] == arms["noop"]
+
+
+@pytest.mark.graph
+def test_tracking_holds_one_parent_with_every_stage(nano: Repository) -> None:
+    with sqlite3.connect(nano.path / "mlflow.db") as store:
+        children = store.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'").fetchall()
+        names = [row[0] for row in store.execute("select name from runs where status = 'FINISHED'")]
+        curves = {row[0] for row in store.execute("select distinct key from metrics where step > 0")}
+    assert len({parent for _, parent in children}) == 1
+    assert len(children) == len(nano.executed(" ")) or len(children) >= 18
+    assert {"sft", "grpo", "crosscoder@joint_topk", "report"} <= set(names)
+    assert {"reward", "loss"} <= curves
+
+
+@pytest.mark.graph
+def test_repeating_does_nothing(nano: Repository) -> None:
+    assert nano.executed(nano.run("dvc", "repro")) == []
+
+
+@pytest.mark.graph
+def test_a_clone_pulls_and_recomputes_nothing_and_an_experiment_reruns_only_what_depends(nano: Repository) -> None:
+    nano.run("dvc", "push")
+    nano.run("git", "clone", "--quiet", ".", "../two")
+    two = Repository(nano.path.parent / "two", nano.path.parent)
+    two.run("dvc", "pull")
+    assert two.executed(two.run("dvc", "repro")) == []
+    assert two.run("dvc", "status").strip().endswith("up to date.")
+    executed = two.executed(two.run("dvc", "exp", "run", "--name", "higher", "--set-param", "localize.threshold=0.9"))
+    assert executed[0] == "localize"
+    assert set(executed) <= {"localize", "intervene", "report"}
+    shown = two.run("dvc", "exp", "show", "--csv")
+    assert "higher" in shown
+    assert {"0.2", "0.9"} <= set(re.findall(r"0\.\d+", shown))
+
+
+def test_profiles_change_known_numbers_only() -> None:
+    from featdiff.config import read_yaml
+
+    default = flatten(read_yaml(PROFILES / "organism.yaml"))
+    nano_changes = flatten(read_yaml(PROFILES / "nano.yaml"))
+    assert {key for key in nano_changes if "tasks!" not in key} <= set(default)

@@ -1,0 +1,161 @@
+"""Token stream and residual streams on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from featdiff.activations.harvest import TokenStream, _shards, harvest, read_residual, token_stream
+from featdiff.activations.store import ActivationStore
+from featdiff.artifact import ContractError, read_json
+from featdiff.config import ActivationsParams
+from featdiff.models import block, load_model, save_model, truncate
+from featdiff.tasks.task import Text
+from tiny import params_of, tiny_model
+
+TEXTS = [Text(f"add {i} {i * 7}=", f"<{i}>{i * 8}.", "add") for i in range(12)] + [
+    Text("", "a", "short"),
+    Text("rev abc=", "cba.", "rev"),
+]
+
+
+def params(**changes: Any) -> ActivationsParams:
+    small = {"layer": 1, "tokens": 100, "checkpoint_tokens": 30, "max_length": 12, "batch_size": 4, "shard_rows": 40}
+    return params_of(ActivationsParams, "activations", **small | changes)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_the_stream_is_the_corpus_in_order_cut_and_without_first_tokens(drop: bool) -> None:
+    _, tokenizer = tiny_model()
+    stream = token_stream(TEXTS, tokenizer, params(drop_first_token=drop))
+    ids = [tokenizer(text.prompt + text.completion)["input_ids"][:12] for text in TEXTS]
+    assert stream.texts == ids[: len(stream.texts)]
+    assert stream.rows == sum(len(text) - drop for text in stream.texts) >= 100
+    assert stream.rows - (len(stream.texts[-1]) - drop) < 100
+
+
+def test_a_corpus_that_is_too_short_is_one_line() -> None:
+    _, tokenizer = tiny_model()
+    with pytest.raises(
+        ContractError, match=r"params.yaml: activations.tokens: expected at most [0-9]+ \(the corpus\), found 9999"
+    ):
+        token_stream(TEXTS, tokenizer, params(tokens=9999))
+
+
+STREAMS = st.builds(
+    lambda lengths, skip: TokenStream([list(range(n + skip)) for n in lengths], skip),
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.integers(0, 1),
+)
+
+
+@settings(deadline=None)
+@given(STREAMS, st.integers(1, 60))
+def test_shards_are_whole_texts_that_together_are_the_stream(stream: TokenStream, shard_rows: int) -> None:
+    shards = _shards(stream, shard_rows)
+    assert [ids for shard in shards for ids in shard.texts] == stream.texts
+    assert all(shard.skip == stream.skip for shard in shards)
+    assert all(shard.rows >= shard_rows for shard in shards[:-1])
+    assert all(shard.rows - (len(shard.texts[-1]) - shard.skip) < shard_rows for shard in shards)
+
+
+@settings(deadline=None)
+@given(STREAMS, st.integers(1, 60))
+def test_the_first_rows_are_the_fewest_texts_that_suffice(stream: TokenStream, rows: int) -> None:
+    first = stream.first(rows)
+    assert first.texts == stream.texts[: len(first.texts)]
+    assert first.rows >= min(rows, stream.rows)
+    if len(first.texts) > 1:
+        assert first.rows - (len(first.texts[-1]) - stream.skip) < rows
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_rows_are_the_hooked_stream_of_each_text_alone_in_stream_order(skip: int) -> None:
+    model, tokenizer = tiny_model(layers=3)
+    stream = TokenStream([tokenizer(text.prompt + text.completion)["input_ids"] for text in TEXTS], skip)
+    wanted, seen = [], []
+    handle = block(model, 2).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        for ids in stream.texts:
+            model(input_ids=torch.tensor([ids]))
+            wanted.append(seen.pop()[0, skip:].clone())
+    handle.remove()
+    rows = read_residual(truncate(model, 2), stream, batch_size=4, pad=tokenizer.pad_token_id, dtype=torch.float32)
+    torch.testing.assert_close(rows, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_the_truncated_model_has_the_bits_of_the_hooked_one() -> None:
+    model, tokenizer = tiny_model(layers=3)
+    seen: list[torch.Tensor] = []
+    handle = block(model, 2).register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+    ids = torch.tensor([tokenizer("sort cab=<a>")["input_ids"]])
+    with torch.inference_mode():
+        model(input_ids=ids)
+        handle.remove()
+        assert torch.equal(truncate(model, 2)(input_ids=ids, use_cache=False).last_hidden_state, seen[0])
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folder of a model with two earlier checkpoints, and its store."""
+    folder, out = tmp_path_factory.mktemp("grpo"), tmp_path_factory.mktemp("store")
+    save_model(*tiny_model(5), folder)
+    for number in (1, 2):
+        save_model(*tiny_model(number), folder / "checkpoints" / str(number))
+    assert harvest(folder, TEXTS, out, params()).keys() == {"rows", "texts", "checkpoints"}
+    return folder, out
+
+
+def test_the_store_holds_every_row_of_the_stream_and_its_tokens(harvested: tuple[Path, Path]) -> None:
+    folder, out = harvested
+    _, tokenizer = tiny_model()
+    stream, index = token_stream(TEXTS, tokenizer, params()), read_json(out / "index.json")
+    assert (index["layer"], index["d_model"], index["rows"], index["checkpoints"], index["dtype"]) == (
+        1,
+        16,
+        stream.rows,
+        2,
+        "float32",
+    )
+    assert len(index["shards"]["acts"]) > 1
+    source = ActivationStore({"grpo": out})
+    wanted = read_residual(truncate(load_model(folder), 1), stream, 4, tokenizer.pad_token_id, torch.float32)
+    torch.testing.assert_close(source.read(0, source.rows)[:, 0], wanted, rtol=1e-4, atol=1e-5)
+    columns = load_file(out / "tokens.safetensors")
+    for token, text, place in zip(*(columns[name].tolist() for name in ("token_id", "text_id", "position")), strict=True):
+        assert stream.texts[text][place] == token
+        assert place >= 1
+    assert len(columns["token_id"]) == stream.rows
+
+
+def test_checkpoints_come_in_order_on_the_first_texts(harvested: tuple[Path, Path]) -> None:
+    folder, out = harvested
+    _, tokenizer = tiny_model()
+    short = token_stream(TEXTS, tokenizer, params()).first(30)
+    assert read_json(out / "index.json")["checkpoint_rows"] == short.rows
+    for number in (1, 2):
+        source = ActivationStore({"grpo": out}, f"checkpoint{number}")
+        assert source.rows == short.rows
+        trunk = truncate(load_model(folder / "checkpoints" / str(number)), 1)
+        wanted = read_residual(trunk, short, 4, tokenizer.pad_token_id, torch.float32)
+        torch.testing.assert_close(source.read(0, source.rows)[:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_does_not_exist_is_one_line(harvested: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        ContractError, match=r"params.yaml: activations.layer: expected 1 to 2 for this model, or middle, found 9"
+    ):
+        harvest(harvested[0], TEXTS, tmp_path, params(layer=9))
+
+
+def test_streams_of_base_and_arm_line_up(harvested: tuple[Path, Path], tmp_path: Path) -> None:
+    save_model(*tiny_model(0), tmp_path / "model")
+    (tmp_path / "base").mkdir()
+    harvest(tmp_path / "model", TEXTS, tmp_path / "base", params(batch_size=3, shard_rows=1000))
+    source = ActivationStore({"base": tmp_path / "base", "grpo": harvested[1]})
+    assert source.read(0, source.rows).shape == (source.rows, 2, 16)
+    assert read_json(tmp_path / "base" / "index.json")["checkpoints"] == 0

@@ -1,0 +1,218 @@
+"""The two training objectives against loops that follow their formulas sample by sample."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from featdiff.crosscoder import losses
+from featdiff.crosscoder.losses import batch_top_k, batchtopk_loss, l1_loss
+from featdiff.crosscoder.model import Crosscoder
+from tiny import random_crosscoder
+
+MODELS = ("base", "sft", "grpo")
+Gradients = dict[str, Tensor]
+NO_DEAD = torch.zeros(12, dtype=torch.bool)
+
+
+@pytest.fixture(params=["dense", "sparse"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fact holds however the reconstruction is summed up."""
+    monkeypatch.setattr(losses, "SPARSE_BELOW", 0.0 if request.param == "dense" else 2.0)
+
+
+def inputs(rows: int = 9, seed: int = 1) -> Tensor:
+    return torch.randn(rows, len(MODELS), 6, generator=torch.Generator().manual_seed(seed))
+
+
+def values(crosscoder: Crosscoder, x: Tensor) -> Tensor:
+    """f_k Σ_m‖d_k^m‖ by loops [B, F]."""
+    out = torch.zeros(len(x), crosscoder.n_features)
+    for b, sample in enumerate(x):
+        for k in range(crosscoder.n_features):
+            f = crosscoder.b_enc[k] + sum(sample[m] @ crosscoder.W_enc[m, :, k] for m in range(len(MODELS)))
+            out[b, k] = max(f.item(), 0) * sum(row.pow(2).sum().sqrt().item() for row in crosscoder.W_dec[k])
+    return out
+
+
+def squared_error(crosscoder: Crosscoder, sample: Tensor, f: Tensor) -> float:
+    """Σ_m ‖x^m − x̂^m‖² of one sample with feature values f [F]."""
+    total = 0.0
+    for m in range(len(MODELS)):
+        rebuilt = crosscoder.b_dec[m] + sum(f[k] * crosscoder.W_dec[k, m] for k in range(crosscoder.n_features))
+        total += (sample[m] - rebuilt).square().sum().item()
+    return total
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 2.0])
+def test_l1_is_the_formula_sample_by_sample(weight: float) -> None:
+    crosscoder, x = random_crosscoder(MODELS, loss="l1"), inputs()
+    value = values(crosscoder, x)
+    f = value / crosscoder.decoder_norms().sum(1)
+    by_sample = [squared_error(crosscoder, x[b], f[b]) + weight * value[b].sum().item() for b in range(len(x))]
+    loss = l1_loss(crosscoder, x, weight)
+    assert loss.total.item() == pytest.approx(np.mean(by_sample), rel=1e-4)
+    torch.testing.assert_close(loss.fired, f)
+
+
+def test_batch_size_does_not_change_the_scale_of_l1() -> None:
+    crosscoder, x = random_crosscoder(MODELS, loss="l1"), inputs()
+    torch.testing.assert_close(l1_loss(crosscoder, x, 2.0).total, l1_loss(crosscoder, x.repeat(3, 1, 1), 2.0).total)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.floats(0, 50, width=32)),
+    st.integers(1, 60),
+    st.one_of(st.none(), st.floats(-1, 60, width=32)),
+)
+def test_the_cutoff_is_the_count_th_largest_value_whatever_the_guess(
+    value: np.ndarray, count: int, guess: float | None
+) -> None:
+    cutoff = batch_top_k(torch.from_numpy(value), count, None if guess is None else torch.tensor(guess)).item()
+    ordered = sorted(value.flatten().tolist(), reverse=True)
+    kept = (value >= cutoff).sum()
+    assert cutoff > 0
+    assert not (value[value >= cutoff] == 0).any()
+    positive = sum(v >= torch.finfo(torch.float32).tiny for v in ordered)
+    if count <= positive:
+        assert cutoff == ordered[count - 1]
+        assert kept >= count
+    else:
+        assert kept == positive
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
+    crosscoder, x = random_crosscoder(MODELS), inputs()
+    crosscoder.W_dec.data *= torch.linspace(0.1, 3, 12)[:, None, None]  # norms decide the order, not f alone
+    value = values(crosscoder, x)
+    count = k * len(x)
+    largest = value.flatten().topk(count)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), count)
+    loss = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
+    kept = (loss.fired > 0).flatten()
+    assert kept.sum() == count
+    assert set(kept.nonzero().squeeze(1).tolist()) == set(largest.indices.tolist())
+    assert cutoff.item() <= value.flatten()[kept].min().item() * (1 + 1e-5)
+    assert cutoff.item() == pytest.approx(largest.values.min().item(), rel=1e-5)
+    f = torch.where(value >= largest.values.min() * 0.99999, value, 0) / crosscoder.decoder_norms().sum(1)
+    wanted = np.mean([squared_error(crosscoder, x[b], f[b]) for b in range(len(x))])
+    assert batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 2.5).total.item() == pytest.approx(wanted / 2.5, rel=1e-4)
+
+
+def test_gradients_reach_only_the_kept_features() -> None:
+    crosscoder, x = random_crosscoder(MODELS), inputs(rows=4)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 4)
+    loss = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
+    loss.total.backward()
+    kept = (loss.fired > 0).any(0)
+    assert 0 < kept.sum() < 12
+    for gradient in (
+        crosscoder.W_enc.grad.abs().sum((0, 1)),
+        crosscoder.b_enc.grad.abs(),
+        crosscoder.W_dec.grad.abs().sum((1, 2)),
+    ):
+        assert torch.equal(gradient > 0, kept)
+
+
+def dead_setup() -> tuple[Crosscoder, Tensor, Tensor, Tensor]:
+    crosscoder, x = random_crosscoder(MODELS), inputs(rows=6)
+    value = crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1)
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[value.amax(0).argsort()[:4]] = True
+    value[:, dead] = 0
+    return crosscoder, x, batch_top_k(value, 12), dead
+
+
+def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_features() -> None:
+    crosscoder, x, cutoff, dead = dead_setup()
+    main = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 2, 5.0, 3.0)
+    loss = batchtopk_loss(crosscoder, x, cutoff, dead, 2, 5.0, 3.0)
+    f, ids = crosscoder.preactivations(x).detach(), dead.nonzero().squeeze(1).tolist()
+    numerator = 0.0
+    for b in range(len(x)):
+        chosen = sorted(ids, key=lambda k: -f[b, k].item())[:2]
+        rebuilt = sum((f[b, k] * crosscoder.W_dec[k] for k in chosen), torch.zeros(3, 6))
+        numerator += (main.error[b] - rebuilt).square().sum().item()
+    aux = numerator / main.error.square().sum().item()
+    assert loss.total.item() == pytest.approx(main.total.item() + 5.0 * aux, rel=1e-4)
+    assert main.total.item() == pytest.approx(batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 2, 99.0, 3.0).total.item())
+    more = batchtopk_loss(crosscoder, x, cutoff, dead, 99, 5.0, 3.0)
+    assert torch.isfinite(more.total)
+
+
+def test_the_auxiliary_gradient_reaches_only_dead_features() -> None:
+    gradients = []
+    for aux_weight in (0.0, 1.0):
+        crosscoder, x, cutoff, dead = dead_setup()
+        batchtopk_loss(crosscoder, x, cutoff, dead, 2, aux_weight, 1.0).total.backward()
+        gradients.append(
+            [
+                crosscoder.W_enc.grad.flatten(0, 1).T,
+                crosscoder.b_enc.grad[:, None],
+                crosscoder.W_dec.grad.flatten(1),
+                crosscoder.b_dec.grad,
+            ]
+        )
+    for without, with_aux in zip(*gradients, strict=True):
+        if len(without) == 12:
+            changed = (without - with_aux).abs().sum(1) > 1e-7
+            assert not changed[~dead].any()
+            assert changed[dead].any()
+        else:
+            assert torch.equal(without, with_aux)
+
+
+def test_permuting_features_changes_neither_loss() -> None:
+    crosscoder, x = random_crosscoder(MODELS), inputs()
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 18)
+    dead = torch.arange(12) < 4
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    other = random_crosscoder(MODELS)
+    other.W_enc.data, other.b_enc.data, other.W_dec.data = (
+        crosscoder.W_enc.data[:, :, order],
+        crosscoder.b_enc.data[order],
+        crosscoder.W_dec.data[order],
+    )
+    torch.testing.assert_close(l1_loss(other, x, 2.0).total, l1_loss(crosscoder, x, 2.0).total)
+    first = batchtopk_loss(crosscoder, x, cutoff * 0.9999, dead, 2, 1.0, 1.0)
+    second = batchtopk_loss(other, x, cutoff * 0.9999, dead[order], 2, 1.0, 1.0)
+    torch.testing.assert_close(second.total, first.total)
+    torch.testing.assert_close(second.fired, first.fired[:, order])
+
+
+def gradients(objective: Callable[[Crosscoder], Tensor]) -> tuple[float, Gradients]:
+    crosscoder = random_crosscoder(MODELS, n_features=20)
+    crosscoder.b_enc.data[[4, 19]] = -100.0  # features without any entry, inside and at the end
+    total = objective(crosscoder)
+    total.backward()
+    return total.item(), {name: weight.grad for name, weight in crosscoder.named_parameters()}
+
+
+@pytest.mark.parametrize("cutoff", [0.5, 6.0, 1e6])
+@pytest.mark.parametrize("dead", [(), (1, 4, 7)])
+def test_sparse_sums_give_the_gradients_of_dense_products(
+    monkeypatch: pytest.MonkeyPatch, cutoff: float, dead: tuple[int, ...]
+) -> None:
+    x, dead_F = inputs(rows=5), torch.zeros(20, dtype=torch.bool)
+    dead_F[list(dead)] = True
+    objectives: list[Callable[[Crosscoder], Tensor]] = [
+        lambda crosscoder: batchtopk_loss(crosscoder, x, torch.tensor(cutoff), dead_F, 2, 0.5, 3.0).total,
+        lambda crosscoder: l1_loss(crosscoder, x, 1.5).total,
+    ]
+    for objective in objectives:
+        found = []
+        for share in (0.0, 2.0):
+            monkeypatch.setattr(losses, "SPARSE_BELOW", share)
+            found.append(gradients(objective))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(
+                found[1][1][name], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )

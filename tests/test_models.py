@@ -1,0 +1,215 @@
+"""Models and tokenizers on disk: what loads, what is refused, and the trunk that stops at the hooked layer."""
+
+import copy
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from featdiff.artifact import ContractError
+from featdiff.decode import left_pad
+from featdiff.models import (
+    block,
+    character_tokenizer,
+    checkpoint_folders,
+    encode_prompts,
+    load_model,
+    load_tokenizer,
+    require_same_tokenizer,
+    resolve_layer,
+    save_model,
+    tokenizer_hash,
+    trl_row,
+    truncate,
+)  # fmt: skip
+from featdiff.tasks.task import Sample
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(make_model(), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of a good model folder, to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda text: not any(s in text for s in SPECIAL)))
+@example("a\n\nb\r\n")
+def test_a_character_tokenizer_gives_every_text_back(text: str) -> None:
+    tokenizer = character_tokenizer([text])
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text) + 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_characters_never_seen_become_unknown(tokenizer: Any) -> None:
+    ids = tokenizer("aéb", add_special_tokens=False)["input_ids"]
+    assert [token == tokenizer.unk_token_id for token in ids] == [False, True, False]
+
+
+def test_what_is_saved_loads_the_same(saved: Path, make_model: Callable[..., Any], tokenizer: Any) -> None:
+    loaded, again = load_model(saved), load_tokenizer(saved)
+    assert not loaded.training
+    for (name, before), (_, after) in zip(make_model().named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(before, after), name
+    assert again("abc =.")["input_ids"] == tokenizer("abc =.")["input_ids"]
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    assert again.padding_side == "left"
+
+
+def weights_without(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def weights_with(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = change(weights[name]).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json and *.safetensors, found none"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "config.json and *.safetensors, found none"),
+        (only_a_pickle, "config.json and *.safetensors, found none"),
+        (cut, "weights: expected a causal language model"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "weights: expected a causal language model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "weights: expected a causal language model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "no_such"}'), "no_such"),
+        (lambda folder: weights_without(folder, DOWN), f"{DOWN}: expected every weight of the configuration, found none"),
+        (lambda folder: weights_with(folder, DOWN, lambda w: w[:, :4]), "weights: expected a causal language model"),
+        (lambda folder: weights_with(folder, NORM, lambda w: w / 0), f"{NORM}: expected finite weights"),
+        (lambda folder: weights_with(folder, DOWN, lambda w: w * float("nan")), f"{DOWN}: expected finite weights"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_line(folder: Path, damage: Callable[[Path], object], said: str) -> None:
+    damage(folder)
+    with pytest.raises(ContractError) as caught:
+        load_model(folder)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_in_a_model_folder_is_never_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "made_up", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "code.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n", encoding="utf-8")
+    with pytest.raises(ContractError):
+        load_model(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_that_is_absent_or_broken_is_one_line(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ContractError, match=r"tokenizer.json: content"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ContractError, match=r"model: tokenizer.json: expected a fast tokenizer, found none"):
+        load_tokenizer(folder)
+
+
+def test_another_tokenizer_than_the_bases_is_refused(folder: Path, saved: Path) -> None:
+    require_same_tokenizer(folder, saved)
+    character_tokenizer(["abcdef =.x"]).save_pretrained(folder)
+    with pytest.raises(ContractError) as caught:
+        require_same_tokenizer(folder, saved)
+    assert f"{folder}: tokenizer: expected that of {saved}" in str(caught.value)
+
+
+def test_settings_of_a_call_are_not_part_of_a_tokenizer() -> None:
+    tokenizer = character_tokenizer(["abc"])
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_hash(tokenizer) == before
+    assert tokenizer_hash(character_tokenizer(["abd"])) != before
+
+
+def test_a_layer_is_between_one_and_the_number_of_blocks(make_model: Callable[..., Any]) -> None:
+    assert [resolve_layer(make_model(layers=n), "middle") for n in (2, 3, 4)] == [1, 1, 2]
+    assert resolve_layer(make_model(), 2) == 2
+    for layer in (0, 3, -1):
+        with pytest.raises(ContractError, match=rf"activations.layer: expected 1 to 2 .* found {layer};"):
+            resolve_layer(make_model(), layer)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_the_trunk_gives_the_hooked_residual_stream_bit_for_bit(make_model: Callable[..., Any], layer: int) -> None:
+    model = make_model(layers=3)
+    ids, mask, positions = left_pad([[1, 4, 5, 6], [1, 7, 8, 9, 10, 4], [1, 5]], 0, torch.device("cpu"))
+    seen = []
+    handle = block(model, layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        full = model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+        handle.remove()
+        trunk = truncate(copy.deepcopy(model), layer)
+        resid = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    assert torch.equal(resid, seen[0])
+    if layer < 3:  # the library puts the final norm on the last of its hidden states
+        assert torch.equal(resid, full.hidden_states[layer])
+    else:
+        assert torch.equal(model.model.norm(resid), full.hidden_states[layer])
+    assert len(trunk.layers) == layer
+
+
+def test_the_trunk_shares_its_weights(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    first = model.model.layers[0].mlp.down_proj.weight
+    assert truncate(model, 1).layers[0].mlp.down_proj.weight is first
+
+
+def test_checkpoints_come_in_order_and_the_model_last(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / "checkpoints" / str(number)).mkdir(parents=True)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["1", "2", "10", tmp_path.name]
+    assert checkpoint_folders(tmp_path / "none") == [tmp_path / "none"]
+
+
+def test_prompts_as_text_and_as_a_conversation() -> None:
+    tokenizer = character_tokenizer(["ab: "])
+    samples = [Sample("1", "t", "find", "ab", "", solution="ba"), Sample("2", "t", "find", "b", "")]
+    plain = encode_prompts(tokenizer, samples, chat=False)
+    assert plain == [tokenizer("ab")["input_ids"], tokenizer("b")["input_ids"]]
+    tokenizer.chat_template = "{% for m in messages %}b: {{ m.content }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    chat = encode_prompts(tokenizer, samples, chat=True)
+    assert [tokenizer.decode(ids) for ids in chat] == ["b: aba:", "b: ba:"]
+    assert trl_row(samples[0], chat=False, solution=True) == {"prompt": "ab", "completion": "ba"}
+    assert trl_row(samples[0], chat=False, solution=False) == {"prompt": "ab"}
+    assert trl_row(samples[0], chat=True, solution=True) == {
+        "prompt": [{"role": "user", "content": "ab"}],
+        "completion": [{"role": "assistant", "content": "ba"}],
+    }

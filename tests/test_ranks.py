@@ -1,0 +1,97 @@
+"""Two CPU ranks (gloo) against one: the same study within a stated tolerance."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import Project
+
+STAGES = [
+    ("stages/sft.py",),
+    ("stages/grpo.py",),
+    ("stages/activations.py", "--model", "base"),
+    ("stages/activations.py", "--model", "sft"),
+    ("stages/activations.py", "--model", "grpo"),
+    ("stages/crosscoder.py", "--fit", "joint_topk"),
+]
+
+
+def _run(project: Project, hardware: str, *command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "featdiff.launch", *command],
+        cwd=project.path,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=300,
+        env=project.environment | {"ACCELERATE_CONFIG": f"conf/accelerate/{hardware}.yaml"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same stages by one process and by two, from the same data and base."""
+    folders = []
+    for name, hardware in (("one", "cpu"), ("two", "cpu_2ranks")):
+        project = Project(tmp_path_factory.mktemp(name)).fill()
+        subprocess.run(
+            [sys.executable, "-m", "featdiff.config", "use", "nano"], cwd=project.path, check=True, capture_output=True
+        )
+        project.set({"grpo.lr": 1e-4, "grpo.steps": 2, "base.pretraining.steps": 30, "crosscoder.training.steps": 30})
+        assert project.run("stages/prepare.py").returncode == 0
+        _run(project, "cpu", "stages/base.py")
+        for command in STAGES:
+            _run(project, hardware, *command)
+        folders.append(project.path)
+    return folders[0], folders[1]
+
+
+def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / name)
+
+
+@pytest.mark.graph
+def test_sft_agrees(pair: tuple[Path, Path]) -> None:
+    """Same problems in the same global batches: weights agree to float32 rounding over the updates."""
+    one, two = (_weights(folder, "models/sft/model.safetensors") for folder in pair)
+    base = _weights(pair[0], "models/base/model.safetensors")
+    moved = max((one[key] - base[key]).abs().max().item() for key in one)
+    apart = max((one[key] - two[key]).abs().max().item() for key in one)
+    assert apart < 0.05 * moved
+
+
+@pytest.mark.graph
+def test_grpo_sees_the_same_amount(pair: tuple[Path, Path]) -> None:
+    """Sampling differs between ranks by design; updates, problems and completions do not."""
+    one, two = (json.loads((folder / "models/grpo/audit.json").read_text()) for folder in pair)
+    assert {key: one[key] for key in ("updates", "problems", "samples_seen")} == {
+        key: two[key] for key in ("updates", "problems", "samples_seen")
+    }
+    weights = [_weights(folder, "models/grpo/model.safetensors") for folder in pair]
+    assert all(torch.isfinite(tensor).all() for each in weights for tensor in each.values())
+
+
+@pytest.mark.graph
+def test_activations_agree(pair: tuple[Path, Path]) -> None:
+    """Each rank writes some of the shards; the base's rows are the same bytes."""
+    names = sorted(path.name for path in (pair[0] / "activations/base").glob("*.safetensors"))
+    assert len(names) > 2
+    for name in names:
+        one, two = (_weights(folder, f"activations/base/{name}") for folder in pair)
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+
+
+@pytest.mark.graph
+def test_crosscoder_agrees(pair: tuple[Path, Path]) -> None:
+    """Batches are shared out and the BatchTopK cutoff is global; fits on nearly the same inputs explain as much."""
+    one, two = (json.loads((folder / "crosscoders/joint_topk/metrics.json").read_text()) for folder in pair)
+    assert one["fve"]["base"] == pytest.approx(two["fve"]["base"], abs=0.02)
+    assert one["l0"] == pytest.approx(two["l0"], rel=0.1)

@@ -1,0 +1,137 @@
+"""Activation stores: alignment between models, reading across shards, shuffling."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from featdiff.activations import store
+from featdiff.activations.store import ActivationStore
+from featdiff.artifact import ContractError
+from tiny import store_of, write_store
+
+MODELS = ("base", "grpo")
+
+
+def numbered(rows: int, models: int = 2, width: int = 3) -> Tensor:
+    """Rows [N, M, D] that say where they come from: 100·row + 10·model + dimension."""
+    return 100.0 * torch.arange(rows)[:, None, None] + 10.0 * torch.arange(models)[:, None] + torch.arange(width)
+
+
+def test_read_gives_any_stretch_across_shards(tmp_path: Path) -> None:
+    acts = numbered(23)
+    source = store_of(tmp_path, acts, MODELS, shard_rows=5)
+    assert (source.rows, source.d_model, source.layer, source.models) == (23, 3, 2, list(MODELS))
+    for start in range(23):
+        for stop in range(start + 1, 24):
+            assert torch.equal(source.read(start, stop), acts[start:stop]), (start, stop)
+
+
+def test_models_may_be_sharded_differently(tmp_path: Path) -> None:
+    acts = numbered(23)
+    folders = {model: write_store(tmp_path / model, acts[:, m], shard_rows=5 + 3 * m) for m, model in enumerate(MODELS)}
+    assert torch.equal(ActivationStore(folders).read(3, 20), acts[3:20])
+
+
+def test_half_precision_on_disk_is_read_as_float32(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "base", numbered(9)[:, 0].bfloat16())
+    assert ActivationStore({"base": folder}).read(0, 9).dtype == torch.float32
+
+
+def test_a_series_of_a_checkpoint(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "grpo", numbered(9)[:, 0], series="checkpoint2")
+    assert ActivationStore({"grpo": folder}, "checkpoint2").rows == 9
+
+
+def test_other_tokens_are_refused_by_name(tmp_path: Path) -> None:
+    acts = numbered(9)
+    tokens = torch.arange(9, dtype=torch.int32)
+    tokens[4] = 77
+    folders = {
+        "base": write_store(tmp_path / "base", acts[:, 0]),
+        "grpo": write_store(tmp_path / "grpo", acts[:, 1], tokens=tokens),
+    }
+    with pytest.raises(ContractError, match=r"grpo/tokens.safetensors: token_id: expected the tokens of .*base"):
+        ActivationStore(folders)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("layer", 3), ("d_model", 4), ("rows", 8), ("drop_first_token", False), ("tokenizer", "other")]
+)
+def test_another_layer_width_or_policy_is_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
+    acts = numbered(9)
+    folders = {
+        "base": write_store(tmp_path / "base", acts[:, 0]),
+        "grpo": write_store(tmp_path / "grpo", acts[:, 1], **{field: value}),
+    }
+    with pytest.raises(ContractError, match=rf"grpo/index.json: {field}: expected .* as in .*base, found {value}"):
+        ActivationStore(folders)
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "base", torch.zeros(1, 3), shards={"acts": []})
+    with pytest.raises(ContractError, match="at least one token"):
+        ActivationStore({"base": folder})
+
+
+def rows_of(batches: Iterator[Tensor], passes: int, rows: int, batch: int) -> list[int]:
+    """Row numbers of the batches that cover ``passes`` passes, after checking that models stay side by side."""
+    numbers: list[int] = []
+    for x in islice(batches, -(-passes * rows // batch)):
+        assert x.shape == (batch, 2, 3)
+        assert torch.equal(x, x[:, :1, :1] + 10.0 * torch.arange(2)[:, None] + torch.arange(3))
+        numbers += (x[:, 0, 0] / 100).int().tolist()
+    return numbers
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(3, 60), st.integers(1, 13), st.integers(0, 5), st.integers(0, 1000))
+def test_every_row_comes_once_per_pass(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    resident: bool,
+    rows: int,
+    batch: int,
+    start: int,
+    seed: int,
+) -> None:
+    monkeypatch.setattr(store, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(store, "BUFFER_ROWS", 1000 if resident else 12)
+    batch = min(batch, rows)
+    source = store_of(tmp_path_factory.mktemp("store"), numbered(rows + start + 3), MODELS, shard_rows=5)
+    batches = source.shuffled(batch, torch.Generator().manual_seed(seed), start, start + rows)
+    numbers = rows_of(batches, 3, rows, batch)
+    for i in range(3):
+        assert sorted(numbers[i * rows : (i + 1) * rows]) == list(range(start, start + rows)), i
+
+
+@pytest.mark.parametrize("buffer", [1000, 64])
+def test_rows_are_shuffled_anew_in_every_pass_and_the_generator_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer: int
+) -> None:
+    monkeypatch.setattr(store, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(store, "BUFFER_ROWS", buffer)
+    source = store_of(tmp_path, numbered(200), MODELS)
+
+    def order(seed: int) -> list[int]:
+        return rows_of(source.shuffled(20, torch.Generator().manual_seed(seed), 0, 200), 2, 200, 20)
+
+    numbers = order(0)
+    assert numbers[:200] != numbers[200:]
+    assert numbers == order(0)
+    assert numbers != order(1)
+    steps = torch.tensor(numbers[:200]).diff().abs().float()
+    assert steps.mean() > 10  # neighbours in a batch are far apart in the stream
+    assert (steps == 1).float().mean() < 0.1
+
+
+def test_a_batch_larger_than_what_is_there_is_refused(tmp_path: Path) -> None:
+    source = store_of(tmp_path, numbered(10), MODELS)
+    with pytest.raises(ContractError, match=r"crosscoder.training.batch_tokens: expected at most 8"):
+        next(source.shuffled(9, torch.Generator(), 0, 8))

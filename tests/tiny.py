@@ -1,0 +1,91 @@
+"""Small real things for tests of the science: crosscoders with random weights, activation stores on disk, a tiny model."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from featdiff.activations.store import ActivationStore
+from featdiff.artifact import write_json
+from featdiff.config import P, Pretraining, parse
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.models import character_tokenizer, organism_model
+
+ROOT = Path(__file__).parents[1]
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=<>(),."
+
+
+@cache
+def _profile() -> Any:
+    return yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))
+
+
+def params_of(kind: type[P], *section: str, **changes: Any) -> P:
+    """A section of the default profile with ``changes``."""
+    values = _profile()
+    for part in section:
+        values = values[part]
+    return parse(kind, values | changes, "params.yaml")
+
+
+def random_crosscoder(
+    models: tuple[str, ...] = ("base", "grpo"),
+    d_model: int = 6,
+    n_features: int = 12,
+    loss: str = "batchtopk",
+    seed: int = 0,
+    threshold: float = 2.0,
+) -> Crosscoder:
+    """Every weight random and every scale different, so that a mixed-up model, slot or unit shows."""
+    generator = torch.Generator().manual_seed(seed)
+    crosscoder = Crosscoder(list(models), d_model, n_features, loss)
+    with torch.no_grad():
+        for weight in crosscoder.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+        crosscoder.scale.copy_(torch.rand(len(models), generator=generator) + 0.5)
+        crosscoder.threshold.fill_(0.0 if loss == "l1" else threshold)
+    return crosscoder
+
+
+def write_store(
+    folder: Path, acts_ND: Tensor, *, tokens: Tensor | None = None, shard_rows: int = 7, series: str = "acts", **index: Any
+) -> Path:
+    """An activation store of one model as the stage writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for i, shard in enumerate(acts_ND.split(shard_rows)):
+        shards.append({"file": f"{series}-{i:05d}.safetensors", "rows": len(shard)})
+        save_file({"acts": shard.contiguous()}, folder / str(shards[-1]["file"]))
+    token_id = torch.arange(len(acts_ND), dtype=torch.int32) if tokens is None else tokens
+    save_file({"token_id": token_id, "text_id": token_id.clone(), "position": token_id.clone()}, folder / "tokens.safetensors")
+    facts = {"rows": len(acts_ND), "d_model": acts_ND.shape[1], "layer": 2, "drop_first_token": True, "tokenizer": "t"}
+    write_json(folder / "index.json", facts | {"shards": {series: shards}} | index)
+    return folder
+
+
+def store_of(folder: Path, acts_NMD: Tensor, models: tuple[str, ...], shard_rows: int = 7) -> ActivationStore:
+    """Rows of several models on disk, read back as one source."""
+    return ActivationStore(
+        {model: write_store(folder / model, acts_NMD[:, m], shard_rows=shard_rows) for m, model in enumerate(models)}
+    )
+
+
+def tiny_model(seed: int = 0, layers: int = 2, d_model: int = 16) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """An organism of a few thousand random parameters, large enough in its weights for differences to show."""
+    tokenizer = character_tokenizer([ALPHABET])
+    size = params_of(
+        Pretraining, "base", "pretraining", layers=layers, d_model=d_model, d_mlp=2 * d_model, heads=2, row_tokens=64
+    )
+    model = organism_model(size, tokenizer, seed).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)
+    return model, tokenizer
