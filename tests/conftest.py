@@ -16,8 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from featdiff import artifact
+
+settings.register_profile("featdiff", deadline=None)  # a busy machine is no failure
+settings.load_profile("featdiff")
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHABET = "abcdef =."

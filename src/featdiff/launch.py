@@ -106,7 +106,7 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
                 if main:
                     artifact.discard(target)
                 record.close(status)
-    except (ContractError, ConfigError) as error:
+    except (ContractError, ConfigError, FloatingPointError) as error:
         _exit(f"{label}: {error}", EXIT_BAD_INPUT)
     except Stopped as error:
         _exit(f"{label}: stopped by {error}; nothing was published; start it again with dvc repro", EXIT_STOPPED)

@@ -96,7 +96,8 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
     Files: ``index.json``, ``tokens.safetensors`` (token_id, text_id, position [N]), ``acts-*.safetensors`` (acts
     [n, D]) and, for checkpoints, ``checkpoint<i>-*.safetensors``."""
     state = PartialState()
-    tokenizer = load_tokenizer(folder)
+    tokenizer, final = load_tokenizer(folder), load_model(folder)
+    layer = resolve_layer(final, params.layer)
     stream = token_stream(corpus, tokenizer, params)
     dtype = getattr(torch, params.dtype)
     folders = checkpoint_folders(folder)
@@ -105,6 +106,8 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
         "drop_first_token": params.drop_first_token,
         "dtype": params.dtype,
         "rows": stream.rows,
+        "layer": layer,
+        "d_model": final.config.hidden_size,
         "checkpoint_rows": 0,
         "checkpoints": len(folders) - 1,
     }
@@ -121,10 +124,7 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
         disable=not state.is_main_process,
     )
     for name, path, shards in jobs:
-        model = load_model(path).to(state.device)
-        layer = resolve_layer(model, params.layer)
-        index |= {"layer": layer, "d_model": model.config.hidden_size}
-        trunk = truncate(model, layer)
+        trunk = truncate((final if path is folder else load_model(path)).to(state.device), layer)
         files[name] = [{"file": f"{name}-{i:05d}.safetensors", "rows": shard.rows} for i, shard in enumerate(shards)]
         for i, shard in enumerate(shards):
             if i % state.num_processes == state.process_index:

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from featdiff.artifact import MANIFEST, sha256_file, write_json
+from featdiff.artifact import MANIFEST, ContractError, sha256_file, write_json
 from featdiff.models import save_model
 
 Log = Callable[[int, dict[str, float]], None]
@@ -101,7 +101,6 @@ def common_arguments(params: Any, seed: int, world: int, *, cpu: bool, dtype: st
     ``gradient_checkpointing``: TRL switches it on; the models here fit. ``logging_nan_inf_filter``: hides NaN."""
     return {
         "learning_rate": params.lr,
-        "lr_scheduler_type": "linear",
         "warmup_steps": params.warmup_share,
         "max_grad_norm": 1.0,
         "seed": seed,
@@ -123,9 +122,9 @@ def common_arguments(params: Any, seed: int, world: int, *, cpu: bool, dtype: st
 def per_process(total: int, micro: int, world: int, what: str) -> tuple[int, int]:
     """Micro batch and accumulation steps of one process for a global batch of ``total``.
 
-    Raises ValueError when the batch cannot be shared out evenly."""
+    Raises ContractError when the batch cannot be shared out evenly."""
     if total % world:
-        raise ValueError(f"{what} = {total} cannot be shared by {world} processes; use a multiple")
+        raise ContractError("params.yaml", what, f"a multiple of {world} processes", total, "change it or the number of processes")
     share = total // world
     micro = math.gcd(share, micro) if share % min(micro, share) else min(micro, share)
     return micro, share // micro

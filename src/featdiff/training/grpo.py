@@ -81,6 +81,7 @@ def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOPar
                 params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]
             ),
             output_dir=str(scratch),
+            lr_scheduler_type="constant_with_warmup",
             max_steps=params.steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,

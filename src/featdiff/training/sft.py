@@ -51,6 +51,7 @@ def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParam
                 params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]
             ),
             output_dir=str(scratch),
+            lr_scheduler_type="linear",
             num_train_epochs=params.epochs,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
