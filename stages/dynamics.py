@@ -15,8 +15,8 @@ with stage("dynamics", out="analysis/dynamics") as run:
         folder = run.read(f"activations/{arm}")
         index = read_json(folder / "index.json")
         rows = index["checkpoint_rows"] or index["rows"]
-        before = ActivationStore({"base": base}).read(0, rows)[:, 0]
         series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
+        before = ActivationStore({"base": base, arm: folder}).read(0, rows)[:, 0]
         changes = {
             number: change_from_base(crosscoder, before, ActivationStore({arm: folder}, name).read(0, rows)[:, 0], arm)
             for number, name in enumerate(series, start=1)

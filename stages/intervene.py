@@ -1,6 +1,5 @@
 """Does the feature set carry the gain? Zeroing it in GRPO and SFT, amplifying it in base, against matched controls."""
 
-from accelerate import PartialState
 from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
@@ -12,6 +11,7 @@ from featdiff.intervention.edits import Editor, largest_values
 from featdiff.intervention.study import Subject, intervene
 from featdiff.launch import stage
 from featdiff.models import load_model, load_tokenizer
+from featdiff.ranks import process_state
 from featdiff.tasks.task import load_samples, load_tasks, write_rows
 
 with stage("intervene", out="analysis/intervene") as run:
@@ -27,9 +27,13 @@ with stage("intervene", out="analysis/intervene") as run:
     if found["status"] == "found":
         contribution = statistics["mean_activation"] * crosscoder.decoder_norms().sum(1)
         random_sets = matched_random_sets(
-            found["features"], statistics["firing_rate"].numpy(), contribution.numpy(), params.random_sets, run.seed
+            found["features"],
+            statistics["firing_rate"].numpy(),
+            contribution.numpy(),
+            params.random_sets + params.tuning_random_sets,
+            run.seed,
         )
-        device = PartialState().device
+        device = process_state().device
         models = {name: load_model(folder).to(device) for name, folder in folders.items()}
         tasks, tokenizer = load_tasks(data), load_tokenizer(folders["base"])
         subjects = {
@@ -39,7 +43,15 @@ with stage("intervene", out="analysis/intervene") as run:
             )
             for name, model in models.items()
         }
-        outcome = intervene(subjects, found["features"], random_sets, load_samples(data, "eval"), params, run.seed)
+        outcome = intervene(
+            subjects,
+            found["features"],
+            random_sets[: params.random_sets],
+            random_sets[params.random_sets :],
+            load_samples(data, "eval"),
+            params,
+            run.seed,
+        )
         write_json(run.out / "choice.json", outcome.choice)
         for name in ("tuning", "dose", "samples", "effects"):
             write_rows(run.out / f"{name}.parquet", getattr(outcome, name))

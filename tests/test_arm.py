@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from featdiff.artifact import begin, sha256_file
+from featdiff.artifact import ContractError, begin, sha256_file
 from featdiff.models import checkpoint_folders, load_model
 from featdiff.training.arm import Recorder, finish, per_process
 from tiny import tiny_model
@@ -37,7 +37,7 @@ def test_a_micro_batch_that_fits_is_used_as_it_is() -> None:
 @given(st.integers(1, 64), st.integers(2, 8), st.data())
 def test_a_batch_that_cannot_be_shared_out_is_refused(share: int, world: int, data: st.DataObject) -> None:
     total = share * world + data.draw(st.integers(1, world - 1))
-    with pytest.raises(ValueError, match=rf"sft.batch_size = {total} cannot be shared by {world} processes"):
+    with pytest.raises(ContractError, match=rf"sft.batch_size: expected a multiple of {world} processes, found {total}"):
         per_process(total, 8, world, "sft.batch_size")
 
 

@@ -20,7 +20,7 @@ import yaml
 from featdiff.config import PROFILES, Study, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
-PLUMBING = {"featdiff", "config", "artifact", "tracking", "launch", "mirror", "mlflow_view", "restore"}
+PLUMBING = {"featdiff", "config", "artifact", "tracking", "launch", "mirror", "mlflow_view", "restore", "ranks"}
 """Modules that know nothing of the science: a change of them cannot change a result."""
 
 

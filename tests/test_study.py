@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from featdiff import stats
 from featdiff.config import InterveneParams
@@ -44,7 +45,7 @@ def params(**changes: Any) -> InterveneParams:
         "bootstrap": 300,
         "max_new_tokens": 4,
     }
-    return params_of(InterveneParams, "intervene", **small | {"dose_random_sets": 2} | changes)
+    return params_of(InterveneParams, "intervene", **small | {"tuning_random_sets": 2, "tolerance": 0.05} | changes)
 
 
 def test_settings_are_every_combination_and_zeroing_has_no_dose() -> None:
@@ -202,8 +203,8 @@ def test_purposes_and_tasks_do_not_mix() -> None:
 
 def samples() -> list[Sample]:
     made = []
-    for split in ("find", "tune", "report"):
-        for i in range(3):
+    for split, number in (("find", 3), ("tune", 2), ("report", 3)):
+        for i in range(number):
             made.append(Sample(f"words-{split}-{i}", "words", split, f"rev {'abc'[: i + 1]}=", "cba"))
             made.append(Sample(f"sums-{split}-{i}", "sums", split, f"add {i} 2=", str(i + 2)))
             made.append(Sample(f"quiz-{split}-{i}", "quiz", split, f"who {i}=", "B", ("red", "blue", "green")))
@@ -217,8 +218,7 @@ def subject(name: str, seed: int) -> Subject:
     return Subject(Examinee(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4), editor)
 
 
-def silent(_: str) -> None:
-    """Progress that nobody watches."""
+silent = tqdm(total=0, disable=True)
 
 
 class Scripted(Examinee):
@@ -236,13 +236,39 @@ def test_tuning_takes_the_lowest_accuracy_when_zeroing_the_highest_when_amplifyi
     made.examinee.__class__ = Scripted
     chosen = [sample for sample in samples() if sample.task == "words"]
     made.examinee.right = {("zero", "prompt_last", 0.0): 4, ("zero", "all", 0.0): 2}
-    assert tune("zero_grpo", made, [1, 2], chosen, params(), silent)[0] == Setting("zero", "all", 0.0)
+    assert tune("zero_grpo", made, [1, 2], [], chosen, params(), silent)[0] == Setting("zero", "all", 0.0)
     right = dict.fromkeys([tuple(setting) for setting in settings("amplify_base", params())], 3)
     made.examinee.right = right | {("add", "all", 3.0): 7, ("scale", "prompt_last", 1.0): 7}
-    best, table = tune("amplify_base", made, [1, 2], chosen, params(), silent)
+    best, table = tune("amplify_base", made, [1, 2], [], chosen, params(), silent)
     assert best == Setting("add", "all", 3.0)
     assert len(table) == 8
-    assert {line["accuracy"] for line in table if (line["edit"], line["positions"], line["dose"]) == best} == {7 / 9}
+    assert {line["accuracy"] for line in table if (line["edit"], line["positions"], line["dose"]) == best} == {7 / 8}
+
+
+class Contested(Examinee):
+    """Accuracy under the set (2 features) and under random sets (3 features), by dose."""
+
+    right: dict[tuple[int, float], int]
+
+    def answer(self, samples: list[Sample], *, edit: Any = None, **how: Any) -> list[Row]:
+        rows = super().answer(samples, edit=edit, **how)
+        size = edit.reader.directions_FD.shape[0]
+        return [row | {"correct": i < self.right[size, edit.dose]} for i, row in enumerate(rows)]
+
+
+def test_among_settings_as_good_the_one_where_random_sets_do_least_is_taken() -> None:
+    made = subject("base", 0)
+    made.examinee.__class__ = Contested
+    chosen = [sample for sample in samples() if sample.task == "words"]
+    made.examinee.right = {(2, 1.0): 7, (2, 3.0): 8, (3, 1.0): 1, (3, 3.0): 8}
+    small = params(positions=["prompt_last"], amplify=["add"], tolerance=0.2)
+    best, table = tune("amplify_base", made, [1, 2], [[3, 4, 5], [4, 5, 6]], chosen, small, silent)
+    assert best == Setting("add", "prompt_last", 1.0)
+    assert {(line["dose"], line["control"]) for line in table} == {(1.0, 1 / 8), (3.0, 1.0)}
+    strict = params(positions=["prompt_last"], amplify=["add"], tolerance=0.1)
+    best, table = tune("amplify_base", made, [1, 2], [[3, 4, 5]], chosen, strict, silent)
+    assert best == Setting("add", "prompt_last", 3.0)
+    assert {line["control"] for line in table if line["dose"] == 1.0} == {None}
 
 
 def test_every_arm_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> None:
@@ -262,7 +288,7 @@ def test_every_arm_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> Non
     assert torch.equal(planned[5][2].reader.directions_FD, directions[[7, 9]])
     rows = run_arms("zero_grpo", made, chosen, [3, 5], [[1, 2]], samples(), silent)
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ("none", "noop", "reconstruction", "set", "random")}
-    assert {len(group) for group in by_arm.values()} == {27}
+    assert {len(group) for group in by_arm.values()} == {24}
     kept = ("sample_id", "completion", "correct", "parsed", "manner")
     assert [[row[key] for key in kept] for row in by_arm["none"]] == [[row[key] for key in kept] for row in by_arm["noop"]]
     assert [row["completion"] for row in by_arm["none"]] != [row["completion"] for row in by_arm["reconstruction"]]
@@ -282,9 +308,9 @@ def test_dose_curves_have_every_set_at_every_dose() -> None:
 def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None:
     subjects = {"base": subject("base", 0), "grpo": subject("grpo", 2)} | ({"sft": subject("sft", 1)} if with_sft else {})
     draws = [[i, i + 1] for i in range(20)]
-    outcome = intervene(subjects, [21, 22], draws, samples(), params(amplify=["add", "scale", "transplant"]), 0)
+    outcome = intervene(subjects, [21, 22], draws, [[2, 9]], samples(), params(amplify=["add", "scale", "transplant"]), 0)
     assert {line["task"] for line in outcome.tuning} == {line["task"] for line in outcome.dose} == {"words"}
-    assert {line["n"] for line in outcome.tuning} == {3}
+    assert {line["n"] for line in outcome.tuning} == {line["n"] for line in outcome.dose} == {2}
     assert {row["split"] for row in outcome.samples} == {"report"}
     assert {row["task"] for row in outcome.samples} == set(TASKS)
     purposes = ["zero_grpo", "zero_sft", "amplify_base"] if with_sft else ["zero_grpo", "amplify_base"]

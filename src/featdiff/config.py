@@ -321,8 +321,10 @@ class InterveneParams(Params):
     """Tried on the tune split: a factor for ``scale``, multiples of the maximum in GRPO for ``add``."""
     random_sets: Annotated[int, Field(ge=20)]
     """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
-    dose_random_sets: Positive
-    """How many of them take part in the dose curves."""
+    tuning_random_sets: Positive
+    """Further ones, used on the tune split only: to choose the dose and in the dose curves."""
+    tolerance: Fraction
+    """Settings within this accuracy of the best are told apart by what the tuning random sets do at them."""
     confidence: Fraction
     bootstrap: Positive
     batch_size: Positive
@@ -383,6 +385,11 @@ class Study(Params):
             fit = getattr(self, section).fit
             if fit not in self.crosscoder.fits:
                 raise ValueError(f"{section}.fit = {fit} is not in crosscoder.fits; {_closest(fit, self.crosscoder.fits)}")
+            needed = {"localize": {"base", "grpo"}, "dynamics": {"base", "sft", "grpo"}}[section]
+            if missing := sorted(needed - set(self.crosscoder.fits[fit].models)):
+                raise ValueError(
+                    f"{section}.fit = {fit} does not hold {', '.join(missing)}, which {section} reads; take another fit"
+                )
         return self
 
 

@@ -1,6 +1,6 @@
 """How a stage runs: command line, lock, signals, parameters, artifacts and the tracking record.
 
-``python -m featdiff.launch stages/<stage>.py …`` hands a stage to ``accelerate launch`` under the hardware
+``python -m featdiff.launch [--one] stages/<stage>.py …`` hands a stage to ``accelerate launch`` under the hardware
 that ``$ACCELERATE_CONFIG`` names, so that hardware is never part of a stage's signature. Inside the stage,
 :func:`stage` is the one context manager around the work. Nothing here knows about science or imports torch.
 """
@@ -182,12 +182,16 @@ def _hardware(path: Path) -> tuple[int, bool]:
 
 
 def main(arguments: list[str]) -> None:
-    """Replace this process by ``accelerate launch`` on ``arguments`` (a stage script and its options)."""
+    """Replace this process by ``accelerate launch`` on ``arguments`` (a stage script and its options).
+
+    ``--one`` before the script starts a single process whatever the hardware has."""
+    one = arguments[:1] == ["--one"]
     hardware = os.environ.get("ACCELERATE_CONFIG", DEFAULT_HARDWARE)
     if not Path(hardware).is_file():
         _exit(f"ACCELERATE_CONFIG: {hardware}: not found; use a file of conf/accelerate/", EXIT_BAD_INPUT)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     ranks, on_cpu = _hardware(Path(hardware))
+    ranks = 1 if one else ranks
     if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
     threads = environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -204,7 +208,8 @@ def main(arguments: list[str]) -> None:
         hardware,
         "--num_cpu_threads_per_process",
         threads,
-        *arguments,
+        *(["--num_processes", "1"] if one else []),
+        *arguments[one:],
     ]
     _die_with_parent()  # holds for the launcher too: it survives execve
     os.execve(sys.executable, command, environment)

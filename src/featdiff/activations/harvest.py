@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from featdiff.artifact import ContractError, write_json
 from featdiff.config import ActivationsParams
 from featdiff.decode import left_pad
 from featdiff.models import checkpoint_folders, load_model, load_tokenizer, resolve_layer, tokenizer_hash, truncate
+from featdiff.ranks import process_state
 from featdiff.tasks.task import Text
 
 
@@ -95,7 +95,7 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
 
     Files: ``index.json``, ``tokens.safetensors`` (token_id, text_id, position [N]), ``acts-*.safetensors`` (acts
     [n, D]) and, for checkpoints, ``checkpoint<i>-*.safetensors``."""
-    state = PartialState()
+    state = process_state()
     tokenizer, final = load_tokenizer(folder), load_model(folder)
     layer = resolve_layer(final, params.layer)
     stream = token_stream(corpus, tokenizer, params)

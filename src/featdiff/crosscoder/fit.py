@@ -18,6 +18,7 @@ from featdiff.artifact import ContractError
 from featdiff.config import CrosscoderTraining
 from featdiff.crosscoder.losses import Loss, batch_top_k, batchtopk_loss, l1_loss
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.ranks import process_state
 
 READ_ROWS = 8192
 THRESHOLD_MEMORY = 0.99
@@ -93,6 +94,7 @@ def fit(
 
     The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises ContractError for rows or batches that
     cannot be shared out, FloatingPointError at NaN or infinity."""
+    process_state()
     accelerator = Accelerator()
     train_rows = source.rows - int(source.rows * params.heldout_share)
     if not 0 < train_rows < source.rows:

@@ -7,7 +7,7 @@ gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,24 +70,43 @@ def tune(
     purpose: str,
     subject: Subject,
     features: list[int],
+    controls: list[list[int]],
     samples: list[Sample],
     params: InterveneParams,
-    progress: Callable[[str], None],
+    bar: tqdm[Any],
 ) -> tuple[Setting, list[dict[str, Any]]]:
-    """Try every setting on ``samples`` (tune split, tasks used for finding); returns the one with the lowest
-    (zeroing) or highest (amplifying) mean accuracy, and the table of all."""
+    """Try every setting on ``samples`` (tune split, tasks used for finding); returns the chosen one and the table of all.
+
+    Mean accuracy decides, lowest for zeroing and highest for amplifying. Among the settings within
+    ``params.tolerance`` of the best, the one is taken at which the set does most beyond the strongest of
+    ``controls``, random sets drawn for tuning alone: a dose at which any set would do shows nothing."""
     sign = 1 if purpose == "amplify_base" else -1
-    best, best_value, table, prompts = None, -np.inf, [], PromptCache()
-    for setting in settings(purpose, params):
-        edit = subject.editor.edit(setting.edit, features, setting.positions, setting.dose)
+    prompts = PromptCache()
+
+    def value(setting: Setting, chosen: list[int]) -> tuple[float, list[Row]]:
+        edit = subject.editor.edit(setting.edit, chosen, setting.positions, setting.dose)
         rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
-        value = sign * mean_accuracy(rows)
-        if value > best_value:
-            best, best_value = setting, value
-        table += [{"purpose": purpose, **setting._asdict(), **line} for line in by_task(rows, subject.examinee.tasks)]
-        progress(f"tune {purpose}")
-    assert best is not None
-    return best, table
+        bar.set_postfix_str(f"tune {purpose}", refresh=False)
+        bar.update(1)
+        return sign * mean_accuracy(rows), rows
+
+    tried = {setting: value(setting, features) for setting in settings(purpose, params)}
+    best = max(reached for reached, _ in tried.values())
+    near = [setting for setting, (reached, _) in tried.items() if reached >= best - params.tolerance]
+    bar.total += len(near) * len(controls)
+    strongest = {setting: max((value(setting, drawn)[0] for drawn in controls), default=0.0) for setting in near}
+    margin = {setting: tried[setting][0] - strongest[setting] for setting in near}
+    table = [
+        {
+            "purpose": purpose,
+            **setting._asdict(),
+            **line,
+            "control": sign * strongest[setting] if setting in strongest else None,
+        }
+        for setting, (_, rows) in tried.items()
+        for line in by_task(rows, subject.examinee.tasks)
+    ]
+    return max(near, key=margin.__getitem__), table
 
 
 def dose_curve(
@@ -96,7 +115,7 @@ def dose_curve(
     sets: dict[tuple[str, int], list[int]],
     samples: list[Sample],
     params: InterveneParams,
-    progress: Callable[[str], None],
+    bar: tqdm[Any],
 ) -> list[dict[str, Any]]:
     """Accuracy over doses at the chosen edit and positions, for the found set and some random sets (tune split)."""
     table, prompts = [], PromptCache()
@@ -105,7 +124,8 @@ def dose_curve(
             edit = subject.editor.edit(chosen.edit, features, chosen.positions, dose)
             rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
             table += [{"dose": dose, "arm": arm, "draw": draw, **line} for line in by_task(rows, subject.examinee.tasks)]
-            progress("dose curve")
+            bar.set_postfix_str("dose curve", refresh=False)
+            bar.update(1)
     return table
 
 
@@ -129,7 +149,7 @@ def run_arms(
     features: list[int],
     random_sets: list[list[int]],
     samples: list[Sample],
-    progress: Callable[[str], None],
+    bar: tqdm[Any],
 ) -> list[Row]:
     """Answers under every arm to all ``samples`` (report split, every task). Where no arm changes the prompt
     before its last token, all arms share one reading of the prompts, the unedited one too."""
@@ -138,7 +158,8 @@ def run_arms(
     for arm, draw, edit in arms(subject, chosen, features, random_sets):
         answered = subject.examinee.answer(samples, edit=edit, shared=shared)
         rows += [{"purpose": purpose, "model": PURPOSES[purpose], "arm": arm, **row, "draw": draw} for row in answered]
-        progress(f"{purpose} {arm}")
+        bar.set_postfix_str(f"{purpose} {arm}", refresh=False)
+        bar.update(1)
     return rows
 
 
@@ -240,38 +261,31 @@ def intervene(
     subjects: dict[str, Subject],
     features: list[int],
     random_sets: list[list[int]],
+    tuning_sets: list[list[int]],
     samples: list[Sample],
     params: InterveneParams,
     seed: int,
 ) -> Outcome:
     """The whole study of one feature set. ``subjects`` by model; a model the crosscoder does not know is left out.
 
-    Settings are tuned on tune-split samples of the tasks used for finding; zeroing in SFT takes over what was chosen
-    for GRPO. Everything else is measured on the report split of every task."""
+    Settings are tuned on tune-split samples of the tasks used for finding, against random sets of their own
+    (``tuning_sets``); zeroing in SFT takes over what was chosen for GRPO. Everything else is measured on the report
+    split of every task, against ``random_sets``."""
     tasks = subjects["grpo"].examinee.tasks
     tuning_samples = [sample for sample in samples if sample.split == "tune" and tasks[sample.task].role == "find"]
     report_samples = [sample for sample in samples if sample.split == "report"]
-    curve_sets = {("set", 0): features} | {
-        ("random", i): drawn for i, drawn in enumerate(random_sets[: params.dose_random_sets])
-    }
+    curve_sets = {("set", 0): features} | {("random", i): drawn for i, drawn in enumerate(tuning_sets)}
     purposes = [purpose for purpose, model in PURPOSES.items() if model in subjects]
     passes = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
     passes += len(curve_sets) * len(params.doses) + len(purposes) * (4 + len(random_sets))
     with tqdm(total=passes, desc="intervene", unit="pass") as bar:
-
-        def progress(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(1)
-
-        zero, tuning = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, progress)
-        amplify, more = tune("amplify_base", subjects["base"], features, tuning_samples, params, progress)
-        dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, progress)
+        zero, tuning = tune("zero_grpo", subjects["grpo"], features, tuning_sets, tuning_samples, params, bar)
+        amplify, more = tune("amplify_base", subjects["base"], features, tuning_sets, tuning_samples, params, bar)
+        dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, bar)
         chosen = {"zero_grpo": zero, "zero_sft": zero, "amplify_base": amplify}
         rows: list[Row] = []
         for purpose in purposes:
-            rows += run_arms(
-                purpose, subjects[PURPOSES[purpose]], chosen[purpose], features, random_sets, report_samples, progress
-            )
+            rows += run_arms(purpose, subjects[PURPOSES[purpose]], chosen[purpose], features, random_sets, report_samples, bar)
     right = {
         purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]}
         for purpose in purposes

@@ -29,6 +29,9 @@ from featdiff.report.words import change, interval, listed, number, percent, sho
 
 Status = Literal["supported", "not supported", "undecided"]
 
+FEWEST_DRAWS = 20
+"""A 95th percentile of fewer random sets is no percentile."""
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -284,6 +287,9 @@ class Judge:
             Criterion(
                 f"the same on at least {p.min_heldout} held out from the selection: {len(beyond['heldout'])} of {len(heldout)}",
                 None if not heldout else len(beyond["heldout"]) >= p.min_heldout,
+            ),
+            Criterion(
+                f"at least {FEWEST_DRAWS} different matched random sets: {draws}", True if draws >= FEWEST_DRAWS else None
             ),
             Criterion(f"found on more than one task: {things(len(found), 'task')}", True if len(found) > 1 else None),
             Criterion(

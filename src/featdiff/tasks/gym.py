@@ -9,49 +9,17 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from featdiff.artifact import ContractError
 from featdiff.config import ReasoningGymTask
+from featdiff.tasks.gym_scoring import package
 from featdiff.tasks.task import ANSWER, GENERATION, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
 
 ATTEMPTS = 50
-
-
-@cache
-def _package() -> Any:
-    """The package's registry; imported late, because it is an extra and slow to import."""
-    try:
-        import reasoning_gym  # noqa: F401  (fills the registry)
-        from reasoning_gym import factory
-    except ModuleNotFoundError as error:
-        raise ContractError(
-            "params.yaml",
-            "prepare.tasks",
-            "the package reasoning-gym installed",
-            f"no module {error.name}",
-            "pip install -e .[smollm2]",
-        ) from None
-    return factory
-
-
-@cache
-def _scorer(dataset: str) -> Callable[[str, dict[str, Any]], float]:
-    scorer: Callable[[str, dict[str, Any]], float] = _package().get_score_answer_fn(dataset)
-    return scorer
-
-
-def score(answer: str, meta: dict[str, Any]) -> float:
-    """The package's score of ``answer``, 0 to 1; ``meta`` is a sample's own."""
-    scorer = _scorer(meta["dataset"])
-    try:
-        return float(scorer(answer, meta["entry"]))
-    except Exception:  # its scorers raise all kinds of errors on text they do not expect: that is a wrong answer
-        return 0.0
 
 
 def _equations(steps: list[tuple[str, int]]) -> str:
@@ -120,7 +88,7 @@ class GymSource:
 
     def __init__(self, name: str, task: ReasoningGymTask, *, teacher: str, chat: bool) -> None:
         self.name, self.task, self.teacher = name, task, teacher
-        known = _package().DATASETS
+        known = package().DATASETS
         if task.dataset not in known:
             near = difflib.get_close_matches(task.dataset, known, n=1) or sorted(known)[:3]
             raise self._wrong("dataset", "a data set of reasoning-gym", task.dataset, f"did you mean {near[0]}?")
@@ -143,7 +111,7 @@ class GymSource:
 
     def _dataset(self, seed: int, size: int) -> Any:
         try:
-            return _package().create_dataset(self.task.dataset, seed=seed, size=size, **self.task.options)
+            return package().create_dataset(self.task.dataset, seed=seed, size=size, **self.task.options)
         except (TypeError, ValueError, AssertionError) as error:
             raise self._wrong("options", f"options of {self.task.dataset}", str(error)[:120], "correct them") from None
 

@@ -199,7 +199,7 @@ def _phrase(text: str) -> Found | None:
 
 
 def _reasoning_gym(sample: Sample, text: str) -> Grade:
-    from featdiff.tasks.gym import score
+    from featdiff.tasks.gym_scoring import score
 
     text = _tail(text)
     found = _number(text) if _NUMERAL.fullmatch(sample.answer) else _phrase(text)

@@ -124,7 +124,9 @@ def per_process(total: int, micro: int, world: int, what: str) -> tuple[int, int
 
     Raises ContractError when the batch cannot be shared out evenly."""
     if total % world:
-        raise ContractError("params.yaml", what, f"a multiple of {world} processes", total, "change it or the number of processes")
+        raise ContractError(
+            "params.yaml", what, f"a multiple of {world} processes", total, "change it or the number of processes"
+        )
     share = total // world
     micro = math.gcd(share, micro) if share % min(micro, share) else min(micro, share)
     return micro, share // micro

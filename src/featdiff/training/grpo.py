@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from featdiff.config import GRPOParams
 from featdiff.models import load_model, load_tokenizer, trl_row
+from featdiff.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks, write_rows
 from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
@@ -59,7 +59,7 @@ class Reward:
 
 def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
     """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
-    state = PartialState()
+    state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_model(base), load_tokenizer(base)
     total = params.prompts_per_step * params.rollouts

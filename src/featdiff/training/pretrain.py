@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
 from featdiff.models import character_tokenizer, organism_model
+from featdiff.ranks import process_state
 from featdiff.tasks.task import Sample, Text
 
 
@@ -54,6 +55,7 @@ def pack(texts: list[Text], tokenizer: PreTrainedTokenizerFast, row_tokens: int,
         ids = [*ids, *prompt, *completion, tokenizer.eos_token_id]
         positions = [*positions, *range(length)]
         weight = [*weight, 0.0, *[prompt_weight] * (len(prompt) - 1), *[1.0] * (len(completion) + 1)]
+    rows.append((ids, positions, weight))
     shape = (len(rows), row_tokens)
     packed = Rows(torch.full(shape, tokenizer.pad_token_id), torch.arange(row_tokens).expand(shape).clone(), torch.zeros(shape))
     for i, (row_ids, row_positions, row_weight) in enumerate(rows):
@@ -78,6 +80,7 @@ def pretrain(
     """Train a base from scratch on ``texts``; ``others`` only add their characters to the vocabulary.
 
     Raises ContractError when there are fewer texts than the steps need, FloatingPointError when the loss is not finite."""
+    process_state()
     accelerator = Accelerator()
     tokenizer = character_tokenizer(
         [text.prompt + text.completion for text in texts] + [sample.prompt + sample.solution for sample in others]

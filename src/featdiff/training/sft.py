@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from featdiff.artifact import ContractError
 from featdiff.config import SFTParams
 from featdiff.models import load_model, load_tokenizer, trl_row
+from featdiff.ranks import process_state
 from featdiff.tasks.task import load_samples, load_tasks
 from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
 
@@ -26,7 +26,7 @@ SERIES = {
 
 def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
     """Fine-tune ``base`` on the train problems of ``data``; loss on the solution only. Returns the audit."""
-    state = PartialState()
+    state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_model(base), load_tokenizer(base)
     for sample in samples:

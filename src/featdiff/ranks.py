@@ -1,0 +1,21 @@
+"""This process among the others of its stage."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from featdiff.artifact import ContractError
+from featdiff.launch import world_size
+
+
+def process_state() -> PartialState:
+    """Rank, number of processes and device, as the launcher set them up.
+
+    Raises ContractError when the launcher started processes that are not connected: each would take itself for
+    the only one."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != world_size():
+        todo = "use a file of conf/accelerate/ as it is"
+        raise ContractError("$ACCELERATE_CONFIG", "connected processes", world_size(), state.num_processes, todo)
+    return state
