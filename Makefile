@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## create .venv and install from the constraints file (other targets do it too)
 
 profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits by hand)
-	@$(BIN)/python -m featdiff.config use $(PROFILE) $(if $(DISCARD),--discard)
+	@$(BIN)/python -m featdiff.profiles use $(PROFILE) $(if $(DISCARD),--discard)
 
 repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
 	dvc repro
@@ -30,10 +30,10 @@ repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whol
 	@echo "report: $(CURDIR)/report/index.html"
 
 test: $(STAMP)  ## the quick test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)  ## format, lint, types, quick tests
-	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -m 'not graph'
+	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph"
 
 format: $(STAMP)  ## format and mend what the linter can
 	@ruff format . && ruff check --fix .

@@ -26,4 +26,5 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
     table = accuracy_table(rows, tasks, run.params, run.seed)
     write_rows(run.out / "samples.parquet", rows)
     write_rows(run.out / "accuracy.parquet", table)
+    run.attach("accuracy.parquet")
     run.metrics({row["task"]: row["accuracy"] for row in table if row["primary"] and row["split"] == "report"})

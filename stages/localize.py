@@ -27,5 +27,6 @@ with stage("localize", out="analysis/localize") as run:
             )
     found = select(differences, skipped, params, run.seed)
     write_json(run.out / "features.json", describe(found, params))
+    run.attach("features.json")
     write_rows(run.out / "scores.parquet", score_rows(found))
     run.metrics({"status": found.status, "features": len(found.features), "expected_intersection": found.expected_intersection})

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from featdiff import config
-from featdiff.config import ConfigError, Study, flatten, load_params, load_study, main, parse, render_profile, use_profile
+from featdiff.config import ConfigError, Study, flatten, load_params, load_study, parse
+from featdiff.profiles import main, render_profile, use_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))

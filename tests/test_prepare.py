@@ -151,7 +151,8 @@ def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
     if not (ROOT.parent / "shared/data/qa").is_dir():
         pytest.skip("../shared/data is not here")
-    from featdiff.config import Study, render_profile
+    from featdiff.config import Study
+    from featdiff.profiles import render_profile
 
     monkeypatch.chdir(ROOT)
     study = parse(Study, yaml.safe_load(render_profile("smollm2")), "smollm2.yaml")

@@ -1,4 +1,4 @@
-"""Parameters: one frozen class per section of params.yaml, and the switch between profiles.
+"""Parameters: one frozen class per section of params.yaml.
 
 No class here holds a default: every number in force stands in params.yaml, where DVC can see it. A key
 that no class knows is an error that names it. Importing this module must stay cheap (no torch).
@@ -7,10 +7,9 @@ that no class knows is an error that names it. Importing this module must stay c
 from __future__ import annotations
 
 import difflib
-import sys
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -384,7 +383,7 @@ class Study(Params):
         for section in ("dynamics", "localize"):
             fit = getattr(self, section).fit
             if fit not in self.crosscoder.fits:
-                raise ValueError(f"{section}.fit = {fit} is not in crosscoder.fits; {_closest(fit, self.crosscoder.fits)}")
+                raise ValueError(f"{section}.fit = {fit} is not in crosscoder.fits; {closest(fit, self.crosscoder.fits)}")
             needed = {"localize": {"base", "grpo"}, "dynamics": {"base", "sft", "grpo"}}[section]
             if missing := sorted(needed - set(self.crosscoder.fits[fit].models)):
                 raise ValueError(
@@ -393,7 +392,8 @@ class Study(Params):
         return self
 
 
-def _closest(word: str, known: Any) -> str:
+def closest(word: str, known: Any) -> str:
+    """Advice about an unknown ``word``: the nearest of ``known``, or all of them."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
@@ -439,7 +439,7 @@ def parse(cls: type[P], data: Any, source: str) -> P:
         key, found = ".".join(keys) or "(top level)", first["input"]
         said = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            said = f"unknown key; {_closest(keys[-1], allowed)}"
+            said = f"unknown key; {closest(keys[-1], allowed)}"
             found = keys[-1]
         elif first["type"] == "missing":
             said, found = "missing", "nothing"
@@ -475,54 +475,6 @@ def load_params(section: str, path: Path = PARAMS) -> tuple[Any, int]:
     return getattr(study, section), study.seed
 
 
-def _merge(base: Any, over: dict[str, Any], where: str) -> None:
-    """Put the values of ``over`` into the ruamel mapping ``base``, keeping its comments.
-
-    A mapping under a key that ends in ``!`` replaces the old mapping instead of being merged into it."""
-    for raw, value in over.items():
-        key, replace = raw.removesuffix("!"), raw.endswith("!")
-        if key not in base:
-            raise ConfigError(f"{where}: {key}: unknown key; {_closest(key, base)}")
-        if isinstance(value, dict) and isinstance(base[key], dict) and not replace:
-            _merge(base[key], value, f"{where}: {key}")
-        else:
-            base[key] = value
-
-
-def render_profile(name: str) -> str:
-    """Text of params.yaml under profile ``name``: the default file with the profile's overrides.
-
-    The default profile is conf/profiles/organism.yaml word for word; every other file there holds only
-    what differs from it."""
-    from io import StringIO
-
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"profile {name!r}: unknown; {_closest(name, known)} (conf/profiles/*.yaml)")
-    text = (PROFILES / f"{DEFAULT_PROFILE}.yaml").read_text(encoding="utf-8")
-    if name == DEFAULT_PROFILE:
-        return text
-    round_trip = YAML()
-    round_trip.preserve_quotes = True
-    round_trip.width = 4096
-    document = round_trip.load(text)
-    path = PROFILES / f"{name}.yaml"
-    read_yaml(path)
-    try:
-        overrides = round_trip.load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    _merge(document, overrides, str(path))
-    document["profile"] = name
-    out = StringIO()
-    round_trip.dump(document, out)
-    parse(Study, yaml.safe_load(out.getvalue()), str(path))
-    return out.getvalue()
-
-
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level with dotted keys."""
     flat: dict[str, Any] = {}
@@ -530,51 +482,3 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
         dotted = f"{prefix}{key}"
         flat |= flatten(value, f"{dotted}.") if isinstance(value, dict) and value else {dotted: value}
     return flat
-
-
-def use_profile(name: str, *, discard_edits: bool = False) -> str:
-    """Write params.yaml for ``name``; refuses while params.yaml holds edits by hand. Returns what it did."""
-    wanted = render_profile(name)
-    if PARAMS.exists() and not discard_edits:
-        current = read_yaml(PARAMS)
-        if current == yaml.safe_load(wanted):
-            return f"params.yaml: already profile {name}"
-        now = str(current.get("profile", DEFAULT_PROFILE))
-        clean = flatten(yaml.safe_load(render_profile(now)))
-        found = flatten(current)
-        edits = [key for key in clean.keys() | found.keys() if clean.get(key) != found.get(key)]
-        if edits:
-            raise ConfigError(
-                f"params.yaml: holds {len(edits)} edit(s) by hand over profile {now} "
-                f"({', '.join(sorted(edits)[:5])}); keep them in a profile of your own under conf/profiles/, "
-                f"or add DISCARD=1 to overwrite them"
-            )
-    temporary = PARAMS.with_suffix(".yaml.tmp")
-    temporary.write_text(wanted, encoding="utf-8")
-    temporary.replace(PARAMS)
-    return f"params.yaml: now profile {name}"
-
-
-def main(arguments: list[str]) -> None:
-    """``python -m featdiff.config use <profile> [--discard]`` or ``… check``."""
-    try:
-        match arguments:
-            case ["use", name]:
-                print(use_profile(name))
-            case ["use", name, "--discard"]:
-                print(use_profile(name, discard_edits=True))
-            case ["check"]:
-                print(f"params.yaml: profile {load_study().profile}, all keys known")
-            case _:
-                _stop("usage: python -m featdiff.config use <profile> [--discard] | check")
-    except ConfigError as error:
-        _stop(str(error))
-
-
-def _stop(message: str) -> NoReturn:
-    print(f"featdiff: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -8,16 +8,21 @@ gives the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from featdiff import stats
 from featdiff.config import InterveneParams
+from featdiff.crosscoder.model import Crosscoder
 from featdiff.decode import PromptCache
 from featdiff.evaluation import Examinee, Row
 from featdiff.intervention.edits import Editor, FeatureEdit
+from featdiff.models import load_model, load_tokenizer
+from featdiff.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo
 
 PURPOSES = {"zero_grpo": "grpo", "zero_sft": "sft", "amplify_base": "base"}
@@ -36,6 +41,26 @@ class Subject(NamedTuple):
 
     examinee: Examinee
     editor: Editor
+
+
+def make_subjects(
+    crosscoder: Crosscoder,
+    layer: int,
+    folders: dict[str, Path],
+    tasks: dict[str, TaskInfo],
+    largest_F: Tensor,
+    params: InterveneParams,
+) -> dict[str, Subject]:
+    """The models in ``folders`` ready to be edited after ``layer`` blocks; GRPO is every edit's donor."""
+    device, tokenizer = process_state().device, load_tokenizer(folders["base"])
+    models = {name: load_model(folder).to(device) for name, folder in folders.items()}
+    return {
+        name: Subject(
+            Examinee(model, tokenizer, tasks, batch_size=params.batch_size, max_new_tokens=params.max_new_tokens),
+            Editor(crosscoder, name, layer, device, largest_F, donor=models["grpo"]),
+        )
+        for name, model in models.items()
+    }
 
 
 def settings(purpose: str, params: InterveneParams) -> list[Setting]:

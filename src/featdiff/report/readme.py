@@ -1,0 +1,62 @@
+"""Writes the results of ``metrics/summary.json`` into README.md, so that no number there is typed by hand.
+
+``python -m featdiff.report.readme``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featdiff.artifact import read_json
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+CLAIMS = {
+    "transfer": "RL on math improves tasks far from math",
+    "forgetting": "SFT on the same problems forgets them",
+    "features": "SFT adds many specialised features that freeze early, RL few that keep changing",
+    "necessary": "zeroing a small feature set in GRPO takes the gain away",
+    "sufficient": "amplifying the same set in the base gives it",
+}
+ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out", "control": "control"}
+
+
+def results(summary: dict[str, Any]) -> str:
+    """Verdicts, accuracies and effects as Markdown."""
+    roles = {role: name for role, name in ROLES.items() if role in summary["accuracy"]["base"]}
+    lines = ["| claim | verdict |", "|---|---|"]
+    lines += [f"| {claim} | **{summary['verdicts'][key]}** |" for key, claim in CLAIMS.items()]
+    lines += ["", f"| accuracy, report split | {' | '.join(roles.values())} |", "|---" * (1 + len(roles)) + "|"]
+    for model, accuracy in summary["accuracy"].items():
+        lines.append(f"| {model} | {' | '.join(f'{accuracy[role]:.2f}' for role in roles)} |")
+    zero, amplify = (summary["effects"].get(purpose, {}) for purpose in ("zero_grpo", "amplify_base"))
+    if zero and amplify:
+        lines += ["", "| change of accuracy | n | set zeroed in GRPO | random sets | set amplified in base | random sets |"]
+        lines.append("|---|---|---|---|---|---|")
+        for task, row in zero.items():
+            lines.append(
+                f"| {task} | {row['n']} | {_effect(row)} | {_band(row)} | {_effect(amplify[task])} | {_band(amplify[task])} |"
+            )
+        lines += ["", "Effects with 95 % bootstrap interval; random sets: 5th to 95th percentile of the matched draws."]
+    return "\n".join(lines)
+
+
+def _effect(row: dict[str, Any]) -> str:
+    return f"{row['effect']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+
+
+def _band(row: dict[str, Any]) -> str:
+    return f"{row['random_low']:+.2f} … {row['random_high']:+.2f}"
+
+
+def fill(readme: str, summary: dict[str, Any]) -> str:
+    """``readme`` with the text between its markers replaced; raises ValueError without markers."""
+    before, found, rest = readme.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{results(summary)}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    path = Path("README.md")
+    path.write_text(fill(path.read_text(encoding="utf-8"), read_json(Path("metrics/summary.json"))), encoding="utf-8")

@@ -1,0 +1,42 @@
+"""README results come from metrics/summary.json and from nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from featdiff.report.readme import BEGIN, END, fill
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_readme_shows_the_committed_summary() -> None:
+    readme, path = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "metrics/summary.json"
+    if not path.is_file():
+        pytest.skip("no committed run")
+    assert fill(readme, json.loads(path.read_text(encoding="utf-8"))) == readme, "run python -m featdiff.report.readme"
+
+
+def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> None:
+    effect = {"n": 9, "effect": -0.5, "low": -0.6, "high": -0.4, "random_low": -0.1, "random_high": 0.1}
+    keys = ("transfer", "forgetting", "features", "necessary", "sufficient")
+    summary = {
+        "verdicts": dict.fromkeys(keys, "supported"),
+        "accuracy": {"base": {"find": 0.25}, "grpo": {"find": 0.75}},
+        "effects": {"zero_grpo": {"sort": effect}, "amplify_base": {"sort": effect}},
+    }
+    page = f"top\n{BEGIN}\nold\n{END}\nbottom\n"
+    filled = fill(page, summary)
+    assert filled.startswith(f"top\n{BEGIN}\n")
+    assert filled.endswith(f"{END}\nbottom\n")
+    assert "old" not in filled
+    assert "-0.50 [-0.60, -0.40]" in filled
+    changed = copy.deepcopy(summary)
+    changed["accuracy"]["grpo"]["find"] = 0.5
+    assert fill(page, changed) != filled
+    assert fill(filled, summary) == filled
+    with pytest.raises(ValueError, match="markers"):
+        fill("no markers", summary)
