@@ -12,6 +12,6 @@ parser.add_argument("--model", required=True, choices=["base", "sft", "grpo"])
 name = parser.parse_args().model
 
 with stage("activations", key=name, out=f"activations/{name}") as run:
-    data, base, folder = run.read("data"), run.read("models/base"), run.read(f"models/{name}")
+    data, base, folder = run.read("data", "corpus.parquet"), run.read("models/base"), run.read(f"models/{name}")
     require_same_tokenizer(folder, base)
     run.metrics(harvest(folder, load_texts(data, "corpus"), run.out, run.params))

@@ -2,15 +2,14 @@
 
 from featdiff.launch import rank, stage
 from featdiff.models import save_model
-from featdiff.tasks.task import load_samples, load_texts
+from featdiff.tasks.task import load_texts
 from featdiff.training.imported import load_base
 from featdiff.training.pretrain import pretrain
 
 with stage("base", out="models/base") as run:
-    data = run.read("data")
+    data = run.read("data", "pretrain.parquet")
     if run.params.source == "pretrain":
-        texts, samples = load_texts(data, "pretrain"), load_samples(data, "train")
-        model, tokenizer = pretrain(texts, samples, run.params.pretraining, run.seed, run.log)
+        model, tokenizer = pretrain(load_texts(data, "pretrain"), run.params.pretraining, run.seed, run.log)
     else:
         model, tokenizer = load_base(run.params.source, run.params.dtype)
     if rank() == 0:

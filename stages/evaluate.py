@@ -12,7 +12,7 @@ parser.add_argument("--model", required=True, choices=["base", "sft", "grpo"])
 name = parser.parse_args().model
 
 with stage("evaluate", key=name, out=f"evals/{name}") as run:
-    data, folder = run.read("data"), run.read(f"models/{name}")
+    data, folder = run.read("data", "tasks.json", "eval.parquet"), run.read(f"models/{name}")
     require_same_tokenizer(folder, run.read("models/base"))
     tasks = load_tasks(data)
     examinee = Examinee(

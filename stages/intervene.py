@@ -12,7 +12,8 @@ from featdiff.launch import stage
 from featdiff.tasks.task import load_samples, load_tasks, write_rows
 
 with stage("intervene", out="analysis/intervene") as run:
-    params, data, found = run.params, run.read("data"), read_json(run.read("analysis/localize") / "features.json")
+    params, data = run.params, run.read("data", "tasks.json", "eval.parquet")
+    found = read_json(run.read("analysis/localize") / "features.json")
     fit = run.read(f"crosscoders/{found['fit']}")
     crosscoder, statistics = Crosscoder.load(fit), load_file(fit / "features.safetensors")
     largest = largest_values(crosscoder, ActivationStore({"grpo": run.read("activations/grpo")}))

@@ -9,7 +9,8 @@ from featdiff.models import load_model, load_tokenizer, truncate
 from featdiff.tasks.task import load_samples, load_tasks, read_rows, write_rows
 
 with stage("localize", out="analysis/localize") as run:
-    params, data, fit = run.params, run.read("data"), run.read(f"crosscoders/{run.params.fit}")
+    params, data = run.params, run.read("data", "tasks.json", "eval.parquet")
+    fit = run.read(f"crosscoders/{params.fit}")
     tasks, samples = load_tasks(data), {sample.sample_id: sample for sample in load_samples(data, "eval")}
     crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
     folders = {name: run.read(f"models/{name}") for name in needed_models(crosscoder, params.readout)}

@@ -7,8 +7,6 @@ the plan turns parts of it off, so that every degenerate study can be written as
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -172,12 +170,11 @@ def _write_data(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Ge
 
 
 def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
-    header = json.dumps({"w": {"dtype": "F32", "shape": [100, 4500], "data_offsets": [0, 0]}, "__metadata__": {}}).encode()
     for model in MODELS:
         with published(root, f"models/{model}") as out:
             config = {"model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 96, "vocab_size": 60}
             write_json(out / "config.json", config)
-            (out / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+            write_json(out / "metrics.json", {"parameters": 450_000} if model == "base" else {})
             steps = np.arange(10, 260, 10)
             progress = 1 - np.exp(-steps / 60)
             noise = rng.normal(0, 0.02, len(steps))
@@ -196,7 +193,7 @@ def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
                 continue
             audit = {
                 "base_manifest": "a" * 64,
-                "data_manifest": "d" * 64,
+                "problems_sha256": "d" * 64,
                 "problems": 2000,
                 "samples_seen": 12000 if model == "sft" else 32000,
                 "tokens_seen": 300_000 if model == "sft" else 810_000,

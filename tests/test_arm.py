@@ -98,6 +98,7 @@ def test_a_run_leaves_its_checkpoints_its_model_and_its_audit(tmp_path: Path) ->
     for name in ("base", "data"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(name, encoding="utf-8")
+        (tmp_path / name / "train.parquet").write_text(name, encoding="utf-8")
     out, points = begin(tmp_path / "sft"), Points()
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "scratch"),
@@ -118,7 +119,7 @@ def test_a_run_leaves_its_checkpoints_its_model_and_its_audit(tmp_path: Path) ->
     audit = finish(trainer, made, out, tmp_path / "base", tmp_path / "data", {"problems": 12})
     assert audit == {
         "base_manifest": sha256_file(tmp_path / "base/manifest.json"),
-        "data_manifest": sha256_file(tmp_path / "data/manifest.json"),
+        "problems_sha256": sha256_file(tmp_path / "data/train.parquet"),
         "updates": 6,
         "checkpoints": [2, 4, 6],
         "problems": 12,

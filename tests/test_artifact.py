@@ -48,7 +48,8 @@ def published(target: Path) -> str:
 
 def test_what_is_published_verifies_and_says_where_it_comes_from(target: Path) -> None:
     digest = published(target)
-    assert verify(target) == digest == hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
+    assert verify(target) == {target.as_posix(): digest}
+    assert digest == hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
     assert not staging_path(target).exists()
     manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     assert (manifest["schema"], manifest["code"], manifest["parents"]) == (artifact.SCHEMA, "c0de", {"data": "abc"})
@@ -70,6 +71,21 @@ def test_publishing_again_leaves_nothing_of_the_old_artifact(target: Path) -> No
     publish(target, params={}, code="", parents={})
     assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "only.txt"]
     verify(target)
+
+
+def test_named_files_are_verified_alone(target: Path) -> None:
+    published(target)
+    (target / "checkpoints/1/weights.bin").write_bytes(b"other")
+    found = verify(target, "weights.bin", "config.json")
+    assert found.keys() == {f"{target.as_posix()}/weights.bin", f"{target.as_posix()}/config.json"}
+    assert found[f"{target.as_posix()}/weights.bin"] == hashlib.sha256(BODY).hexdigest()
+    with pytest.raises(ContractError, match=r"checkpoints/1/weights.bin: size"):
+        verify(target, "checkpoints/1/weights.bin")
+    with pytest.raises(ContractError, match=r"nowhere.txt: file: expected listed in the manifest, found missing"):
+        verify(target, "nowhere.txt")
+    (target / "stray.txt").write_text("stray", encoding="utf-8")
+    with pytest.raises(ContractError, match=r"stray.txt: file: expected only files of the manifest"):
+        verify(target, "stray.txt")
 
 
 def _flip(path: Path) -> None:
@@ -177,7 +193,7 @@ def test_a_failure_while_publishing_leaves_the_old_artifact(target: Path, monkey
     with pytest.raises(OSError, match="No space"):
         publish(target, params={}, code="", parents={})
     discard(target)
-    assert verify(target) == digest
+    assert verify(target) == {target.as_posix(): digest}
     assert not staging_path(target).exists()
 
 
@@ -186,7 +202,7 @@ def test_discard_removes_the_unfinished_and_only_that(target: Path) -> None:
     fill(target)
     discard(target)
     discard(target)
-    assert verify(target) == digest
+    assert verify(target) == {target.as_posix(): digest}
     assert not staging_path(target).exists()
 
 

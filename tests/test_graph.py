@@ -78,7 +78,10 @@ def test_artifacts_read_and_written_are_declared(name: str) -> None:
     source = (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8")
     deps = [plain(dep) for dep in entry["deps"]]
     outs = [plain(out if isinstance(out, str) else next(iter(out))) for out in entry["outs"]]
-    for read in map(plain, re.findall(r'run\.read\(f?"([^"]+)"\)', source)):
+    calls = [re.findall(r'"([^"]+)"', call) for call in re.findall(r"run\.read\(([^)]*)\)", source)]
+    for read in (
+        plain("/".join(part)) for folder, *files in calls for part in ([(folder, file) for file in files] or [(folder,)])
+    ):
         assert any(fnmatch(dep, read) or fnmatch(read, dep) or read.startswith(f"{dep}/") for dep in deps), read
     assert plain(re.findall(r'out=f?"([^"]+)"', source)[0]) in outs
 
@@ -163,7 +166,7 @@ def test_the_study_ends_in_a_report_and_a_summary(nano: Repository) -> None:
 def test_arms_start_from_one_base_on_the_same_problems(nano: Repository) -> None:
     sft, grpo = (json.loads((nano.path / f"models/{arm}/audit.json").read_text()) for arm in ("sft", "grpo"))
     assert sft["base_manifest"] == grpo["base_manifest"]
-    assert sft["data_manifest"] == grpo["data_manifest"]
+    assert sft["problems_sha256"] == grpo["problems_sha256"]
     assert sft["problems"] == grpo["problems"] == 96
     assert grpo["updates"] == 6
     assert sft["tokens_seen"] > 0

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
 from featdiff.models import character_tokenizer
-from featdiff.tasks.task import Sample, Text
+from featdiff.tasks.task import Text
 from featdiff.training.pretrain import _loss, learning_rate, pack, pretrain
 from tiny import ALPHABET, params_of, tiny_model
 
@@ -142,15 +142,13 @@ def corpus(count: int) -> list[Text]:
 
 def test_a_short_run_learns_repeats_exactly_and_knows_every_character() -> None:
     logged: list[list[float]] = [[], []]
-    others = [Sample("s", "t", "find", "xyz", "7", solution="(w)7.")]
     first, again = (
-        pretrain(corpus(900), others, params(), 0, lambda _, point, run=run: logged[run].append(point["loss"]))[0]
-        for run in (0, 1)
+        pretrain(corpus(900), params(), 0, lambda _, point, run=run: logged[run].append(point["loss"]))[0] for run in (0, 1)
     )
     assert logged[0] == logged[1]
     assert logged[0][-1] < 0.75 * logged[0][0]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    model, made = pretrain(corpus(900), others, params(steps=1), 0, lambda *_: None)
+    model, made = pretrain(corpus(900), params(steps=1), 0, lambda *_: None)
     assert made.decode(made("xyz(w)7ab", add_special_tokens=False)["input_ids"]) == "xyz(w)7ab"
     assert not model.training
 
@@ -159,4 +157,4 @@ def test_too_few_texts_are_one_line() -> None:
     with pytest.raises(
         ContractError, match=r"params.yaml: prepare.pretrain.texts: expected about [0-9]+ for base.pretraining.steps, found 20"
     ):
-        pretrain(corpus(20), [], params(), 0, lambda *_: None)
+        pretrain(corpus(20), params(), 0, lambda *_: None)

@@ -58,7 +58,7 @@ class Page:
 
 
 def make(folder: Path, params: ReportParams = PARAMS) -> Page:
-    evidence = load(lambda name: folder / name)
+    evidence = load(lambda name, *_: folder / name)
     judge = Judge(evidence, params, SEED)
     verdicts = judge.verdicts()
     html = render(evidence, judge, verdicts, params, "organism", {"data": "0" * 64})
@@ -232,7 +232,7 @@ def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["random_low"]), path)
     with pytest.raises(ContractError, match=r"effects\.parquet: columns: expected random_low"):
-        load(lambda name: tmp_path / name)
+        load(lambda name, *_: tmp_path / name)
 
 
 def test_numbers_are_written_without_negative_zero_or_plus_zero() -> None:

@@ -22,7 +22,7 @@ PARAMS, SEED = load_params("report", Path(__file__).parents[1] / "params.yaml")
 
 def study(folder: Path, plan: Plan) -> Evidence:
     write_study(folder, plan)
-    return load(lambda name: folder / name)
+    return load(lambda name, *_: folder / name)
 
 
 def judged(evidence: Evidence) -> dict[str, Verdict]:

@@ -113,9 +113,10 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def verify(folder: Path) -> str:
-    """Hash every file of ``folder`` against its manifest; returns the manifest's sha256.
+def verify(folder: Path, *names: str) -> dict[str, str]:
+    """Hash the files of ``folder`` against its manifest: all of them, or only ``names``.
 
+    Returns what was verified with its sha256: the folder with its manifest's, or each named file with its own.
     Raises ContractError for a missing manifest, an unknown schema, and a missing, added or altered file."""
     todo = f"restore it (dvc checkout {folder}) or rerun its stage (dvc repro)"
     if not folder.is_dir():
@@ -125,17 +126,17 @@ def verify(folder: Path) -> str:
     if schema != SCHEMA:
         raise ContractError(folder / MANIFEST, "schema", SCHEMA, schema, "rerun its stage with this version")
     listed = manifest["files"]
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    found.pop(MANIFEST)
-    if missing := sorted(listed.keys() - found.keys()):
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    if missing := sorted(set(names or listed) - found):
         raise ContractError(folder / missing[0], "file", "listed in the manifest", "missing", todo)
-    if added := sorted(found.keys() - listed.keys()):
+    if added := sorted((set(names) or found) - listed.keys()):
         raise ContractError(folder / added[0], "file", "only files of the manifest", "an extra file", todo)
-    for name, entry in listed.items():
-        size = found[name].stat().st_size
-        if size != entry["size"]:
-            raise ContractError(folder / name, "size", f"{entry['size']} bytes", f"{size} bytes", todo)
-        digest = sha256_file(found[name])
-        if digest != entry["sha256"]:
-            raise ContractError(folder / name, "sha256", entry["sha256"][:12], digest[:12], todo)
-    return sha256_file(folder / MANIFEST)
+    for name in names or listed:
+        path, entry = folder / name, listed[name]
+        if (size := path.stat().st_size) != entry["size"]:
+            raise ContractError(path, "size", f"{entry['size']} bytes", f"{size} bytes", todo)
+        if (digest := sha256_file(path)) != entry["sha256"]:
+            raise ContractError(path, "sha256", entry["sha256"][:12], digest[:12], todo)
+    if names:
+        return {(folder / name).as_posix(): listed[name]["sha256"] for name in names}
+    return {folder.as_posix(): sha256_file(folder / MANIFEST)}

@@ -56,10 +56,10 @@ class Run:
         self.log = record.log
         self.observe = record.observe
 
-    def read(self, path: str) -> Path:
-        """Folder of the artifact at ``path``, after its files were hashed against the manifest."""
+    def read(self, path: str, *files: str) -> Path:
+        """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
         folder = Path(path)
-        self.parents[folder.as_posix()] = artifact.verify(folder)
+        self.parents |= artifact.verify(folder, *files)
         self.record.input(folder.as_posix())
         return folder
 

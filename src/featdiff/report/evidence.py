@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,11 +110,11 @@ class Evidence:
         return "greedy" if "greedy" in modes or not modes else sorted(modes)[0]
 
 
-def load(read: Callable[[str], Path]) -> Evidence:
+def load(read: Callable[..., Path]) -> Evidence:
     """Open every artifact through ``read``, which verifies a folder and returns it.
 
     Raises ContractError where a table lacks a column or a crosscoder that attribution names is missing."""
-    data = read("data")
+    data = read("data", "tasks.json", "eval.parquet")
     known = load_tasks(data)
     tasks = {name: task for role in ROLES for name, task in known.items() if task.role == role}
     evals = {model: read(f"evals/{model}") for model in MODELS}
@@ -128,6 +126,7 @@ def load(read: Callable[[str], Path]) -> Evidence:
     )
     fits = dict.fromkeys(row["fit"] for row in features)
     found = read_json(localize / "features.json")
+    models = {model: _model(f"models/{model}", read) for model in MODELS}
     return Evidence(
         tasks=tasks,
         questions={
@@ -135,8 +134,8 @@ def load(read: Callable[[str], Path]) -> Evidence:
             for row in read_rows(data / "eval.parquet")
             if row["split"] == "report"
         },
-        train_problems=pq.read_metadata(data / "train.parquet").num_rows,
-        models={model: _model(read(f"models/{model}")) for model in MODELS},
+        models=models,
+        train_problems=models["sft"].audit["problems"],
         accuracy={
             model: _rows(
                 folder / "accuracy.parquet",
@@ -196,29 +195,17 @@ def _rows(path: Path, columns: str, only: tuple[str, list[str]] | None = None) -
     return rows
 
 
-def _model(folder: Path) -> ModelFacts:
+def _model(name: str, read: Callable[..., Path]) -> ModelFacts:
+    """The small files beside a model's weights; the weights themselves are neither read nor verified here."""
+    wanted = ("config.json", "metrics.json", "audit.json", "curves.csv")
+    folder = read(name, *(file for file in wanted if (Path(name) / file).is_file()))
     audit = folder / "audit.json"
     return ModelFacts(
         config=read_json(folder / "config.json"),
-        parameters=sum(_parameters(path) for path in sorted(folder.glob("*.safetensors"))),
+        parameters=read_json(folder / "metrics.json").get("parameters", 0),
         audit=read_json(audit) if audit.exists() else {},
         curves=_curves(folder / "curves.csv"),
     )
-
-
-def _parameters(path: Path) -> int:
-    """Numbers in a safetensors file, read off its header."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            size = 1
-            for side in tensor["shape"]:
-                size *= side
-            total += size
-    return total
 
 
 def _fit(folder: Path) -> FitFacts:

@@ -63,7 +63,7 @@ def audit(evidence: Evidence) -> Table:
     rows = []
     for key, label in (
         ("base_manifest", "start: the same base"),
-        ("data_manifest", "the same data"),
+        ("problems_sha256", "the same problems and solutions"),
         ("problems", "the same problems"),
     ):
         same = sft[key] == grpo[key]

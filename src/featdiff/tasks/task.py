@@ -130,8 +130,7 @@ class Data:
     def save(self, folder: Path) -> None:
         write_json(folder / "tasks.json", [asdict(task) for task in self.tasks])
         for name in ("train", "eval", "corpus", "pretrain"):
-            if rows := getattr(self, name):
-                write_rows(folder / f"{name}.parquet", [asdict(row) for row in rows])
+            write_rows(folder / f"{name}.parquet", [asdict(row) for row in getattr(self, name)])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

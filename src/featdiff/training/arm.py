@@ -83,7 +83,7 @@ def finish(trainer: Trainer, recorder: Recorder, out: Path, base: Path, data: Pa
     state = trainer.state
     audit = {
         "base_manifest": sha256_file(base / MANIFEST),
-        "data_manifest": sha256_file(data / MANIFEST),
+        "problems_sha256": sha256_file(data / "train.parquet"),
         "updates": state.global_step,
         "checkpoints": [*recorder.saved, state.global_step],
         **facts,

@@ -21,7 +21,9 @@ from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
 from featdiff.models import character_tokenizer, organism_model
 from featdiff.ranks import process_state
-from featdiff.tasks.task import Sample, Text
+from featdiff.tasks.task import Text
+
+ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
 
 
 class Rows(NamedTuple):
@@ -75,16 +77,15 @@ def learning_rate(step: int, params: Pretraining) -> float:
 
 
 def pretrain(
-    texts: list[Text], others: list[Sample], params: Pretraining, seed: int, log: Callable[[int, dict[str, float]], None]
+    texts: list[Text], params: Pretraining, seed: int, log: Callable[[int, dict[str, float]], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train a base from scratch on ``texts``; ``others`` only add their characters to the vocabulary.
+    """Train a base from scratch on ``texts``. The vocabulary is every printable ASCII
+    character, so that it depends on no other data.
 
     Raises ContractError when there are fewer texts than the steps need, FloatingPointError when the loss is not finite."""
     process_state()
     accelerator = Accelerator()
-    tokenizer = character_tokenizer(
-        [text.prompt + text.completion for text in texts] + [sample.prompt + sample.solution for sample in others]
-    )
+    tokenizer = character_tokenizer([ALPHABET])
     rows = pack(texts, tokenizer, params.row_tokens, params.prompt_weight)
     rows_per_step = params.batch_tokens // params.row_tokens
     needed, found = params.steps * rows_per_step, len(rows.ids_RT)
