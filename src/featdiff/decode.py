@@ -21,6 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from featdiff.models import block
 
+OPTIONS_PER_QUESTION = 4
+"""Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
+
 
 class Edit(Protocol):
     """A change of the residual stream after ``layer`` blocks."""
@@ -73,8 +76,14 @@ class PromptCache:
         if key not in self._kept:
             stream.feed(ids_BT[:, :-1], mask_BT[:, :-1], positions_BT[:, :-1], 1)
             self._kept[key] = stream.cache
-        stream.cache = copy(self._kept[key])
-        stream.cache.layers = [copy(layer) for layer in stream.cache.layers]  # updates replace a layer's tensors
+        stream.cache = _branch(self._kept[key])
+
+
+def _branch(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes its own way from here; an update replaces a layer's tensors, so they need no copy."""
+    branch = copy(cache)
+    branch.layers = [copy(layer) for layer in cache.layers]
+    return branch
 
 
 class _Session:
@@ -95,7 +104,7 @@ class _Session:
             return ids_BT, positions_BT
         if self.edit is not None and self.edit.whole_prompt:
             raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
-        for stream in filter(None, (self.main, self.donor)):
+        for stream in self._streams():
             prompts.start(stream, ids_BT, mask_BT, positions_BT)
         return ids_BT[:, -1:], positions_BT[:, -1:]
 
@@ -128,9 +137,19 @@ class _Session:
         return self.main.feed(ids_BT, mask_BT, positions_BT, keep)
 
     def select(self, rows: Tensor) -> None:
-        self.main.select(rows)
-        if self.donor is not None:
-            self.donor.select(rows)
+        for stream in self._streams():
+            stream.select(rows)
+
+    def branches(self) -> list[DynamicCache]:
+        """The state to :meth:`resume` from, any number of times."""
+        return [stream.cache for stream in self._streams()]
+
+    def resume(self, branches: list[DynamicCache]) -> None:
+        for stream, cache in zip(self._streams(), branches, strict=True):
+            stream.cache = _branch(cache)
+
+    def _streams(self) -> list[_Stream]:
+        return [self.main] if self.donor is None else [self.main, self.donor]
 
 
 def left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,20 +246,42 @@ def score_options(
         session = _Session(model, edit)
         ids, mask, positions = left_pad([contexts[row] for row in rows], pad, model.device)
         ids, positions = session.start(shared, ids, mask, positions)
-        pairs = [(i, option) for i, row in enumerate(rows) for option in options[row]]
-        owner = torch.tensor([i for i, _ in pairs], device=model.device)
-        longest = max(len(option) for _, option in pairs)
-        option_ids = torch.tensor([option + [pad] * (longest - len(option)) for _, option in pairs], device=model.device)
-        real = torch.tensor([[1] * len(option) + [0] * (longest - len(option)) for _, option in pairs], device=model.device)
+        lengths = {(i, j): len(option) for i, row in enumerate(rows) for j, option in enumerate(options[row])}
+        pairs = sorted(lengths, key=lengths.__getitem__, reverse=True)
+        totals: dict[tuple[int, int], float] = {}
         with session.hooked():
-            first = session.feed(ids, mask, positions, prompt=True)[:, -1:].float().log_softmax(-1)[owner]
-            if longest > 1:
-                session.select(owner)
-                later_positions = positions[owner, -1:] + torch.arange(1, longest, device=model.device)
-                later_mask = torch.cat([mask[owner], real[:, :-1]], dim=1)
-                later = session.feed(option_ids[:, :-1], later_mask, later_positions, prompt=False, keep=0)
-                first = torch.cat([first, later.float().log_softmax(-1)], dim=1)
-        picked = first.gather(2, option_ids.unsqueeze(2)).squeeze(2) * real
-        for (i, _), total in zip(pairs, picked.sum(1).tolist(), strict=True):
-            scores[rows[i]].log_likelihood.append(total)
+            first_BV = session.feed(ids, mask, positions, prompt=True)[:, -1].float().log_softmax(-1)
+            branches = session.branches()
+            for low in range(0, len(pairs), OPTIONS_PER_QUESTION * batch_size):
+                chunk = pairs[low : low + OPTIONS_PER_QUESTION * batch_size]
+                session.resume(branches)
+                owner = torch.tensor([i for i, _ in chunk], device=model.device)
+                texts = [options[rows[i]][j] for i, j in chunk]
+                found = _follow(session, texts, first_BV[owner], mask[owner], positions[owner], owner, pad)
+                totals |= zip(chunk, found, strict=True)
+        for i, row in enumerate(rows):
+            scores[row].log_likelihood.extend(totals[i, j] for j in range(len(options[row])))
     return scores
+
+
+def _follow(
+    session: _Session,
+    texts: list[list[int]],
+    first_BV: Tensor,
+    mask_BT: Tensor,
+    positions_BT: Tensor,
+    owner_B: Tensor,
+    pad: int,
+) -> list[float]:
+    """Log-likelihood of each continuation, given the log-probabilities of its first token and the contexts' caches."""
+    longest, device = max(map(len, texts)), mask_BT.device
+    ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
+    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
+    picked = first_BV.gather(1, ids[:, :1])
+    if longest > 1:
+        session.select(owner_B)
+        later_positions = positions_BT[:, -1:] + torch.arange(1, longest, device=device)
+        later_mask = torch.cat([mask_BT, real[:, :-1]], dim=1)
+        later = session.feed(ids[:, :-1], later_mask, later_positions, prompt=False, keep=0).float().log_softmax(-1)
+        picked = torch.cat([picked, later.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)], dim=1)
+    return (picked * real).sum(1).tolist()
