@@ -195,7 +195,6 @@ def main(arguments: list[str]) -> None:
     if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
     threads = environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other as soon as a core is shared
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
     quiet = "--quiet"  # a stage that stopped has said why; the launcher's own traceback would bury it
