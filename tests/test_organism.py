@@ -37,15 +37,15 @@ def test_asking_for_more_questions_than_exist_is_an_error(monkeypatch: pytest.Mo
 
 def test_texts_have_the_shares_asked_for_and_no_banned_prompt() -> None:
     rng = np.random.default_rng(0)
-    texts = organism.texts(4000, ["add", "reverse"], {"steps": 0.25, "direct": 0.15, "mistake": 0.6}, set(), rng)
+    texts = organism.texts(4000, ["add", "reverse"], {"steps": 0.25, "direct": 0.15, "mistake": 0.6}, 0.0, set(), rng)
     manners = Counter(text.source.split("/")[1] for text in texts)
     assert abs(manners["steps"] / 4000 - 0.25) < 0.03
     assert abs(manners["direct"] / 4000 - 0.15) < 0.03
     banned = {text.prompt for text in texts[:2000]}
-    again = organism.texts(500, ["add", "reverse"], {"steps": 1.0}, banned, rng)
+    again = organism.texts(500, ["add", "reverse"], {"steps": 1.0}, 0.5, banned, rng)
     assert not banned & {text.prompt for text in again}
 
 
 def test_a_family_without_foreign_wording_is_answered_in_steps() -> None:
-    texts = organism.texts(50, ["reverse"], {"foreign": 1.0}, set(), np.random.default_rng(0))
+    texts = organism.texts(50, ["reverse"], {"foreign": 1.0}, 0.0, set(), np.random.default_rng(0))
     assert {text.source for text in texts} == {"reverse/steps"}

@@ -111,6 +111,8 @@ class PretrainTexts(Params):
     """Share answered step by step."""
     direct_right_share: Fraction
     """Among the answers given at once, the share that is right."""
+    pair_share: Fraction
+    """Share of texts (of the corpus too) in which another question, answered in the same manner, comes first."""
 
 
 class PrepareParams(Params):

@@ -63,19 +63,37 @@ class FamilySource:
         ]
 
 
-def texts(count: int, families: list[str], manners: dict[str, float], banned: set[str], rng: np.random.Generator) -> list[Text]:
+AT_ONCE = ("direct", "mistake")
+
+
+def texts(
+    count: int, families: list[str], manners: dict[str, float], pair_share: float, banned: set[str], rng: np.random.Generator
+) -> list[Text]:
     """``count`` texts of ``families`` in equal shares, each in a manner drawn from ``manners`` (probabilities).
 
-    A family without a wording of the drawn manner (``foreign`` outside math) is answered in ``steps``."""
+    In ``pair_share`` of them another question comes first, answered in the same manner (step by step, in the foreign
+    wording, or at once), so that the manner is something a model has to keep in mind and can be told from the
+    context. A family without a wording of the drawn manner (``foreign`` outside math) is answered in ``steps``."""
     names, weights = list(manners), np.array(list(manners.values()))
+
+    def answered(among: list[int]) -> tuple[str, str, str, str]:
+        """Prompt, answer, family and manner of a question that is not banned, in one of the manners ``among``."""
+        while True:
+            family = FAMILIES[families[int(rng.integers(len(families)))]]
+            problem = family.make(rng)
+            manner = names[int(rng.choice(among, p=weights[among] / weights[among].sum()))]
+            if manner == "foreign" and not problem.foreign:
+                manner = "steps"
+            if problem.prompt not in banned:
+                return problem.prompt, completion(problem, manner), family.name, manner
+
+    every = list(range(len(names)))
     drawn: list[Text] = []
-    while len(drawn) < count:
-        family = FAMILIES[families[int(rng.integers(len(families)))]]
-        problem = family.make(rng)
-        manner = names[int(rng.choice(len(names), p=weights / weights.sum()))]
-        if problem.prompt in banned:
-            continue
-        if manner == "foreign" and not problem.foreign:
-            manner = "steps"
-        drawn.append(Text(problem.prompt, completion(problem, manner), f"{family.name}/{manner}"))
+    for _ in range(count):
+        prompt, answer, family, manner = answered(every)
+        if rng.random() < pair_share:
+            alike = [i for i in every if names[i] == manner or (names[i] in AT_ONCE and manner in AT_ONCE)]
+            first, first_answer, *_ = answered(alike or every)
+            prompt = f"{first}{first_answer}\n{prompt}"
+        drawn.append(Text(prompt, answer, f"{family}/{manner}"))
     return drawn

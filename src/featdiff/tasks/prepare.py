@@ -77,7 +77,9 @@ def _pretrain(params: PrepareParams, banned: set[str], rng: np.random.Generator)
         raise ContractError(
             "params.yaml", "prepare.pretrain.texts", "0 without tasks of source family", params.pretrain.texts, "set it to 0"
         )
-    return organism.texts(params.pretrain.texts, _families(params), _organism_manners(params), banned, rng)
+    return organism.texts(
+        params.pretrain.texts, _families(params), _organism_manners(params), params.pretrain.pair_share, banned, rng
+    )
 
 
 def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.Generator) -> list[Text]:
@@ -88,8 +90,11 @@ def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.G
     if params.corpus.general == ORGANISM:
         if not _families(params, "train"):
             raise ContractError("params.yaml", "prepare.corpus.general", "a file with a text column", ORGANISM, "give one")
-        worked = organism.texts(math, _families(params, "train"), {"steps": 0.5, "foreign": 0.5}, banned, rng)
-        general = organism.texts(wanted - math, _families(params), {"steps": 0.5, "direct": 0.2, "mistake": 0.3}, banned, rng)
+        pairs = params.pretrain.pair_share
+        worked = organism.texts(math, _families(params, "train"), {"steps": 0.5, "foreign": 0.5}, pairs, banned, rng)
+        general = organism.texts(
+            wanted - math, _families(params), {"steps": 0.5, "direct": 0.2, "mistake": 0.3}, pairs, banned, rng
+        )
     else:
         worked = _worked(params, math, banned, seed, rng)
         general = general_texts(params.corpus.general, wanted - math, params.corpus.max_chars, banned, rng)
