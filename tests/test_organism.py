@@ -49,3 +49,14 @@ def test_texts_have_the_shares_asked_for_and_no_banned_prompt() -> None:
 def test_a_family_without_foreign_wording_is_answered_in_steps() -> None:
     texts = organism.texts(50, ["reverse"], {"foreign": 1.0}, 0.0, set(), np.random.default_rng(0))
     assert {text.source for text in texts} == {"reverse/steps"}
+
+
+def test_a_first_question_is_answered_in_the_manner_of_the_second() -> None:
+    rng = np.random.default_rng(1)
+    shares = {"steps": 0.3, "direct": 0.3, "mistake": 0.4}
+    texts = organism.texts(600, ["add", "reverse", "sort"], shares, 0.5, set(), rng)
+    pairs = [text for text in texts if "\n" in text.prompt]
+    assert 0.4 < len(pairs) / len(texts) < 0.6
+    for text in pairs:
+        first, _, _ = text.prompt.partition("\n")
+        assert ("<" in first) == text.source.endswith("/steps")

@@ -41,7 +41,7 @@ def file_params(**changes: Any) -> PrepareParams:
             "train_problems": 1,
             "samples": {"find": 1, "tune": 1, "report": 1},
             "corpus": {"texts": 2, "math_share": 0.0, "general": str(DATA / "texts.jsonl"), "max_chars": 50},
-            "pretrain": {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1},
+            "pretrain": {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1, "pair_share": 0.5},
         }
         | changes
     )
@@ -122,7 +122,7 @@ def test_organism_texts_need_families() -> None:
     pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
     gym = {"source": "reasoning_gym", "role": "train", "dataset": "gcd", "options": {}, "instruction": ""}
     tasks = {"gcd": gym, "again": gym | {"role": "find", "options": {"min_value": 2}}}
-    none = {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1}
+    none = {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1, "pair_share": 0.5}
     with pytest.raises(ContractError, match=r"prepare.corpus.general"):
         prepare(organism_params(tasks=tasks, pretrain=none), 0)
     with pytest.raises(ContractError, match=r"prepare.pretrain.texts"):
