@@ -161,7 +161,7 @@ def test_prepare_on_a_full_disk(small_disk: Path, run: Run) -> None:
 
 def test_an_unknown_profile(project: Project) -> None:
     before = (project.path / "params.yaml").read_bytes()
-    result = project.run("-m", "featdiff.config", "use", "smolm2")
+    result = project.run("-m", "featdiff.profiles", "use", "smolm2")
     assert (result.returncode, (project.path / "params.yaml").read_bytes()) == (2, before)
     project.refused(result, "data", "profile 'smolm2': unknown; did you mean smollm2?")
 

@@ -323,9 +323,9 @@ class InterveneParams(Params):
     random_sets: Annotated[int, Field(ge=20)]
     """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
     tuning_random_sets: Positive
-    """Further ones, used on the tune split only: to choose the dose and in the dose curves."""
+    """Further ones, for the dose curves on the tune split only."""
     tolerance: Fraction
-    """Settings within this accuracy of the best are told apart by what the tuning random sets do at them."""
+    """Of the settings within this accuracy of the best, the gentlest is taken."""
     confidence: Fraction
     bootstrap: Positive
     batch_size: Positive

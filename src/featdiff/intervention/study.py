@@ -64,11 +64,14 @@ def make_subjects(
 
 
 def settings(purpose: str, params: InterveneParams) -> list[Setting]:
-    """What is tried on the tune split, simplest first (ties go to the first)."""
+    """What is tried on the tune split, gentlest first."""
     if purpose != "amplify_base":
         return [Setting("zero", positions, 0.0) for positions in params.positions]
     return [
-        Setting(edit, positions, dose) for edit in params.amplify for positions in params.positions for dose in params.doses
+        Setting(edit, positions, dose)
+        for edit in params.amplify
+        for positions in params.positions
+        for dose in sorted(params.doses)
     ]
 
 
@@ -92,46 +95,25 @@ def by_task(rows: list[Row], tasks: dict[str, TaskInfo]) -> Iterator[dict[str, A
 
 
 def tune(
-    purpose: str,
-    subject: Subject,
-    features: list[int],
-    controls: list[list[int]],
-    samples: list[Sample],
-    params: InterveneParams,
-    bar: tqdm[Any],
+    purpose: str, subject: Subject, features: list[int], samples: list[Sample], params: InterveneParams, bar: tqdm[Any]
 ) -> tuple[Setting, list[dict[str, Any]]]:
     """Try every setting on ``samples`` (tune split, tasks used for finding); returns the chosen one and the table of all.
 
-    Mean accuracy decides, lowest for zeroing and highest for amplifying. Among the settings within
-    ``params.tolerance`` of the best, the one is taken at which the set does most beyond the strongest of
-    ``controls``, random sets drawn for tuning alone: a dose at which any set would do shows nothing."""
+    Mean accuracy decides, lowest for zeroing and highest for amplifying; among the settings within
+    ``params.tolerance`` of the best, the first in the order of :func:`settings` is taken, which is the gentlest: a dose
+    larger than needed is one at which any set of features does something."""
     sign = 1 if purpose == "amplify_base" else -1
-    prompts = PromptCache()
-
-    def value(setting: Setting, chosen: list[int]) -> tuple[float, list[Row]]:
-        edit = subject.editor.edit(setting.edit, chosen, setting.positions, setting.dose)
+    values: dict[Setting, float] = {}
+    table, prompts = [], PromptCache()
+    for setting in settings(purpose, params):
+        edit = subject.editor.edit(setting.edit, features, setting.positions, setting.dose)
         rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
+        values[setting] = sign * mean_accuracy(rows)
+        table += [{"purpose": purpose, **setting._asdict(), **line} for line in by_task(rows, subject.examinee.tasks)]
         bar.set_postfix_str(f"tune {purpose}", refresh=False)
         bar.update(1)
-        return sign * mean_accuracy(rows), rows
-
-    tried = {setting: value(setting, features) for setting in settings(purpose, params)}
-    best = max(reached for reached, _ in tried.values())
-    near = [setting for setting, (reached, _) in tried.items() if reached >= best - params.tolerance]
-    bar.total += len(near) * len(controls)
-    strongest = {setting: max((value(setting, drawn)[0] for drawn in controls), default=0.0) for setting in near}
-    margin = {setting: tried[setting][0] - strongest[setting] for setting in near}
-    table = [
-        {
-            "purpose": purpose,
-            **setting._asdict(),
-            **line,
-            "control": sign * strongest[setting] if setting in strongest else None,
-        }
-        for setting, (_, rows) in tried.items()
-        for line in by_task(rows, subject.examinee.tasks)
-    ]
-    return max(near, key=margin.__getitem__), table
+    best = max(values.values())
+    return next(setting for setting, value in values.items() if value >= best - params.tolerance), table
 
 
 def dose_curve(
@@ -293,9 +275,9 @@ def intervene(
 ) -> Outcome:
     """The whole study of one feature set. ``subjects`` by model; a model the crosscoder does not know is left out.
 
-    Settings are tuned on tune-split samples of the tasks used for finding, against random sets of their own
-    (``tuning_sets``); zeroing in SFT takes over what was chosen for GRPO. Everything else is measured on the report
-    split of every task, against ``random_sets``."""
+    Settings are tuned on tune-split samples of the tasks used for finding, where dose curves are drawn too, with random
+    sets of their own (``tuning_sets``); zeroing in SFT takes over what was chosen for GRPO. Everything else is measured
+    on the report split of every task, against ``random_sets``."""
     tasks = subjects["grpo"].examinee.tasks
     tuning_samples = [sample for sample in samples if sample.split == "tune" and tasks[sample.task].role == "find"]
     report_samples = [sample for sample in samples if sample.split == "report"]
@@ -304,8 +286,8 @@ def intervene(
     passes = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
     passes += len(curve_sets) * len(params.doses) + len(purposes) * (4 + len(random_sets))
     with tqdm(total=passes, desc="intervene", unit="pass") as bar:
-        zero, tuning = tune("zero_grpo", subjects["grpo"], features, tuning_sets, tuning_samples, params, bar)
-        amplify, more = tune("amplify_base", subjects["base"], features, tuning_sets, tuning_samples, params, bar)
+        zero, tuning = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, bar)
+        amplify, more = tune("amplify_base", subjects["base"], features, tuning_samples, params, bar)
         dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, bar)
         chosen = {"zero_grpo": zero, "zero_sft": zero, "amplify_base": amplify}
         rows: list[Row] = []
