@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,17 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from featdiff.config import Position
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.decode import generate, score_options
 from featdiff.intervention import edits
-from featdiff.intervention.edits import POSITIONS, Editor, FeatureEdit, largest_values
+from featdiff.intervention.edits import Editor, FeatureEdit, largest_values
 from tiny import random_crosscoder, store_of, tiny_model
 
 MODELS = ("base", "grpo")
 SET = [7, 2, 5]
 CPU = torch.device("cpu")
 DOSES = st.floats(0.25, 4, width=32)
+POSITIONS = get_args(Position)
 
 
 def resid(seed: int = 1, tokens: int = 4) -> Tensor:

@@ -21,7 +21,8 @@ from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 
 READ_ROWS = 8192
-POSITIONS = ("prompt_last", "prompt", "generated", "all")
+WHOLE_PROMPT = ("prompt", "all")
+"""Positions that include prompt tokens before the last."""
 KINDS = ("zero", "scale", "add", "transplant", "reconstruct")
 
 
@@ -35,17 +36,10 @@ def largest_values(crosscoder: Crosscoder, source: ActivationSource) -> Tensor:
     return largest_F
 
 
-def positioned(change_BTD: Tensor, positions: str, *, prompt: bool) -> Tensor | None:
-    """``change_BTD`` at the wanted positions of this pass and 0 elsewhere; None where the pass has none.
-
-    The passes are one over the left-padded prompt and then one per later token (or over an option's tokens)."""
-    if positions == "all" or (positions == "prompt" and prompt) or (positions == "generated" and not prompt):
-        return change_BTD
-    if positions == "prompt_last" and prompt:
-        last = torch.zeros_like(change_BTD)
-        last[:, -1] = change_BTD[:, -1]
-        return last
-    return None
+def in_pass(positions: str, *, prompt: bool) -> bool:
+    """Whether a pass holds any of ``positions``: one pass is over the left-padded prompt, then one per later token (or
+    one over an option's tokens)."""
+    return positions == "all" or (positions == "generated") is not prompt
 
 
 @dataclass
@@ -65,17 +59,18 @@ class FeatureEdit:
 
     @property
     def whole_prompt(self) -> bool:
-        return self.positions in ("prompt", "all")
+        return self.positions in WHOLE_PROMPT
 
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
-        if (self.positions == "generated" and prompt) or (self.positions.startswith("prompt") and not prompt):
+        if not in_pass(self.positions, prompt=prompt):
             return resid_BTD
         if self.kind == "reconstruct":
             change = self.reader.reconstruct(resid_BTD) - resid_BTD.float()
         else:
             change = self._coefficients(resid_BTD, donor_BTD) @ self.reader.directions_FD
-        placed = positioned(change, self.positions, prompt=prompt)
-        return resid_BTD if placed is None else resid_BTD + placed.to(resid_BTD.dtype)
+        if self.positions == "prompt_last":
+            change[:, :-1] = 0
+        return resid_BTD + change.to(resid_BTD.dtype)
 
     def _coefficients(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
         """How much of each decoder direction to add [B, T, S]."""

@@ -20,7 +20,7 @@ from featdiff.config import InterveneParams
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.decode import PromptCache
 from featdiff.evaluation import Examinee, Row
-from featdiff.intervention.edits import Editor, FeatureEdit
+from featdiff.intervention.edits import WHOLE_PROMPT, Editor, FeatureEdit
 from featdiff.models import load_model, load_tokenizer
 from featdiff.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo
@@ -161,7 +161,7 @@ def run_arms(
     """Answers under every arm to all ``samples`` (report split, every task). Where no arm changes the prompt
     before its last token, all arms share one reading of the prompts, the unedited one too."""
     rows = []
-    shared = None if chosen.positions in ("prompt", "all") else PromptCache()
+    shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
     for arm, draw, edit in arms(subject, chosen, features, random_sets):
         answered = subject.examinee.answer(samples, edit=edit, shared=shared)
         rows += [{"purpose": purpose, "model": PURPOSES[purpose], "arm": arm, **row, "draw": draw} for row in answered]
