@@ -16,11 +16,12 @@ with stage("report", out="report") as run:
     evidence = load(run.read)
     judge = Judge(evidence, run.params, run.seed)
     verdicts = judge.verdicts()
-    page = render(evidence, judge, verdicts, run.params, load_study().profile, run.parents)
-    (run.out / "index.html").write_text(page, encoding="utf-8")
+    (run.out / "figures").mkdir()
+    for name, page in render(evidence, judge, verdicts, run.params, load_study().profile, run.parents).items():
+        (run.out / name).write_text(page, encoding="utf-8")
+        run.attach(name)
     summary = summarise(evidence, judge, verdicts)
     run.metrics(curated(summary))
-    run.attach("index.html")
 
 SUMMARY.parent.mkdir(exist_ok=True)
 write_json(SUMMARY, summary)

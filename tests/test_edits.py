@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from featdiff.activations import store
 from featdiff.config import Position
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.decode import generate, score_options
-from featdiff.intervention import edits
 from featdiff.intervention.edits import Editor, FeatureEdit, largest_values
 from tiny import random_crosscoder, store_of, tiny_model
 
@@ -205,7 +205,7 @@ def test_largest_values_over_the_whole_source(tmp_path: Path, monkeypatch: pytes
     acts = torch.randn(25, 1, 6, generator=torch.Generator().manual_seed(0))
     source = store_of(tmp_path, acts, ("grpo",))
     wanted = torch.stack([Reader(crosscoder, "grpo")(row[0]) for row in acts]).amax(0)
-    monkeypatch.setattr(edits, "READ_ROWS", 4)
+    monkeypatch.setattr(store, "READ_ROWS", 4)
     torch.testing.assert_close(largest_values(crosscoder, source), wanted)
 
 

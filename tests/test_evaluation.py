@@ -43,8 +43,7 @@ def examinee(make_model: Callable[..., Any], tokenizer: Any) -> Examinee:
 def summed(examinee: Examinee, contexts: list[str], options: list[list[str]]) -> list[list[float]]:
     tokenizer = examinee.tokenizer
     ids = [[tokenizer(f" {option}", add_special_tokens=False)["input_ids"] for option in row] for row in options]
-    found = score_options(examinee.model, tokenizer(contexts)["input_ids"], ids, pad=tokenizer.pad_token_id, batch_size=1)
-    return [scores.log_likelihood for scores in found]
+    return score_options(examinee.model, tokenizer(contexts)["input_ids"], ids, pad=tokenizer.pad_token_id, batch_size=1)
 
 
 @pytest.mark.parametrize("rule", LIKELIHOOD)

@@ -5,16 +5,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from featdiff.activations import store
 from featdiff.activations.store import ActivationStore
 from featdiff.analysis.attribution import nrn
 from featdiff.artifact import ContractError
 from featdiff.config import CrosscoderTraining
 from featdiff.crosscoder import fit as fitting
-from featdiff.crosscoder.fit import _learning_rate, _statistics, _Step, feature_statistics, fit, measure
+from featdiff.crosscoder.fit import _statistics, _Step, feature_statistics, fit, measure
 from featdiff.crosscoder.losses import batch_top_k
 from featdiff.crosscoder.model import Crosscoder
 from tiny import params_of, random_crosscoder, store_of
@@ -111,7 +110,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(source: Act
 
 
 def test_statistics_of_the_rows_of_the_fit(source: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "READ_ROWS", 700)
+    monkeypatch.setattr(store, "READ_ROWS", 700)
     rows = source.read(0, 3000).double()
     scale, mean, variance = _statistics(source, 3000)
     scaled = rows * scale[:, None]
@@ -122,7 +121,7 @@ def test_statistics_of_the_rows_of_the_fit(source: ActivationStore, monkeypatch:
 
 
 def test_measures_against_a_loop_over_rows(source: ActivationStore, topk: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "READ_ROWS", 130)
+    monkeypatch.setattr(store, "READ_ROWS", 130)
     crosscoder = topk[0]
     _, mean, _ = _statistics(source, 3600)
     found = measure(crosscoder, source, mean, 3600, 4000)
@@ -185,33 +184,11 @@ def test_the_l1_weight_ramps_up_over_its_share_of_the_steps() -> None:
     assert totals[3] == totals[4] == totals[5]
 
 
-SCHEDULES = st.tuples(st.integers(1, 400), st.floats(0, 1), st.floats(0, 1))
-
-
-@settings(deadline=None)
-@given(SCHEDULES)
-def test_the_learning_rate_stays_in_its_bounds(schedule: tuple[int, float, float]) -> None:
-    steps, warmup, decay = schedule
-    params = training(steps=steps, warmup_share=warmup, decay_share=decay, lr=0.5)
-    rates = [_learning_rate(step, params) for step in range(steps)]
-    assert all(0 < rate <= 0.5 for rate in rates)
-    flat = [rates[i] for i in range(steps) if warmup * steps <= i + 1 and i <= steps - decay * steps]
-    assert flat == pytest.approx([0.5] * len(flat))
-
-
-@pytest.mark.parametrize(
-    ("warmup", "decay", "wanted"),
-    [
-        (0.0, 0.0, [1.0] * 10),
-        (0.2, 0.0, [0.5, *[1.0] * 9]),
-        (0.0, 0.2, [*[1.0] * 9, 0.5]),
-        (1.0, 0.0, [i / 10 for i in range(1, 11)]),
-        (0.0, 1.0, [i / 10 for i in range(10, 0, -1)]),
-    ],
-)
-def test_corners_of_the_schedule(warmup: float, decay: float, wanted: list[float]) -> None:
-    params = training(steps=10, warmup_share=warmup, decay_share=decay, lr=1.0)
-    assert [_learning_rate(step, params) for step in range(10)] == pytest.approx(wanted)
+def test_the_learning_rate_rises_stays_and_falls(source: ActivationStore) -> None:
+    logged = fitted(source, "l1", 0, steps=50, warmup_share=0.2, decay_share=0.4, lr=0.5e-3, log_every=5)[3]
+    rates = {step: point["learning_rate"] for step, point in logged}
+    wanted = {1: 0.0, 5: 0.4, 10: 0.9, 15: 1.0, 30: 1.0, 35: 16 / 20, 40: 11 / 20, 50: 1 / 20}
+    assert {step: rates[step] / 0.5e-3 for step in wanted} == pytest.approx(wanted)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(source: ActivationStore) -> None:

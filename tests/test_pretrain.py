@@ -14,7 +14,7 @@ from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
 from featdiff.models import character_tokenizer
 from featdiff.tasks.task import Text
-from featdiff.training.pretrain import _loss, learning_rate, pack, pretrain
+from featdiff.training.pretrain import _loss, pack, pretrain
 from tiny import ALPHABET, params_of, tiny_model
 
 ROW = 24
@@ -120,22 +120,6 @@ def params(**changes: Any) -> Pretraining:
     return params_of(Pretraining, "base", "pretraining", **small | changes)
 
 
-@pytest.mark.parametrize(
-    ("warmup", "decay", "wanted"),
-    [
-        (0, 0.0, [1.0] * 10),
-        (1, 0.0, [1.0] * 10),
-        (4, 0.0, [0.25, 0.5, 0.75, *[1.0] * 7]),
-        (0, 0.3, [*[1.0] * 8, 2 / 3, 1 / 3]),
-        (0, 1.0, [i / 10 for i in range(10, 0, -1)]),
-        (20, 0.0, [i / 20 for i in range(1, 11)]),
-    ],
-)
-def test_corners_of_the_schedule(warmup: int, decay: float, wanted: list[float]) -> None:
-    schedule = params(steps=10, warmup_steps=warmup, decay_share=decay, lr=1.0)
-    assert [learning_rate(step, schedule) for step in range(10)] == pytest.approx(wanted)
-
-
 def corpus(count: int) -> list[Text]:
     return [Text(f"{'abc'[i % 3]}{i % 2}=", "abc"[i % 3] * 4, "t") for i in range(count)]
 
@@ -151,6 +135,13 @@ def test_a_short_run_learns_repeats_exactly_and_knows_every_character() -> None:
     model, made = pretrain(corpus(900), params(steps=1), 0, lambda *_: None)
     assert made.decode(made("xyz(w)7ab", add_special_tokens=False)["input_ids"]) == "xyz(w)7ab"
     assert not model.training
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    rates = {}
+    schedule = params(steps=75, warmup_steps=10, decay_share=0.5, lr=1e-3, batch_tokens=ROW)
+    pretrain(corpus(900), schedule, 0, lambda step, point: rates.setdefault(step, point["learning_rate"]))
+    assert rates == pytest.approx({1: 0.0, 25: 1e-3, 50: 26 / 38 * 1e-3, 75: 1 / 38 * 1e-3})
 
 
 def test_too_few_texts_are_one_line() -> None:

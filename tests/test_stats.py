@@ -1,13 +1,26 @@
 """Intervals: against theory, against scipy, and under changes that must not matter."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
-from featdiff.stats import bootstrap_mean, paired_difference, resample
+from featdiff.stats import (
+    bootstrap_mean,
+    detectable,
+    draws_p,
+    holm,
+    mcnemar,
+    mean_over_strata,
+    paired_difference,
+    resample,
+    samples_to_detect,
+)
 
 HOW = {"resamples": 400, "confidence": 0.95, "seed": 3}
 VALUES = arrays(float, st.integers(1, 30), elements=st.floats(-100, 100, width=32))
@@ -25,7 +38,7 @@ def test_the_interval_lies_between_the_extremes(values: np.ndarray) -> None:
 @given(VALUES, st.floats(-50, 50), st.floats(0.1, 10))
 def test_shift_and_scale_pass_through(values: np.ndarray, shift: float, scale: float) -> None:
     before, after = bootstrap_mean(values, **HOW), bootstrap_mean(values * scale + shift, **HOW)
-    assert after[1:] == pytest.approx([bound * scale + shift for bound in before[1:]], abs=1e-6)
+    assert after[:3] == pytest.approx([bound * scale + shift for bound in before[:3]], abs=1e-6)
 
 
 @given(VALUES, st.data())
@@ -37,7 +50,7 @@ def test_paired_differences_turn_around_with_their_order(before: np.ndarray, dat
 
 def test_equal_pairs_differ_by_exactly_nothing() -> None:
     values = np.random.default_rng(0).normal(size=40)
-    assert paired_difference(values, values, **HOW)[1:] == (0.0, 0.0, 0.0)
+    assert paired_difference(values, values, **HOW)[:3] == (0.0, 0.0, 0.0)
 
 
 def test_pairing_is_used() -> None:
@@ -86,4 +99,83 @@ def test_more_confidence_is_never_narrower(values: np.ndarray) -> None:
 def test_no_sample_gives_no_number() -> None:
     found = bootstrap_mean(np.array([]), **HOW)
     assert found.n == 0
-    assert np.isnan(found[1:]).all()
+    assert np.isnan(found[:3]).all()
+
+
+samples = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=30)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), samples, min_size=1, max_size=4), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_means_over_strata_weigh_strata_alike_and_lie_in_their_interval(values: dict[str, list[float]], seed: int) -> None:
+    arrays = {task: np.array(numbers) for task, numbers in values.items()}
+    found = mean_over_strata(arrays, resamples=400, confidence=0.95, seed=seed)
+    assert found is not None
+    assert found.value == pytest.approx(np.mean([array.mean() for array in arrays.values()]))
+    assert found.low <= found.high
+    assert found.low >= -1
+    assert found.high <= 1
+    assert (found.n, found.strata) == (sum(map(len, values.values())), len(values))
+
+
+def test_the_interval_narrows_with_samples_as_statistics_says() -> None:
+    widths = []
+    for n in (100, 400):
+        found = mean_over_strata({"a": np.tile([0.0, 1.0], n // 2)}, resamples=4000, confidence=0.95, seed=n)
+        assert found is not None
+        widths.append(found.high - found.low)
+        assert widths[-1] == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(n), rel=0.12)
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.15)
+
+
+def test_no_samples_no_estimate() -> None:
+    assert mean_over_strata({"a": np.array([])}, **HOW) is None
+
+
+def test_mcnemar_is_the_exact_sign_test_of_the_pairs_that_changed() -> None:
+    before = np.array([1, 1, 1, 1, 0, 0, 1, 0], dtype=float)
+    after = np.array([0, 0, 0, 0, 1, 0, 1, 0], dtype=float)
+    assert mcnemar(after, before) == pytest.approx(2 * (1 + 5) / 2**5)
+    assert mcnemar(after, before) == mcnemar(before, after)
+    assert mcnemar(before, before) == 1.0
+    assert mcnemar(after, before) == pytest.approx(statsmodels_mcnemar([[1, 4], [1, 2]], exact=True).pvalue)
+
+
+def test_p_against_draws_counts_them_and_is_never_zero() -> None:
+    draws = [-0.1, 0.0, 0.1, 0.2]
+    assert draws_p(0.3, draws) == 1 / 5
+    assert draws_p(0.1, draws) == 3 / 5
+    assert draws_p(-0.3, draws) == 1 / 5
+    assert draws_p(-0.1, draws) == 2 / 5
+    assert draws_p(0.3, []) == 1.0
+
+
+def test_p_against_draws_of_the_same_kind_is_uniform() -> None:
+    rng = np.random.default_rng(0)
+    found = [draws_p(abs(effect), list(np.abs(draws))) for effect, *draws in rng.normal(size=(2000, 20))]
+    assert np.mean(np.array(found) <= 0.1) == pytest.approx(2 / 21, abs=0.02)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_keeps_the_order_and_is_at_most_bonferroni(p_values: dict[str, float]) -> None:
+    adjusted = holm(p_values)
+    assert list(adjusted) == list(p_values)
+    for name, p in p_values.items():
+        assert p - 1e-12 <= adjusted[name] <= min(1.0, p * len(p_values)) + 1e-12
+    ordered = sorted(p_values, key=p_values.__getitem__)
+    assert all(adjusted[a] <= adjusted[b] + 1e-12 for a, b in pairwise(ordered))
+    least = ordered[0]
+    assert adjusted[least] == pytest.approx(min(1.0, p_values[least] * len(p_values)))
+    assert holm({}) == {}
+
+
+def test_a_detectable_effect_is_detected_as_often_as_promised() -> None:
+    rng = np.random.default_rng(0)
+    effect = detectable(0.5, 80, confidence=0.95, power=0.8)
+    drawn = rng.normal(effect, 0.5, size=(4000, 80))
+    assert (scipy.stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.03)
+    assert samples_to_detect(effect, 0.5, confidence=0.95, power=0.8) in (80, 81)
+    assert detectable(0.0, 80, confidence=0.95, power=0.8) == 0.0
+    assert np.isnan(detectable(0.5, 1, confidence=0.95, power=0.8))
+    with pytest.raises(ValueError, match="no number of samples"):
+        samples_to_detect(0.0, 0.5, confidence=0.95, power=0.8)

@@ -84,7 +84,7 @@ def test_save_writes_curves_for_dvc_and_keeps_attached_files(tmp_path):
     record = new_record()
     record.log(0, {"loss": 2.0})
     record.log(1, {"loss": 1.0, "late": 3.0})
-    record.attach("report/index.html")
+    record.attach("index.html")
     record.save(out)
     assert (out / "metrics.jsonl").read_bytes() == (record.folder / "metrics.jsonl").read_bytes()
     with (out / "curves.csv").open(newline="") as stream:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from featdiff.config import load_params
 from featdiff.report.evidence import Evidence, load
-from featdiff.report.paired import Estimate, mean_over_tasks
 from featdiff.report.quantities import early_checkpoint, own_features
 from featdiff.report.verdicts import Criterion, Judge, Verdict, at_least, decide
+from featdiff.stats import Interval
 from synthetic_study import Plan, write_study
 
 PARAMS, SEED = load_params("report", Path(__file__).parents[1] / "params.yaml")
@@ -53,7 +50,7 @@ def test_a_claim_is_the_conjunction_of_its_criteria() -> None:
     ],
 )
 def test_at_least_needs_size_and_interval(value: float, low: float, high: float, expected: bool | None) -> None:
-    assert at_least(Estimate(value, low, high, 100, 2), 0.05) is expected
+    assert at_least(Interval(value, low, high, 100, 2), 0.05) is expected
 
 
 def test_a_study_with_every_part_of_the_pattern_supports_every_claim(full: Evidence) -> None:
@@ -162,34 +159,3 @@ def test_early_is_within_the_share_of_training(full: Evidence) -> None:
     assert early_checkpoint(full, 0.4) == (2, 5)
     assert early_checkpoint(full, 0.1) == (1, 5)
     assert early_checkpoint(replace(full, overlap=[]), 0.4) == (0, 0)
-
-
-samples = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=30)
-
-
-@given(st.dictionaries(st.text(min_size=1, max_size=3), samples, min_size=1, max_size=4), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_means_over_tasks_weigh_tasks_alike_and_lie_in_their_interval(values: dict[str, list[float]], seed: int) -> None:
-    arrays = {task: np.array(numbers) for task, numbers in values.items()}
-    found = mean_over_tasks(arrays, 0.95, 400, np.random.default_rng(seed))
-    assert found is not None
-    assert found.value == pytest.approx(np.mean([array.mean() for array in arrays.values()]))
-    assert found.low <= found.high
-    assert found.low >= -1
-    assert found.high <= 1
-    assert (found.n, found.tasks) == (sum(map(len, values.values())), len(values))
-
-
-def test_the_interval_narrows_with_samples_as_statistics_says() -> None:
-    rng = np.random.default_rng(0)
-    widths = []
-    for n in (100, 400):
-        found = mean_over_tasks({"a": np.tile([0.0, 1.0], n // 2)}, 0.95, 4000, rng)
-        assert found is not None
-        widths.append(found.high - found.low)
-        assert widths[-1] == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(n), rel=0.12)
-    assert widths[0] / widths[1] == pytest.approx(2, rel=0.15)
-
-
-def test_no_samples_no_estimate() -> None:
-    assert mean_over_tasks({"a": np.array([])}, 0.95, 10, np.random.default_rng(0)) is None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -218,13 +218,6 @@ def _choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | 
     return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(logits_BV.device)
 
 
-class OptionScores(NamedTuple):
-    """Likelihood of each option of one question."""
-
-    log_likelihood: list[float]
-    """Summed log-probability of the option's tokens after the context, in nats."""
-
-
 @torch.inference_mode()
 def score_options(
     model: PreTrainedModel,
@@ -236,12 +229,12 @@ def score_options(
     edit: Edit | None = None,
     shared: PromptCache | None = None,
     progress: str = "",
-) -> list[OptionScores]:
-    """Summed log-likelihood of every option after its context. The context is read once per question, and
+) -> list[list[float]]:
+    """Summed log-probability in nats of every option's tokens after its context. The context is read once per question, and
     with ``shared`` once for all passes.
 
     ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
-    scores: list[OptionScores] = [OptionScores([]) for _ in contexts]
+    scores: list[list[float]] = [[] for _ in contexts]
     for rows in tqdm(_batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([contexts[row] for row in rows], pad, model.device)
@@ -260,7 +253,7 @@ def score_options(
                 found = _follow(session, texts, first_BV[owner], mask[owner], positions[owner], owner, pad)
                 totals |= zip(chunk, found, strict=True)
         for i, row in enumerate(rows):
-            scores[row].log_likelihood.extend(totals[i, j] for j in range(len(options[row])))
+            scores[row].extend(totals[i, j] for j in range(len(options[row])))
     return scores
 
 

@@ -125,7 +125,7 @@ class Examinee:
                 shared=shared,
                 progress=progress,
             )
-            return zip(samples, (np.array(result.log_likelihood) for result in results), strict=True)
+            return zip(samples, (np.array(result) for result in results), strict=True)
 
         if wanted & {"option_text", "option_text_norm"}:
             for sample, summed in scored([sample.prompt for sample in samples], [list(sample.options) for sample in samples]):

@@ -71,7 +71,7 @@ class Run:
 
     def attach(self, name: str) -> None:
         """Show this file of the output folder as an artifact of the tracking run."""
-        self.record.attach((self.target / name).as_posix())
+        self.record.attach(name)
 
 
 @contextmanager

@@ -329,8 +329,8 @@ class Child:
     def _complete(self, record: Local) -> None:
         info, view, run_id, ended = record.info, self._view, self._run_id, record.ended_ms
         view.log_inputs(run_id, info["inputs"])
-        for path in sorted((record.folder / "files").glob("*")):
-            view.client.log_artifact(run_id, str(path))
+        if (files := record.folder / "files").is_dir():
+            view.client.log_artifacts(run_id, str(files))
         observed = {key: value for key, value in info["observed"].items() if isinstance(value, (int, float))}
         for key in info["observed"].keys() - observed.keys():
             view.client.set_tag(run_id, f"run.{_key(key)}", _text(info["observed"][key]))

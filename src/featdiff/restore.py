@@ -156,7 +156,9 @@ def _write(folder: Path, info: dict[str, Any], curves: bytes, files: dict[str, P
     (temporary / METRICS).write_bytes(curves)
     for name, path in files.items():
         if name.endswith(SHOWN) and path.stat().st_size <= SHOWN_BYTES:
-            shutil.copyfile(path, temporary / "files" / Path(name).name)
+            kept = temporary / "files" / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, kept)
     (temporary / "run.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
     folder.parent.mkdir(exist_ok=True)
     temporary.rename(folder)

@@ -1,14 +1,16 @@
-"""Statistics as pure functions on arrays: every number of the study gets its n and its interval here.
+"""Statistics as pure functions on arrays: every number of the study gets its n, interval and test here.
 
-N samples, R bootstrap resamples.
+A difference is always between two treatments of the same samples. N samples, R bootstrap resamples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
 
@@ -16,33 +18,91 @@ Floats = NDArray[np.float64]
 class Interval(NamedTuple):
     """An estimate with a bootstrap interval."""
 
-    n: int
-    """Independent samples behind it (questions, not draws)."""
     value: float
     low: float
     high: float
+    n: int
+    """Independent samples behind it (questions, not draws), over all strata."""
+    strata: int = 1
 
 
-def resample(n: int, resamples: int, seed: int) -> NDArray[np.int64]:
+def resample(n: int, resamples: int, seed: int | np.random.Generator) -> NDArray[np.int64]:
     """Row numbers [R, N] drawn with replacement."""
     return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
 
 
-def bootstrap_mean(values_N: Floats, *, resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of ``values_N`` with its percentile bootstrap interval; NaN bounds where there is no sample."""
-    values_N = np.asarray(values_N, dtype=float)
-    n = len(values_N)
-    if n == 0:
-        return Interval(0, float("nan"), float("nan"), float("nan"))
-    means_R = values_N[resample(n, resamples, seed)].mean(axis=1)
-    tail = (1 - confidence) / 2
+def mean_over_strata(values: Mapping[str, ArrayLike], *, resamples: int, confidence: float, seed: int) -> Interval | None:
+    """Mean of the means of each stratum (a task: each counts the same) with its percentile bootstrap interval, samples
+    resampled within their stratum. ``values`` holds one number per sample; None where no stratum has samples."""
+    held = [array for array in (np.asarray(numbers, dtype=float) for numbers in values.values()) if len(array)]
+    if not held:
+        return None
+    rng, tail = np.random.default_rng(seed), (1 - confidence) / 2
+    means_R = np.mean([array[resample(len(array), resamples, rng)].mean(axis=1) for array in held], axis=0)
     low, high = np.quantile(means_R, [tail, 1 - tail])
-    return Interval(n, float(values_N.mean()), float(low), float(high))
+    value = float(np.mean([array.mean() for array in held]))
+    return Interval(value, float(low), float(high), sum(map(len, held)), len(held))
 
 
-def paired_difference(after_N: Floats, before_N: Floats, *, resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of ``after_N − before_N`` over the same samples, with its paired bootstrap interval."""
+def bootstrap_mean(values_N: ArrayLike, *, resamples: int, confidence: float, seed: int) -> Interval:
+    """Mean of ``values_N`` with its percentile bootstrap interval; NaN where there is no sample."""
+    found = mean_over_strata({"": values_N}, resamples=resamples, confidence=confidence, seed=seed)
+    return found or Interval(float("nan"), float("nan"), float("nan"), 0)
+
+
+def paired(after_N: ArrayLike, before_N: ArrayLike) -> Floats:
+    """``after_N − before_N``; raises ValueError unless both hold the same number of samples."""
     after_N, before_N = np.asarray(after_N, dtype=float), np.asarray(before_N, dtype=float)
     if len(after_N) != len(before_N):
         raise ValueError(f"paired samples differ in number: {len(after_N)} and {len(before_N)}")
-    return bootstrap_mean(after_N - before_N, resamples=resamples, confidence=confidence, seed=seed)
+    return after_N - before_N
+
+
+def paired_difference(after_N: ArrayLike, before_N: ArrayLike, *, resamples: int, confidence: float, seed: int) -> Interval:
+    """Mean of ``after_N − before_N`` over the same samples, with its paired bootstrap interval."""
+    return bootstrap_mean(paired(after_N, before_N), resamples=resamples, confidence=confidence, seed=seed)
+
+
+def mcnemar(after_N: ArrayLike, before_N: ArrayLike) -> float:
+    """Exact two-sided p-value that as many samples were won as lost (McNemar 1947); 1 where nothing changed."""
+    change_N = paired(after_N, before_N)
+    won, changed = int((change_N > 0).sum()), int((change_N != 0).sum())
+    return float(binomtest(won, changed).pvalue) if changed else 1.0
+
+
+def draws_p(effect: float, draws: Sequence[float]) -> float:
+    """p-value of ``effect`` against matched random draws, in the direction of ``effect``: (1 + draws at least as far) /
+    (1 + draws), the permutation p-value that can never be zero (Phipson and Smyth 2010)."""
+    sign = 1.0 if effect >= 0 else -1.0
+    return (1 + sum(sign * drawn >= sign * effect for drawn in draws)) / (1 + len(draws))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for their number (Holm 1979)."""
+    from statsmodels.stats.multitest import multipletests  # here, as it takes a second and most stages never need it
+
+    if not p_values:
+        return {}
+    adjusted = multipletests(list(p_values.values()), method="holm")[1]
+    return dict(zip(p_values, map(float, adjusted), strict=True))
+
+
+def detectable(spread: float, n: int, *, confidence: float, power: float) -> float:
+    """Smallest mean paired difference that a t-test on ``n`` samples finds with probability ``power``, where ``spread``
+    is the standard deviation of one difference; NaN below two samples."""
+    from statsmodels.stats.power import TTestPower
+
+    if n < 2 or spread == 0:
+        return float("nan") if n < 2 else 0.0
+    return spread * float(TTestPower().solve_power(nobs=n, alpha=1 - confidence, power=power))
+
+
+def samples_to_detect(effect: float, spread: float, *, confidence: float, power: float) -> int:
+    """Samples that a t-test needs to find a mean paired difference of ``effect`` with probability ``power``."""
+    from statsmodels.stats.power import TTestPower
+
+    if effect == 0:
+        raise ValueError("no number of samples finds an effect of zero")
+    if spread == 0:
+        return 2
+    return int(np.ceil(TTestPower().solve_power(effect_size=abs(effect) / spread, alpha=1 - confidence, power=power)))

@@ -144,10 +144,10 @@ class Record:
             self._info["inputs"][path] = _dvc_digest(path)
             self._write()
 
-    def attach(self, path: str) -> None:
-        """Show ``path``, a file of the stage's output folder, with the run."""
+    def attach(self, name: str) -> None:
+        """Show ``name``, a file of the stage's output folder, with the run."""
         if self.main:
-            self._attachments.append(path)
+            self._attachments.append(name)
 
     def save(self, out: Path) -> None:
         """Copy curves into ``out`` (also as CSV, for ``dvc plots``) and keep copies of the attached files."""
@@ -160,8 +160,10 @@ class Record:
                 writer = csv.DictWriter(stream, list(self._columns), restval="")
                 writer.writeheader()
                 writer.writerows(json.loads(line) for line in rows.splitlines())
-        for path in self._attachments:
-            shutil.copyfile(out / Path(path).name, self.folder / "files" / Path(path).name)
+        for name in self._attachments:
+            kept = self.folder / "files" / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(out / name, kept)
 
     def close(self, status: str) -> None:
         """End the record with ``FINISHED``, ``FAILED`` or ``KILLED``."""

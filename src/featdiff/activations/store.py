@@ -18,6 +18,7 @@ from featdiff.artifact import ContractError, read_json
 
 BLOCK_ROWS = 4096
 BUFFER_ROWS = 1 << 18
+READ_ROWS = 8192
 
 
 class ActivationSource(Protocol):
@@ -32,6 +33,12 @@ class ActivationSource(Protocol):
 
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
         """Endless batches [B, M, D] over rows ``start`` to ``stop``, every row once per pass."""
+
+
+def in_order(source: ActivationSource, start: int, stop: int) -> Iterator[Tensor]:
+    """Rows ``start`` to ``stop`` in pieces [n, M, D] of at most ``READ_ROWS``."""
+    for low in range(start, stop, READ_ROWS):
+        yield source.read(low, min(low + READ_ROWS, stop))
 
 
 class ActivationStore:

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featdiff.activations.store import READ_ROWS
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
-
-READ_ROWS = 8192
 
 
 @torch.inference_mode()
@@ -25,9 +24,8 @@ def change_from_base(crosscoder: Crosscoder, base: Tensor, tuned: Tensor, arm: s
     """Mean |Δf_k| · ‖d_k^arm‖ over token rows (base and tuned [N, D], raw) in normalised units."""
     read_base, read_arm = Reader(crosscoder, "base"), Reader(crosscoder, arm)
     total = torch.zeros(crosscoder.n_features)
-    for start in range(0, len(base), READ_ROWS):
-        rows = slice(start, start + READ_ROWS)
-        total += (read_arm(tuned[rows]) - read_base(base[rows])).abs().sum(0)
+    for before, after in zip(base.split(READ_ROWS), tuned.split(READ_ROWS), strict=True):
+        total += (read_arm(after) - read_base(before)).abs().sum(0)
     return total / len(base) * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]
 
 

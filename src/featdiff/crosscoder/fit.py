@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
+from transformers import get_wsd_schedule
 
-from featdiff.activations.store import ActivationSource
+from featdiff.activations.store import ActivationSource, in_order
 from featdiff.artifact import ContractError
 from featdiff.config import CrosscoderTraining
 from featdiff.crosscoder.losses import Loss, batch_top_k, batchtopk_loss, l1_loss
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.ranks import process_state
 
-READ_ROWS = 8192
 THRESHOLD_MEMORY = 0.99
 GUESS = 0.8
 
@@ -30,20 +30,13 @@ def _statistics(source: ActivationSource, stop: int) -> tuple[Tensor, Tensor, fl
     variance (mean squared distance to the mean, summed over models), over rows 0 to ``stop``."""
     norm, square = torch.zeros(2, len(source.models), dtype=torch.float64)
     total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
-    for start in range(0, stop, READ_ROWS):
-        rows = source.read(start, min(start + READ_ROWS, stop)).double()
+    for rows in map(Tensor.double, in_order(source, 0, stop)):
         norm += rows.norm(dim=-1).sum(0)
         total, square = total + rows.sum(0), square + rows.square().sum((0, 2))
     scale = source.d_model**0.5 / (norm / stop)
     mean = total / stop * scale[:, None]
     variance = (square / stop * scale**2 - mean.square().sum(1)).sum()
     return scale.float(), mean.float(), float(variance)
-
-
-def _learning_rate(step: int, params: CrosscoderTraining) -> float:
-    rise = min(1.0, (step + 1) / max(1.0, params.warmup_share * params.steps))
-    fall = min(1.0, (params.steps - step) / max(1.0, params.decay_share * params.steps))
-    return params.lr * rise * fall
 
 
 class _Step:
@@ -110,6 +103,8 @@ def fit(
     crosscoder.b_dec.data.copy_(mean)
     crosscoder.to(accelerator.device)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=params.lr, fused=True)
+    warmup, decay = (round(share * params.steps) for share in (params.warmup_share, params.decay_share))
+    schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=params.steps, decay_type="linear")
     batches = source.shuffled(params.batch_tokens, torch.Generator().manual_seed(seed + 1), 0, train_rows)
     take = _Step(crosscoder, params, variance, accelerator)
     bar = tqdm(range(params.steps), desc=f"crosscoder {label}", unit="step", disable=not accelerator.is_main_process)
@@ -117,8 +112,6 @@ def fit(
         x_BMD = crosscoder.normalise(
             next(batches)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
         )
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, params)
         result = take(x_BMD)
         if not torch.isfinite(result.total):
             raise FloatingPointError(f"{label}: loss is {result.total.item()} at step {step + 1}; lower crosscoder.training.lr")
@@ -127,11 +120,13 @@ def fit(
             for weight in crosscoder.parameters():
                 weight.grad = accelerator.reduce(weight.grad, "mean")
         norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
+        rate = schedule.get_last_lr()[0]
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         if (step + 1) % params.log_every == 0 or step == 0:
             point = _point(result, x_BMD, mean.to(x_BMD.device), source.models, take.idle_F >= params.dead_after_tokens)
-            log(step + 1, point | {"grad_norm": norm.item(), "learning_rate": _learning_rate(step, params)})
+            log(step + 1, point | {"grad_norm": norm.item(), "learning_rate": rate})
             bar.set_postfix(l0=f"{point['l0']:.1f}", fve=f"{point[f'fve/{source.models[0]}']:.3f}", refresh=False)
     crosscoder.eval().requires_grad_(False)
     metrics = measure(crosscoder, source, mean, train_rows, source.rows)
@@ -153,8 +148,8 @@ def measure(crosscoder: Crosscoder, source: ActivationSource, mean_MD: Tensor, s
     """FVE per model (1 − squared error / squared distance to the training mean) and mean L0 on rows ``start`` to ``stop``."""
     device = crosscoder.b_enc.device
     error_M, spread_M, active = torch.zeros(len(source.models)), torch.zeros(len(source.models)), 0.0
-    for low in range(start, stop, READ_ROWS):
-        x = crosscoder.normalise(source.read(low, min(low + READ_ROWS, stop)).to(device))
+    for rows in in_order(source, start, stop):
+        x = crosscoder.normalise(rows.to(device))
         f = crosscoder.encode(x)
         error_M += (x - crosscoder.decode(f)).square().sum((0, 2)).cpu()
         spread_M += (x - mean_MD.to(device)).square().sum((0, 2)).cpu()
@@ -168,8 +163,8 @@ def feature_statistics(crosscoder: Crosscoder, source: ActivationSource) -> dict
     """Per feature over all rows: firing rate, mean value when firing, largest value [F]."""
     device = crosscoder.b_enc.device
     count, total, largest = (torch.zeros(crosscoder.n_features, device=device) for _ in range(3))
-    for low in range(0, source.rows, READ_ROWS):
-        f = crosscoder.encode(crosscoder.normalise(source.read(low, min(low + READ_ROWS, source.rows)).to(device)))
+    for rows in in_order(source, 0, source.rows):
+        f = crosscoder.encode(crosscoder.normalise(rows.to(device)))
         count += (f > 0).sum(0)
         total += f.sum(0)
         largest = torch.maximum(largest, f.amax(0))

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from featdiff.activations.store import ActivationSource
+from featdiff.activations.store import ActivationSource, in_order
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 
-READ_ROWS = 8192
 WHOLE_PROMPT = ("prompt", "all")
 """Positions that include prompt tokens before the last."""
 KINDS = ("zero", "scale", "add", "transplant", "reconstruct")
@@ -30,9 +29,8 @@ KINDS = ("zero", "scale", "add", "transplant", "reconstruct")
 def largest_values(crosscoder: Crosscoder, source: ActivationSource) -> Tensor:
     """Largest value of every feature [F] over the tokens of a source with one model, under the swap readout."""
     reader, largest_F = Reader(crosscoder, source.models[0]), torch.zeros(crosscoder.n_features)
-    for start in range(0, source.rows, READ_ROWS):
-        values = reader(source.read(start, min(start + READ_ROWS, source.rows))[:, 0])
-        largest_F = torch.maximum(largest_F, values.amax(0))
+    for rows in in_order(source, 0, source.rows):
+        largest_F = torch.maximum(largest_F, reader(rows[:, 0]).amax(0))
     return largest_F
 
 

@@ -1,7 +1,9 @@
-"""The page itself: figures, tables and words put into one HTML file that opens from disk without a network."""
+"""The pages themselves: figures, tables and words put into HTML files that open from disk without a network."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +15,11 @@ from markupsafe import Markup
 
 from featdiff.config import ReportParams
 from featdiff.report import crosscoder_figures, model_figures, paper, set_figures, tables
-from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR
+from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR, Panel
 from featdiff.report.evidence import MODELS, Evidence
-from featdiff.report.paired import Estimate
 from featdiff.report.verdicts import Judge, Verdict
 from featdiff.report.words import compact, count, interval, listed, number, percent, signed, things
+from featdiff.stats import Interval
 
 HERE = Path(__file__).parent
 MOST_CHARS = 1200
@@ -29,7 +31,7 @@ class Bar:
 
     label: str
     colour: str
-    level: Estimate
+    level: Interval
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,13 @@ class Example:
 
 def render(
     evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: ReportParams, profile: str, parents: Mapping[str, str]
-) -> str:
-    """The report as one HTML document; ``parents`` are the hashes of the artifacts it was made from."""
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    writers = (number, signed, percent, count, compact, listed)
-    environment.filters |= {writer.__name__: writer for writer in writers} | {"json": _embedded}
-    environment.globals |= {"interval": interval, "things": things}
+) -> dict[str, str]:
+    """The report as HTML documents by file name: ``index.html`` with everything, and every figure once more by itself
+    under ``figures/``. ``parents`` are the hashes of the artifacts it was made from."""
+    environment = _environment()
     found = evidence.localize["status"] == "found"
-    page = environment.get_template("template.html.j2").render(
+    panels = figures(evidence)
+    index = environment.get_template("template.html.j2").render(
         params=params,
         profile=profile,
         seed=judge.seed,
@@ -83,28 +80,51 @@ def render(
             (label, table) for purpose, label in set_figures.PURPOSES.items() if (table := tables.effect(evidence, purpose))
         ],
         paper_tables=_published(evidence, params),
-        accuracy=model_figures.accuracy(evidence),
-        overlaps=crosscoder_figures.overlaps(evidence),
-        effects=set_figures.effect_strips(evidence),
-        panels={
-            "manner": model_figures.manner(evidence),
-            "training": model_figures.training(evidence),
-            "curves": crosscoder_figures.curves(evidence),
-            "nrn": crosscoder_figures.nrn(evidence),
-            "mas": crosscoder_figures.mas(evidence),
-            "trajectories": crosscoder_figures.trajectories(evidence),
-            "scores": set_figures.scores(evidence),
-            "tuning": set_figures.tuning(evidence),
-            "doses": set_figures.doses(evidence),
-            "steps": set_figures.manner_before_after(evidence),
-        },
+        panels=panels,
         examples=examples(evidence, judge, params.max_samples_shown),
         parents=parents,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
     )
-    return page.lstrip()
+    alone = environment.get_template("figure.html.j2")
+    return {"index.html": index.lstrip()} | {
+        f"figures/{name}.html": alone.render(name=name, panel=panel).lstrip() for name, panel in panels.items() if panel
+    }
+
+
+def figures(evidence: Evidence) -> dict[str, Panel | list[tuple[str, Panel]] | None]:
+    """Every figure of the report by name: a panel, labelled panels of which one shows at a time, or nothing to show."""
+    return {
+        "accuracy": model_figures.accuracy(evidence),
+        "manner": model_figures.manner(evidence),
+        "training": model_figures.training(evidence),
+        "curves": crosscoder_figures.curves(evidence),
+        "nrn": crosscoder_figures.nrn(evidence),
+        "mas": crosscoder_figures.mas(evidence),
+        "trajectories": crosscoder_figures.trajectories(evidence),
+        "overlaps": crosscoder_figures.overlaps(evidence),
+        "scores": set_figures.scores(evidence),
+        "tuning": set_figures.tuning(evidence),
+        "doses": set_figures.doses(evidence),
+        "effects": set_figures.effect_strips(evidence),
+        "steps": set_figures.manner_before_after(evidence),
+    }
+
+
+def _environment() -> Environment:
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    writers = (number, signed, percent, count, compact, listed)
+    environment.filters |= {writer.__name__: writer for writer in writers} | {"json": _embedded}
+    environment.globals |= {
+        "interval": interval,
+        "things": things,
+        "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        "script": Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        "plotly": base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+    }
+    return environment
 
 
 def _embedded(value: Any) -> Markup:

@@ -1,46 +1,14 @@
-"""Means over tasks of per-sample numbers, with bootstrap intervals: paired differences and levels."""
+"""Outcomes per sample, of models and of edits, in the pairs that comparisons need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featdiff.report.evidence import Evidence
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over tasks (each task counts the same) with its interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    """Samples behind it, over all tasks."""
-    tasks: int
-
-
-def mean_over_tasks(
-    values: Mapping[str, NDArray[np.float64]], confidence: float, resamples: int, rng: np.random.Generator
-) -> Estimate | None:
-    """Mean of the tasks' means; percentile bootstrap that resamples samples within each task.
-
-    ``values[task]`` holds one number per sample; for a paired comparison these are differences. None
-    where no task has samples."""
-    held = {task: array for task, array in values.items() if len(array)}
-    if not held:
-        return None
-    drawn = np.zeros(resamples)
-    for array in held.values():
-        drawn += array[rng.integers(len(array), size=(resamples, len(array)))].mean(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn / len(held), [tail, 1 - tail])
-    value = float(np.mean([array.mean() for array in held.values()]))
-    return Estimate(value, float(low), float(high), sum(map(len, held.values())), len(held))
 
 
 class Outcomes:

@@ -15,7 +15,7 @@ import numpy as np
 
 from featdiff.config import ReportParams
 from featdiff.report.evidence import Evidence
-from featdiff.report.paired import Estimate, Outcomes, mean_over_tasks
+from featdiff.report.paired import Outcomes
 from featdiff.report.quantities import (
     clear,
     early_checkpoint,
@@ -26,6 +26,7 @@ from featdiff.report.quantities import (
     total_change,
 )
 from featdiff.report.words import change, interval, listed, number, percent, short, signed, things
+from featdiff.stats import Interval, mean_over_strata
 
 Status = Literal["supported", "not supported", "undecided"]
 
@@ -59,7 +60,7 @@ def decide(criteria: Sequence[Criterion]) -> Status:
     return "supported" if criteria and all(criterion.holds for criterion in criteria) else "undecided"
 
 
-def at_least(estimate: Estimate | None, bound: float) -> bool | None:
+def at_least(estimate: Interval | None, bound: float) -> bool | None:
     """Whether an effect is ``bound`` or more and not zero: True if the mean reaches it and the interval is above
     zero, False if the interval ends below ``bound``, None between."""
     if estimate is None:
@@ -78,12 +79,12 @@ class Judge:
 
     def estimate(
         self, tasks: Sequence[str], after: dict[str, float], before: dict[str, float] | None = None
-    ) -> Estimate | None:
+    ) -> Interval | None:
         """Mean over ``tasks`` of a level, or of a paired difference."""
-        rng = np.random.default_rng(self.seed)
-        return mean_over_tasks(self.outcomes.by_task(tasks, after, before), self.params.confidence, self.params.bootstrap, rng)
+        numbers, p = self.outcomes.by_task(tasks, after, before), self.params
+        return mean_over_strata(numbers, resamples=p.bootstrap, confidence=p.confidence, seed=self.seed)
 
-    def edit_effect(self, purpose: str, tasks: Sequence[str]) -> Estimate | None:
+    def edit_effect(self, purpose: str, tasks: Sequence[str]) -> Interval | None:
         """Mean paired change under the feature set, all samples of the report split."""
         return self.estimate(tasks, self.outcomes.edited(purpose, "set"), self.outcomes.edited(purpose, "none"))
 
@@ -117,7 +118,7 @@ class Judge:
             criteria,
         )
 
-    def _weak_transfer(self, single: dict[str, Estimate | None]) -> str:
+    def _weak_transfer(self, single: dict[str, Interval | None]) -> str:
         bound = self.params.min_effect
         learned = self.estimate(self.evidence.named("train"), self.outcomes.model("grpo"), self.outcomes.model("base"))
         if at_least(learned, bound) is not True:
@@ -314,9 +315,9 @@ class Judge:
         return Verdict(key, claim, status, said, _weakest_effect(criteria, rows, [*found, *heldout], sign), criteria)
 
 
-def _reversed(estimate: Estimate | None) -> Estimate | None:
+def _reversed(estimate: Interval | None) -> Interval | None:
     """The same difference taken the other way round."""
-    return estimate and Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.n, estimate.tasks)
+    return estimate and estimate._replace(value=-estimate.value, low=-estimate.high, high=-estimate.low)
 
 
 def nothing_to_edit(evidence: Evidence, rows: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from featdiff.report.paired import Estimate
+from featdiff.stats import Interval
 
 MISSING = "–"
 NBSP, THIN = "\u00a0", "\u202f"
@@ -46,7 +46,7 @@ def interval(low: float | None, high: float | None, digits: int = 2) -> str:
     return f"[{number(low, digits)},{NBSP}{number(high, digits)}]"
 
 
-def change(estimate: Estimate | None) -> str:
+def change(estimate: Interval | None) -> str:
     """A difference with its interval and n."""
     if estimate is None:
         return "not measured"

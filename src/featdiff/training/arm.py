@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
@@ -20,6 +22,7 @@ from transformers import (
 
 from featdiff.artifact import MANIFEST, ContractError, sha256_file, write_json
 from featdiff.models import save_model
+from featdiff.ranks import process_state
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -94,19 +97,26 @@ def finish(trainer: Trainer, recorder: Recorder, out: Path, base: Path, data: Pa
     return audit
 
 
-def common_arguments(params: Any, seed: int, world: int, *, cpu: bool, dtype: str) -> dict[str, Any]:
-    """Trainer arguments on which both arms agree; each departs from a library default for a reason.
+def common_arguments(params: Any, seed: int, model: PreTrainedModel, scratch: Path, batch: int, field: str) -> dict[str, Any]:
+    """Trainer arguments on which both arms agree, for a global batch of ``batch`` sequences (``field`` of params.yaml).
 
-    ``report_to``: tracking is ours. ``bf16``: TRL switches it on where the model is float32.
-    ``gradient_checkpointing``: TRL switches it on; the models here fit. ``logging_nan_inf_filter``: hides NaN."""
+    Where they depart from a library default: ``report_to``: tracking is ours. ``bf16``: TRL switches it on where the
+    model is float32. ``gradient_checkpointing``: TRL switches it on; the models here fit. ``logging_nan_inf_filter``:
+    hides NaN. Raises ContractError when the batch cannot be shared out evenly."""
+    state = process_state()
+    cpu, world = state.device.type == "cpu", state.num_processes
+    micro, accumulation = per_process(batch, params.micro_batch_size, world, field)
     return {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
         "learning_rate": params.lr,
         "warmup_steps": params.warmup_share,
         "max_grad_norm": 1.0,
         "seed": seed,
         "data_seed": seed,
         "use_cpu": cpu,
-        "bf16": dtype == "bfloat16" and not cpu,
+        "bf16": model.dtype == torch.bfloat16 and not cpu,
         "fp16": False,
         "gradient_checkpointing": False,
         "report_to": "none",

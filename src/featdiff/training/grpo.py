@@ -13,7 +13,7 @@ from featdiff.models import load_model, load_tokenizer, trl_row
 from featdiff.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks, write_rows
 from featdiff.tasks.verify import grade
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
+from featdiff.training.arm import Log, Recorder, common_arguments, finish
 
 SERIES = {
     "loss": "loss",
@@ -63,9 +63,6 @@ def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOPar
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_model(base), load_tokenizer(base)
     total = params.prompts_per_step * params.rollouts
-    micro, accumulation = per_process(
-        total, params.micro_batch_size, state.num_processes, "grpo.prompts_per_step x grpo.rollouts"
-    )
     reward = Reward(tasks, samples, params.steps)
     rows = [
         trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples
@@ -77,14 +74,9 @@ def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOPar
         reward_funcs=[reward],
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(
-            **common_arguments(
-                params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]
-            ),
-            output_dir=str(scratch),
+            **common_arguments(params, seed, model, scratch, total, "grpo.prompts_per_step x grpo.rollouts"),
             lr_scheduler_type="constant_with_warmup",
             max_steps=params.steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
             num_generations=params.rollouts,
             num_iterations=1,
             max_completion_length=params.max_new_tokens,

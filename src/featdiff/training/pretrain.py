@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_wsd_schedule
 
 from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
@@ -69,18 +69,12 @@ def pack(texts: list[Text], tokenizer: PreTrainedTokenizerFast, row_tokens: int,
     return packed
 
 
-def learning_rate(step: int, params: Pretraining) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last ``decay_share`` of the steps."""
-    rise = min(1.0, (step + 1) / max(1, params.warmup_steps))
-    fall = min(1.0, (params.steps - step) / max(1.0, params.decay_share * params.steps))
-    return params.lr * rise * fall
-
-
 def pretrain(
     texts: list[Text], params: Pretraining, seed: int, log: Callable[[int, dict[str, float]], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train a base from scratch on ``texts``. The vocabulary is every printable ASCII
-    character, so that it depends on no other data.
+    """Train a base from scratch on ``texts``; learning rate: linear warm-up, constant, linear decay to 0 over the
+    last ``decay_share`` of the steps. The vocabulary is every printable ASCII character, so that it depends on no
+    other data.
 
     Raises ContractError when there are fewer texts than the steps need, FloatingPointError when the loss is not finite."""
     process_state()
@@ -100,26 +94,28 @@ def pretrain(
         )
     model = organism_model(params, tokenizer, seed)
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    others_ = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": others_, "weight_decay": 0.0}]
+    undecayed = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.95), fused=True)
+    decay = round(params.decay_share * params.steps)
+    schedule = get_wsd_schedule(optimizer, params.warmup_steps, decay, num_training_steps=params.steps, decay_type="linear")
     model, optimizer = accelerator.prepare(model, optimizer)
     share = rows_per_step // accelerator.num_processes
     bar = tqdm(range(params.steps), desc="pretrain base", unit="step", disable=not accelerator.is_main_process)
     for step in bar:
         start = step * rows_per_step + accelerator.process_index * share
         ids, positions, weight = (part[start : start + share].to(accelerator.device) for part in rows)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, params)
         loss = _loss(model, ids, positions, weight)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"base: loss is {loss.item()} at step {step + 1}; lower base.pretraining.lr")
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        rate = schedule.get_last_lr()[0]
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 25 == 0 or step == 0:
-            log(step + 1, {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": learning_rate(step, params)})
+            log(step + 1, {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": rate})
             bar.set_postfix(loss=f"{loss.item():.3f}")
     return accelerator.unwrap_model(model).eval(), tokenizer
 

@@ -13,7 +13,7 @@ from featdiff.config import SFTParams
 from featdiff.models import load_model, load_tokenizer, trl_row
 from featdiff.ranks import process_state
 from featdiff.tasks.task import load_samples, load_tasks
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, per_process
+from featdiff.training.arm import Log, Recorder, common_arguments, finish
 
 SERIES = {
     "loss": "loss",
@@ -26,7 +26,7 @@ SERIES = {
 
 def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
     """Fine-tune ``base`` on the train problems of ``data``; loss on the solution only. Returns the audit."""
-    state = process_state()
+    process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_model(base), load_tokenizer(base)
     for sample in samples:
@@ -39,7 +39,6 @@ def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParam
                 length,
                 "raise it",
             )
-    micro, accumulation = per_process(params.batch_size, params.micro_batch_size, state.num_processes, "sft.batch_size")
     rows = [trl_row(sample, chat=tasks[sample.task].chat, solution=True) for sample in samples]
     recorder = Recorder(out, log, params.checkpoints, SERIES, shown="loss")
     trainer = SFTTrainer(
@@ -47,14 +46,9 @@ def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParam
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
         args=SFTConfig(
-            **common_arguments(
-                params, seed, state.num_processes, cpu=state.device.type == "cpu", dtype=str(model.dtype).split(".")[1]
-            ),
-            output_dir=str(scratch),
+            **common_arguments(params, seed, model, scratch, params.batch_size, "sft.batch_size"),
             lr_scheduler_type="linear",
             num_train_epochs=params.epochs,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
             max_length=None,
             completion_only_loss=True,
             logging_steps=5,
