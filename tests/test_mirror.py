@@ -148,7 +148,8 @@ def shown(uri=None):
 
 
 def eventually(condition, seconds):
-    deadline = time.monotonic() + seconds
+    """What ``condition`` becomes, which takes at most ``seconds`` on an idle machine."""
+    deadline = time.monotonic() + 4 * seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, condition
         time.sleep(0.1)
@@ -339,7 +340,7 @@ def test_a_server_that_refuses_or_fails_is_given_up_and_caught_up_later(project)
     code = "import featdiff.mirror as m; m.GIVE_UP_SECONDS = 1.0; m.POLL_SECONDS = 0.5; m.main(['follow'])"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.server_port}"}
     found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=240
     )
     server.shutdown()
     assert "gave up" in found.stdout
@@ -396,7 +397,7 @@ def test_a_server_that_stops_and_hangs_ends_with_every_point_once(project, monke
         os.killpg(server.pid, signal.SIGCONT)
         running.terminate()
         running.wait()
-        assert follower.wait(60) == 0
+        assert follower.wait(240) == 0
         view = shown()
         rows = [json.loads(line) for line in (only_record() / "metrics.jsonl").read_text().splitlines()]
         points = [(step, value) for step, value, _ in view["sft"]["points"]["loss"]]
