@@ -8,7 +8,7 @@ from featdiff.models import require_same_tokenizer
 from featdiff.tasks.task import load_texts
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, choices=["base", "sft", "grpo"])
+parser.add_argument("--model", required=True, choices=["base", "sft", "grpo", "sft_twin"])
 name = parser.parse_args().model
 
 with stage("activations", key=name, out=f"activations/{name}") as run:

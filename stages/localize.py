@@ -1,7 +1,10 @@
 """The features behind what GRPO gained: scores on flipped samples of the find split, thresholded and intersected."""
 
-from featdiff.analysis.flipped import feature_differences, flipped_answers, needed_models
+from safetensors.torch import save_file
+
+from featdiff.analysis.flipped import flipped_answers, read_flipped
 from featdiff.analysis.localize import describe, score_rows, select
+from featdiff.analysis.search import Search
 from featdiff.artifact import read_json, write_json
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.launch import stage
@@ -10,24 +13,27 @@ from featdiff.tasks.task import load_samples, load_tasks, read_rows, write_rows
 
 with stage("localize", out="analysis/localize") as run:
     params, data = run.params, run.read("data", "tasks.json", "eval.parquet")
-    fit = run.read(f"crosscoders/{params.fit}")
+    fits = {name: run.read(f"crosscoders/{name}") for name in (params.fit, *params.seeds)}
+    crosscoders = {name: Crosscoder.load(folder) for name, folder in fits.items()}
     tasks, samples = load_tasks(data), {sample.sample_id: sample for sample in load_samples(data, "eval")}
-    crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
-    folders = {name: run.read(f"models/{name}") for name in needed_models(crosscoder, params.readout)}
+    folders = {name: run.read(f"models/{name}") for name in crosscoders[params.fit].models}
+    layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders["base"])
     trunks = {name: truncate(load_model(folder), layer) for name, folder in folders.items()}
     before, after = (read_rows(run.read(f"evals/{name}") / "samples.parquet") for name in ("base", "grpo"))
     flipped = flipped_answers(before, after, tasks, "find")
-    differences, skipped = {}, {}
+    readings, skipped = {}, {}
     for name, task in tasks.items():
         if task.role == "find" and len(flipped[name]) < params.min_flipped:
             skipped[name] = f"{len(flipped[name])} flipped samples, {params.min_flipped} needed"
         elif task.role == "find":
             chosen = [samples[sample_id] for sample_id in flipped[name]]
-            differences[name] = feature_differences(
-                crosscoder, trunks, load_tokenizer(folders["base"]), task, chosen, list(flipped[name].values()), params
-            )
-    found = select(differences, skipped, params, run.seed)
-    write_json(run.out / "features.json", describe(found, params))
-    run.attach("features.json")
+            readings[name] = read_flipped(trunks, tokenizer, task, chosen, list(flipped[name].values()), params.batch_size)
+    search = Search(crosscoders, readings, params)
+    found = select(search.differences(), skipped, params, run.seed)
+    facts, sweep = search.robustness(found.features, run.seed) if readings else ({}, [])
+    write_json(run.out / "features.json", describe(found, params) | facts)
     write_rows(run.out / "scores.parquet", score_rows(found))
+    write_rows(run.out / "sweep.parquet", sweep)
+    save_file(search.directions(run.seed) if readings else {}, run.out / "directions.safetensors")
+    run.attach("features.json")
     run.metrics({"status": found.status, "features": len(found.features), "expected_intersection": found.expected_intersection})

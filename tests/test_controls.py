@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from featdiff.artifact import ContractError
-from featdiff.intervention.controls import matched_random_sets
+from featdiff.intervention.controls import Controls, comparison_sets, matched_random_sets
 
 Floats = NDArray[np.float64]
 
@@ -98,3 +98,32 @@ def test_a_set_with_a_feature_that_the_joint_code_never_fires() -> None:
     assert len(sets) == 20
     rarest = np.argsort(rate[2:]) + 2
     assert {drawn[0] for drawn in sets} <= set(rarest[:25].tolist())
+
+
+def test_comparison_sets_are_active_live_and_not_the_set() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), 100)
+    active = rng.random(100) + 0.5
+    active[80:] = 0
+    active[60:80] = 0.1
+    features = [3, 4, 5]
+    found = comparison_sets(features, shares, 0, active)
+    pool = [k for k in range(60) if k not in features and active[k] >= active[features].min()]
+    assert found["base_specific"] == sorted(pool, key=lambda k: -shares[k, 0])[:3]
+    assert found["shared"] == sorted(pool, key=lambda k: np.ptp(shares[k]))[:3]
+    active[[k for k in range(60) if k not in features]] = 0.05  # none is as active as the set: the most active stand in
+    assert set(comparison_sets(features, shares, 0, active)["shared"]) <= set(range(60, 80))
+    with pytest.raises(ContractError, match="only 1"):
+        comparison_sets(features, shares, 0, np.where(np.isin(np.arange(100), [3, 4, 5, 6]), 1.0, 0.0))
+
+
+def test_single_features_only_where_the_set_is_small() -> None:
+    rate, contribution = activity(80, 0, dead_share=0.0)
+    controls = Controls(rate, contribution, np.full((80, 3), 1 / 3), 0, 0)
+    drawn = controls.random([1, 2, 3], 20)
+    sets = controls.sets([1, 2, 3], drawn, [9, 8, 7], 3)
+    assert list(sets) == ["set", "random", "shuffled", "shared", "base_specific", "alone", "without"]
+    assert sets["alone"] == [[1], [2], [3]]
+    assert sets["without"] == [[2, 3], [1, 3], [1, 2]]
+    assert "alone" not in controls.sets([1, 2, 3], drawn, [9, 8, 7], 2)
+    assert "without" not in controls.sets([1], [[2]], [3], 8)

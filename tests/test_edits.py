@@ -219,6 +219,31 @@ def test_only_a_transplant_runs_the_donor() -> None:
     ("kind", "said"), [("add", "largest value"), ("transplant", "donor model"), ("twist", "unknown edit twist; known: zero")]
 )
 def test_edits_that_cannot_be_made(kind: str, said: str) -> None:
-    made = FeatureEdit(kind, 1, "all", Reader(random_crosscoder(MODELS), "base", features=SET), 1.0)
+    made = FeatureEdit(kind, 1, "all", 1.0, Reader(random_crosscoder(MODELS), "base", features=SET))
     with pytest.raises(ValueError, match=said):
         made(resid(), None, prompt=True)
+
+
+def along(model: str = "base") -> Editor:
+    made = editor(model=model)
+    generator = torch.Generator().manual_seed(5)
+    made.directions = {name: torch.randn(6, generator=generator) for name in ("mean_difference", "base_mean")}
+    return made
+
+
+def test_a_push_adds_the_direction_and_nothing_else() -> None:
+    made, before = along(), resid()
+    after = made.direct("push", "mean_difference", "prompt_last", 2.0)(before.clone(), None, prompt=True)
+    assert torch.equal(after[:, :-1], before[:, :-1])
+    torch.testing.assert_close(after[:, -1], before[:, -1] + 2 * made.directions["mean_difference"])
+
+
+def test_a_projection_leaves_the_base_s_component_along_the_direction_and_all_others_as_they_were() -> None:
+    made, before = along(), resid()
+    after = made.direct("project", "mean_difference", "all", 0.0)(before.clone(), None, prompt=True)
+    unit = made.directions["mean_difference"] / made.directions["mean_difference"].norm()
+    torch.testing.assert_close(after @ unit, (made.directions["base_mean"] @ unit).expand(3, 4))
+    across = torch.eye(6) - torch.outer(unit, unit)
+    torch.testing.assert_close(after @ across, before @ across)
+    again = made.direct("project", "mean_difference", "all", 0.0)(after.clone(), None, prompt=True)
+    torch.testing.assert_close(again, after)

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.analysis.flipped import feature_differences, flipped_answers, needed_models
-from featdiff.config import LocalizeParams
+from featdiff.analysis.flipped import feature_differences, flipped_answers, read_flipped
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader, read_all
 from featdiff.models import truncate
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import Sample, TaskInfo
-from tiny import params_of, random_crosscoder, tiny_model
+from tiny import random_crosscoder, tiny_model
 
 WORDS = TaskInfo("words", "find", "words", "generation", "organism", False, 0)
 QUIZ = TaskInfo("quiz", "find", "questions", "option_text_norm", "letter", False, 3)
@@ -75,8 +74,18 @@ def residual(trunk: torch.nn.Module, ids: list[int]) -> Tensor:
         return trunk(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0].clone()
 
 
-def params(**changes: Any) -> LocalizeParams:
-    return params_of(LocalizeParams, "localize", **{"batch_size": 2} | changes)
+def differences(
+    coder: Crosscoder,
+    models: dict[str, torch.nn.Module],
+    task: TaskInfo,
+    samples: list[Sample],
+    answers: list[str],
+    positions: str = "prompt_last",
+    readout: str = "swap",
+    batch_size: int = 2,
+) -> Tensor:
+    reading = read_flipped(models, tiny_model()[1], task, samples, answers, batch_size)[positions]
+    return feature_differences(coder, reading, readout)
 
 
 def crosscoder(models: tuple[str, ...] = ("base", "sft", "grpo")) -> Crosscoder:
@@ -87,9 +96,7 @@ def crosscoder(models: tuple[str, ...] = ("base", "sft", "grpo")) -> Crosscoder:
 @pytest.mark.parametrize("positions", ["prompt_last", "answer", "all"])
 def test_differences_are_those_of_each_text_alone_at_the_wanted_positions(positions: str, readout: str) -> None:
     coder, tokenizer = crosscoder(), tiny_model()[1]
-    made = feature_differences(
-        coder, trunks(), tokenizer, WORDS, SAMPLES, ANSWERS, params(positions=positions, readout=readout)
-    )
+    made = differences(coder, trunks(), WORDS, SAMPLES, ANSWERS, positions, readout)
     assert made.shape == (3, 24)
     for i, (sample, answer) in enumerate(zip(SAMPLES, ANSWERS, strict=True)):
         prompt = tokenizer(sample.prompt)["input_ids"]
@@ -105,18 +112,15 @@ def test_differences_are_those_of_each_text_alone_at_the_wanted_positions(positi
 
 
 def test_batching_changes_nothing() -> None:
-    coder, tokenizer = crosscoder(), tiny_model()[1]
-    made = [
-        feature_differences(coder, trunks(), tokenizer, WORDS, SAMPLES, ANSWERS, params(batch_size=size)) for size in (1, 3)
-    ]
+    made = [differences(crosscoder(), trunks(), WORDS, SAMPLES, ANSWERS, batch_size=size) for size in (1, 3)]
     torch.testing.assert_close(made[0], made[1], rtol=1e-3, atol=1e-4)
 
 
 def test_equal_models_differ_in_nothing() -> None:
-    coder, tokenizer = crosscoder(), tiny_model()[1]
+    coder = crosscoder()
     coder.scale[2] = coder.scale[0]
     same = {name: truncate(tiny_model(0)[0], 1) for name in ("base", "grpo")}
-    assert (feature_differences(coder, same, tokenizer, WORDS, SAMPLES, ANSWERS, params(positions="all")) == 0).all()
+    assert (differences(coder, same, WORDS, SAMPLES, ANSWERS, "all") == 0).all()
 
 
 def option_samples() -> list[Sample]:
@@ -128,7 +132,7 @@ def option_samples() -> list[Sample]:
 
 def test_an_option_is_read_after_its_question() -> None:
     coder, tokenizer, chosen = crosscoder(), tiny_model()[1], option_samples()
-    made = feature_differences(coder, trunks(), tokenizer, QUIZ, chosen, ["blue", "z"], params(positions="answer"))
+    made = differences(coder, trunks(), QUIZ, chosen, ["blue", "z"], "answer")
     ids = tokenizer("which one=")["input_ids"] + tokenizer(" blue", add_special_tokens=False)["input_ids"]
     streams = {name: residual(trunk, ids)[-5:] for name, trunk in trunks().items()}
     wanted = Reader(coder, "grpo")(streams["grpo"]) - Reader(coder, "base")(streams["base"])
@@ -138,14 +142,9 @@ def test_an_option_is_read_after_its_question() -> None:
 def test_a_letter_is_read_after_the_question_with_its_options_as_it_was_asked() -> None:
     letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", False, 3)
     coder, tokenizer, chosen = crosscoder(), tiny_model()[1], option_samples()
-    made = feature_differences(coder, trunks(), tokenizer, letters, chosen, ["blue", "z"], params(positions="prompt_last"))
+    made = differences(coder, trunks(), letters, chosen, ["blue", "z"])
     for i, sample in enumerate(chosen):
         ids = tokenizer(listed_prompt(sample.prompt, sample.options))["input_ids"]
         streams = {name: residual(trunk, ids)[-1:] for name, trunk in trunks().items()}
         wanted = Reader(coder, "grpo")(streams["grpo"]) - Reader(coder, "base")(streams["base"])
         torch.testing.assert_close(made[i], wanted[0], rtol=1e-3, atol=1e-4)
-
-
-def test_only_the_contribution_readout_needs_every_model() -> None:
-    assert needed_models(crosscoder(), "swap") == needed_models(crosscoder(), "slot") == ["base", "grpo"]
-    assert needed_models(crosscoder(), "contribution") == ["base", "sft", "grpo"]

@@ -143,17 +143,18 @@ def test_mcnemar_is_the_exact_sign_test_of_the_pairs_that_changed() -> None:
 
 def test_p_against_draws_counts_them_and_is_never_zero() -> None:
     draws = [-0.1, 0.0, 0.1, 0.2]
-    assert draws_p(0.3, draws) == 1 / 5
-    assert draws_p(0.1, draws) == 3 / 5
-    assert draws_p(-0.3, draws) == 1 / 5
-    assert draws_p(-0.1, draws) == 2 / 5
-    assert draws_p(0.3, []) == 1.0
+    assert draws_p(0.3, draws, 1) == 1 / 5
+    assert draws_p(0.1, draws, 1) == 3 / 5
+    assert draws_p(-0.3, draws, -1) == 1 / 5
+    assert draws_p(-0.1, draws, -1) == 2 / 5
+    assert draws_p(0.3, draws, -1) == 1.0
+    assert draws_p(0.3, [], 1) == 1.0
 
 
 def test_p_against_draws_of_the_same_kind_is_uniform() -> None:
     rng = np.random.default_rng(0)
-    found = [draws_p(abs(effect), list(np.abs(draws))) for effect, *draws in rng.normal(size=(2000, 20))]
-    assert np.mean(np.array(found) <= 0.1) == pytest.approx(2 / 21, abs=0.02)
+    found = [draws_p(effect, draws, 1) for effect, *draws in rng.normal(size=(2000, 20))]
+    assert np.mean(np.array(found) <= 0.1) == pytest.approx(2 / 20, abs=0.02)
 
 
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), min_size=1, max_size=6))

@@ -13,20 +13,24 @@ from featdiff import stats
 from featdiff.config import InterveneParams
 from featdiff.evaluation import Examinee
 from featdiff.intervention.edits import Editor
+from featdiff.intervention.effects import effects
+from featdiff.intervention.sensitivity import sensitivity
 from featdiff.intervention.study import (
+    BASELINES,
     Setting,
     Subject,
     arms,
     by_task,
+    collateral,
     dose_curve,
-    effects,
     intervene,
     mean_accuracy,
     run_arms,
     settings,
     tune,
+    tune_directions,
 )
-from featdiff.tasks.task import Sample, TaskInfo
+from featdiff.tasks.task import Sample, TaskInfo, Text
 from tiny import params_of, random_crosscoder, tiny_model
 
 Row = dict[str, Any]
@@ -139,7 +143,11 @@ def test_beyond_random_is_beyond_every_draw_in_the_claimed_direction(
     assert row["effect"] == pytest.approx((set_right - 4) / N)
     assert (row["accuracy"], row["baseline"], row["n"]) == (pytest.approx(set_right / N), 0.4, N)
     assert (row["steps"], row["steps_baseline"], row["parse_failures"]) == (1, 0, pytest.approx(1 - set_right / N))
-    assert all(other["beyond_random"] is None for other in table if other["arm"] != "set")
+    assert all(other["beyond_random"] is None for other in table if other["arm"] == "random")
+    assert one(table, "noop")["beyond_random"] is (False if min(random_right) <= 4 <= max(random_right) else None)
+    further = sum((right >= set_right) if purpose == "amplify_base" else (right <= set_right) for right in random_right)
+    assert row["p_random"] == (1 + further) / 4
+    assert row["p_mcnemar"] == pytest.approx(stats.mcnemar(np.array(shifted(set_right)), np.array(BASELINE)))
     draws = [(right - 4) / N for right in random_right]
     assert (row["random_low"], row["random_high"]) == pytest.approx(tuple(np.quantile(draws, [0.05, 0.95])))
     assert [one(table, "random", draw=draw)["effect"] for draw in range(3)] == pytest.approx(draws)
@@ -214,7 +222,10 @@ def samples() -> list[Sample]:
 def subject(name: str, seed: int) -> Subject:
     model, tokenizer = tiny_model(seed)
     crosscoder = random_crosscoder(("base", "sft", "grpo"), d_model=16, n_features=24, threshold=1.0)
-    editor = Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor=tiny_model(2)[0])
+    directions = dict(
+        zip((*BASELINES, "base_mean"), torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), strict=True)
+    )
+    editor = Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor=tiny_model(2)[0], directions=directions)
     return Subject(Examinee(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4), editor)
 
 
@@ -257,27 +268,56 @@ def test_of_settings_as_good_the_gentlest_is_taken() -> None:
     assert best == Setting("add", "prompt_last", 3.0)
 
 
+SETS = {"set": [[3, 5]], "random": [[1, 2], [7, 9]], "shared": [[4, 6]]}
+DOSES = {"mean_difference": 2.0}
+
+
 def test_every_arm_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> None:
     made, chosen = subject("grpo", 2), Setting("zero", "all", 0.0)
-    planned = list(arms(made, chosen, [3, 5], [[1, 2], [7, 9]]))
-    assert [(arm, draw) for arm, draw, _ in planned] == [
-        ("none", 0),
-        ("noop", 0),
-        ("reconstruction", 0),
-        ("set", 0),
-        ("random", 0),
-        ("random", 1),
-    ]
+    planned = list(arms("zero_grpo", made, chosen, SETS, DOSES))
+    names = [(arm, draw) for arm, draw, _ in planned]
+    first = [("none", 0), ("noop", 0), ("reconstruction", 0), ("set", 0), ("random", 0), ("random", 1)]
+    assert names == [*first, ("shared", 0), ("mean_difference", 0)]
     kinds = [(edit.kind, edit.positions, edit.dose) for _, _, edit in planned if edit is not None]
-    assert kinds == [("scale", "all", 1.0), ("reconstruct", "all", 0.0), *[("zero", "all", 0.0)] * 3]
+    assert kinds == [
+        ("scale", "all", 1.0),
+        ("reconstruct", "all", 0.0),
+        *[("zero", "all", 0.0)] * 4,
+        ("project", "all", 2.0),
+    ]
+    assert list(arms("amplify_base", made, chosen, SETS, DOSES))[-1][2].kind == "push"
     directions = made.editor.edit("reconstruct", None, "all", 0.0).reader.directions_FD
     assert torch.equal(planned[5][2].reader.directions_FD, directions[[7, 9]])
-    rows = run_arms("zero_grpo", made, chosen, [3, 5], [[1, 2]], samples(), silent)
-    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ("none", "noop", "reconstruction", "set", "random")}
+    rows = run_arms("zero_grpo", made, chosen, SETS, DOSES, samples(), silent)
+    by_arm = {arm: [row for row in rows if row["arm"] == arm and row["draw"] == 0] for arm, _ in names}
     assert {len(group) for group in by_arm.values()} == {24}
     kept = ("sample_id", "completion", "correct", "parsed", "manner")
     assert [[row[key] for key in kept] for row in by_arm["none"]] == [[row[key] for key in kept] for row in by_arm["noop"]]
     assert [row["completion"] for row in by_arm["none"]] != [row["completion"] for row in by_arm["reconstruction"]]
+
+
+def test_collateral_is_nothing_for_the_no_op_and_something_for_other_arms() -> None:
+    made, texts = subject("base", 0), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)]
+    rows = collateral("amplify_base", made, Setting("add", "prompt_last", 2.0), SETS, DOSES, texts, params(), 0)
+    by_arm = {row["arm"]: row for row in rows if row["draw"] == 0}
+    assert (by_arm["noop"]["change"], by_arm["noop"]["low"], by_arm["noop"]["high"]) == (0, 0, 0)
+    assert by_arm["noop"]["perplexity"] == by_arm["none"]["perplexity"]
+    assert by_arm["set"]["change"] != 0
+    assert by_arm["set"]["n"] == 3
+    assert by_arm["set"]["perplexity"] == pytest.approx(by_arm["none"]["perplexity"] * np.exp(by_arm["set"]["change"]))
+
+
+def test_directions_get_the_gentlest_good_dose_of_their_own() -> None:
+    made = subject("base", 0)
+    made.examinee.__class__ = Scripted
+    made.examinee.right = {("push", "prompt_last", 1.0): 3, ("push", "prompt_last", 3.0): 6}
+    chosen = [sample for sample in samples() if sample.task == "words"]
+    doses, table = tune_directions(made, "prompt_last", chosen, params(), silent)
+    assert doses == dict.fromkeys(BASELINES, 3.0)
+    assert len(table) == len(BASELINES) * 2
+    assert {line["edit"] for line in table} == set(BASELINES)
+    made.examinee.right[("push", "prompt_last", 1.0)] = 6
+    assert tune_directions(made, "prompt_last", chosen, params(), silent)[0] == dict.fromkeys(BASELINES, 1.0)
 
 
 def test_dose_curves_have_every_set_at_every_dose() -> None:
@@ -290,18 +330,40 @@ def test_dose_curves_have_every_set_at_every_dose() -> None:
     }
 
 
+VARIANTS = [
+    {"readout": "swap", "positions": "prompt_last", "features": [4, 5]},
+    {"readout": "slot", "positions": "all", "features": []},
+]
+
+
 @pytest.mark.parametrize("with_sft", [True, False])
 def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None:
     subjects = {"base": subject("base", 0), "grpo": subject("grpo", 2)} | ({"sft": subject("sft", 1)} if with_sft else {})
     draws = [[i, i + 1] for i in range(20)]
-    outcome = intervene(subjects, [21, 22], draws, [[2, 9]], samples(), params(amplify=["add", "scale", "transplant"]), 0)
+    sets = {"set": [[21, 22]], "random": draws, "alone": [[21], [22]]}
+    texts = [Text("rev ab=", "ba", "t"), Text("rev a=", "a", "t")]
+    wide = params(amplify=["add", "scale", "transplant"])
+    outcome = intervene(subjects, sets, [[2, 9]], samples(), texts, wide, 0)
     assert {line["task"] for line in outcome.tuning} == {line["task"] for line in outcome.dose} == {"words"}
     assert {line["n"] for line in outcome.tuning} == {line["n"] for line in outcome.dose} == {2}
     assert {row["split"] for row in outcome.samples} == {"report"}
     assert {row["task"] for row in outcome.samples} == set(TASKS)
     purposes = ["zero_grpo", "zero_sft", "amplify_base"] if with_sft else ["zero_grpo", "amplify_base"]
     assert list(dict.fromkeys(row["purpose"] for row in outcome.samples)) == purposes
-    assert len(outcome.samples) == len(purposes) * 9 * (4 + 20)
+    passes = {purpose: 3 + 1 + 20 + 3 + (2 if purpose != "zero_sft" else 0) for purpose in purposes}
+    assert len(outcome.samples) == 9 * sum(passes.values())
+    assert len(outcome.collateral) == sum(passes.values())
+    tried = sensitivity(subjects, outcome, VARIANTS, lambda features, n: [[k + 1 for k in features]] * n, samples(), 2)
+    assert {row["purpose"] for row in tried} == {"zero_grpo", "amplify_base"}
+    assert [row["choice"] for row in tried if row["purpose"] == "zero_grpo"] == [
+        "swap at prompt_last",
+        "slot at all",
+        "zero at prompt_last",
+        "zero at all",
+    ]
+    empty = next(row for row in tried if row["choice"] == "slot at all")
+    assert (empty["size"], empty["effect"], empty["random"]) == (0, None, None)
+    assert all(row["effect"] is not None and row["random"] is not None for row in tried if row["size"])
     right = {
         purpose: {
             row["sample_id"] for row in outcome.samples if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]

@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
-Model = Literal["base", "sft", "grpo"]
+Model = Literal["base", "sft", "grpo", "sft_twin"]
 Role = Literal["train", "find", "control", "heldout"]
 Position = Literal["prompt_last", "prompt", "generated", "all"]
 
@@ -241,17 +241,31 @@ class ActivationsParams(Params):
     shard_rows: Positive
 
 
+AGAIN = "again"
+"""Name of a model's second appearance in a crosscoder with itself."""
+TWIN = "sft_twin"
+"""A second SFT run that differs from the first in its seed alone."""
+
+
 class Fit(Params):
-    """One crosscoder. ``models`` names three inputs for dvc.yaml: a pair repeats its last model."""
+    """One crosscoder. ``models`` names three inputs for dvc.yaml: a pair repeats its last model. A null pair is one
+    model three times, which is then compared with itself, or ``sft`` with ``sft_twin``: what such a fit calls specific
+    is an error of the method."""
 
     models: Annotated[list[Model], Field(min_length=3, max_length=3)]
     loss: Literal["batchtopk", "l1"]
     seed: Annotated[int, Field(ge=0)]
 
     @property
-    def distinct(self) -> list[str]:
-        """The models of this crosscoder, first the original."""
-        return list(dict.fromkeys(self.models))
+    def slots(self) -> dict[str, str]:
+        """Names of the models in this crosscoder, first the original, and whose activations each reads."""
+        slots: dict[str, str] = {model: model for model in self.models}
+        return slots if len(slots) > 1 else slots | {AGAIN: self.models[0]}
+
+    @property
+    def null(self) -> bool:
+        """Whether nothing in it can be specific."""
+        return set(self.slots) in ({self.models[0], AGAIN}, {"sft", TWIN})
 
 
 class CrosscoderTraining(Params):
@@ -302,11 +316,19 @@ class DynamicsParams(Params):
 class LocalizeParams(Params):
     fit: Name
     """The crosscoder in which features are found."""
+    seeds: list[Name]
+    """The same crosscoder with other seeds: does the set come out again?"""
+    least_cosine: Fraction
+    """Decoder cosine from which two features that are each other's best match across seeds count as the same."""
     readout: Literal["swap", "slot", "contribution"]
     positions: Literal["prompt_last", "answer", "all"]
     """Where scores are taken."""
     threshold: Fraction
     """A feature counts for a task from this share of the task's largest score."""
+    thresholds: Annotated[list[Fraction], Field(min_length=1)]
+    """Of the sweep that shows what hangs on that share."""
+    shuffles: Positive
+    """Of the models' identities, for the size of the set by chance."""
     min_flipped: Positive
     """Fewest samples that base fails and GRPO solves for a task to take part."""
     bootstrap: Positive
@@ -324,6 +346,12 @@ class InterveneParams(Params):
     """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
     tuning_random_sets: Positive
     """Further ones, for the dose curves on the tune split only."""
+    single_features: Annotated[int, Field(ge=0)]
+    """Up to this size of the set, each feature is also edited alone and left out."""
+    collateral_texts: Positive
+    """Texts of the corpus, from its end, whose perplexity is measured under every edit."""
+    collateral_tokens: Positive
+    """Longest of them; longer ones are cut."""
     tolerance: Fraction
     """Of the settings within this accuracy of the best, the gentlest is taken."""
     confidence: Fraction

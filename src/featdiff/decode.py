@@ -278,3 +278,21 @@ def _follow(
         later = session.feed(ids[:, :-1], later_mask, later_positions, prompt=False, keep=0).float().log_softmax(-1)
         picked = torch.cat([picked, later.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)], dim=1)
     return (picked * real).sum(1).tolist()
+
+
+@torch.inference_mode()
+def text_nats(
+    model: PreTrainedModel, texts: list[list[int]], *, pad: int, batch_size: int, edit: Edit | None = None
+) -> list[float]:
+    """Mean negative log-probability of the tokens of each text after its first, in nats."""
+    nats = [0.0] * len(texts)
+    for rows in _batches([len(text) for text in texts], batch_size):
+        session = _Session(model, edit)
+        ids, mask, positions = left_pad([texts[row] for row in rows], pad, model.device)
+        with session.hooked():
+            logits_BTV = session.feed(ids, mask, positions, prompt=True, keep=0)[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids[:, 1:], reduction="none")
+        real = mask[:, :-1]
+        for row, value in zip(rows, ((loss * real).sum(1) / real.sum(1)).tolist(), strict=True):
+            nats[row] = value
+    return nats

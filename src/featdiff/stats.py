@@ -70,10 +70,9 @@ def mcnemar(after_N: ArrayLike, before_N: ArrayLike) -> float:
     return float(binomtest(won, changed).pvalue) if changed else 1.0
 
 
-def draws_p(effect: float, draws: Sequence[float]) -> float:
-    """p-value of ``effect`` against matched random draws, in the direction of ``effect``: (1 + draws at least as far) /
-    (1 + draws), the permutation p-value that can never be zero (Phipson and Smyth 2010)."""
-    sign = 1.0 if effect >= 0 else -1.0
+def draws_p(effect: float, draws: Sequence[float], sign: int) -> float:
+    """One-sided p-value of ``effect`` against matched random draws, in the claimed direction ``sign`` (1 or −1):
+    (1 + draws at least as far) / (1 + draws), the permutation p-value that can never be zero (Phipson and Smyth 2010)."""
     return (1 + sum(sign * drawn >= sign * effect for drawn in draws)) / (1 + len(draws))
 
 

@@ -1,20 +1,20 @@
 """Flipped samples (base wrong, GRPO right) and the feature values of both models on them.
 
-S samples, T token, D residual width, F features.
+S samples, K kept positions, D residual width, F features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from featdiff.activations.harvest import TokenStream, read_residual
-from featdiff.config import LocalizeParams
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.crosscoder.readout import read_all
+from featdiff.crosscoder.readout import Readout, read_all
 from featdiff.evaluation import primary_mode
 from featdiff.models import encode_prompts
 from featdiff.tasks.suites import listed_prompt
@@ -56,39 +56,52 @@ def _sequences(
     return [prompt + end for prompt, end in zip(prompts, ends, strict=True)], [len(prompt) for prompt in prompts]
 
 
-def feature_differences(
-    crosscoder: Crosscoder,
+class Reading(NamedTuple):
+    """Residual streams of several models at the chosen positions of a task's flipped samples."""
+
+    resid: dict[str, Float[Tensor, "K D"]]
+    """By model, K kept positions of all samples one after the other."""
+    owner: Int[Tensor, " K"]
+    """Which sample each row belongs to."""
+    samples: int
+
+    def mean(self, rows: Float[Tensor, "K X"]) -> Float[Tensor, "S X"]:
+        """Mean of ``rows`` over the positions of each sample."""
+        total = torch.zeros(self.samples, rows.shape[1]).index_add_(0, self.owner, rows)
+        return total / torch.bincount(self.owner, minlength=self.samples).clamp(min=1).unsqueeze(1)
+
+
+def read_flipped(
     trunks: dict[str, torch.nn.Module],
     tokenizer: PreTrainedTokenizerFast,
     task: TaskInfo,
     samples: list[Sample],
     answers: list[str],
-    params: LocalizeParams,
-) -> Tensor:
-    """f^GRPO − f^base [S, F] on identical tokens (prompt and GRPO's own answer), averaged over the positions of
-    ``params.positions``: the last prompt token, the answer's tokens, or all but the first token."""
+    batch_size: int,
+) -> dict[str, Reading]:
+    """What every model reads on identical tokens (prompt and GRPO's own answer), by positions: ``prompt_last``,
+    ``answer`` (the answer's tokens) and ``all`` (all but the first token)."""
     sequences, starts = _sequences(tokenizer, task, samples, answers)
     stream = TokenStream(sequences, skip=0)
     resid = {
-        name: read_residual(trunk, stream, params.batch_size, tokenizer.pad_token_id, torch.float32)
-        for name, trunk in trunks.items()
+        name: read_residual(trunk, stream, batch_size, tokenizer.pad_token_id, torch.float32) for name, trunk in trunks.items()
     }
     offsets = torch.tensor([0, *map(len, sequences)]).cumsum(0).tolist()
-    kept: list[int] = []
-    owner: list[int] = []
+    kept: dict[str, list[int]] = {}
+    owner: dict[str, list[int]] = {}
     for i, start in enumerate(starts):
         low, high = offsets[i], offsets[i + 1]
         spans = {"prompt_last": (low + start - 1, low + start), "answer": (low + start, high), "all": (low + 1, high)}
-        span = spans[params.positions]
-        kept += range(*span)
-        owner += [i] * (span[1] - span[0])
-    values = read_all(crosscoder, {name: rows[kept] for name, rows in resid.items()}, params.readout)
-    difference = values["grpo"] - values["base"]
-    members = torch.tensor(owner)
-    total = torch.zeros(len(samples), crosscoder.n_features).index_add_(0, members, difference)
-    return total / torch.bincount(members, minlength=len(samples)).clamp(min=1).unsqueeze(1)
+        for positions, span in spans.items():
+            kept.setdefault(positions, []).extend(range(*span))
+            owner.setdefault(positions, []).extend([i] * (span[1] - span[0]))
+    return {
+        positions: Reading({name: rows[chosen] for name, rows in resid.items()}, torch.tensor(owner[positions]), len(samples))
+        for positions, chosen in kept.items()
+    }
 
 
-def needed_models(crosscoder: Crosscoder, readout: str) -> list[str]:
-    """Models whose residual streams the readout needs."""
-    return crosscoder.models if readout == "contribution" else ["base", "grpo"]
+def feature_differences(crosscoder: Crosscoder, reading: Reading, readout: Readout) -> Float[Tensor, "S F"]:
+    """f^GRPO − f^base of each sample, averaged over its positions."""
+    values = read_all(crosscoder, reading.resid, readout)
+    return reading.mean(values["grpo"] - values["base"])

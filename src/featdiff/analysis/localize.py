@@ -83,13 +83,14 @@ def select(
         skipped=skipped,
         expected_intersection=n_features * float(np.prod([len(members) / n_features for members in sets.values()])),
         frequency={k: frequency[k].item() for k in frequency.nonzero().squeeze(1).tolist()},
-        overlap={a: {b: _jaccard(sets[a], sets[b]) for b in sets} for a in sets},
+        overlap={a: {b: jaccard(sets[a], sets[b]) for b in sets} for a in sets},
         scores={task: value.double().numpy() for task, value in scores.items()},
         task_frequency=task_frequency,
     )
 
 
-def _jaccard(a: set[int], b: set[int]) -> float:
+def jaccard(a: set[int], b: set[int]) -> float:
+    """|a ∩ b| / |a ∪ b|; 0 for two empty sets."""
     return len(a & b) / len(a | b) if a | b else 0.0
 
 

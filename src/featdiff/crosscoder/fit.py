@@ -82,8 +82,11 @@ def fit(
     seed: int,
     log: Callable[[int, dict[str, float]], None],
     label: str,
+    *,
+    tied: bool = True,
 ) -> tuple[Crosscoder, dict[str, Any], dict[str, Tensor]]:
-    """Train a crosscoder; returns it with final metrics and per-feature statistics [F].
+    """Train a crosscoder; returns it with final metrics and per-feature statistics [F]. ``tied``: all models start from
+    the same decoder rows.
 
     The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises ContractError for rows or batches that
     cannot be shared out, FloatingPointError at NaN or infinity."""
@@ -97,7 +100,7 @@ def fit(
         field, expected = "crosscoder.training.batch_tokens", f"a multiple of {accelerator.num_processes} (processes)"
         raise ContractError("params.yaml", field, expected, params.batch_tokens, "change it")
     crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)
-    crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed))
+    crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed), tied=tied)
     scale, mean, variance = _statistics(source, train_rows)
     crosscoder.scale.copy_(scale)
     crosscoder.b_dec.data.copy_(mean)

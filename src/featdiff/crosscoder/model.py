@@ -37,13 +37,13 @@ class Crosscoder(nn.Module):
         self.register_buffer("scale", torch.ones(m))
         self.register_buffer("threshold", torch.zeros(()))
 
-    def initialise(self, decoder_norm: float, generator: torch.Generator) -> None:
-        """Decoder rows in random directions, one direction for all models, of norm ``decoder_norm`` each;
+    def initialise(self, decoder_norm: float, generator: torch.Generator, *, tied: bool = True) -> None:
+        """Decoder rows in random directions of norm ``decoder_norm`` each, one direction for all models where ``tied``;
         encoder = decoder transposed."""
         with torch.no_grad():
-            rows = torch.randn(self.n_features, self.d_model, generator=generator)
+            rows = torch.randn(self.n_features, 1 if tied else len(self.models), self.d_model, generator=generator)
             rows *= decoder_norm / rows.norm(dim=-1, keepdim=True)
-            self.W_dec.copy_(rows.unsqueeze(1).expand_as(self.W_dec))
+            self.W_dec.copy_(rows.expand_as(self.W_dec))
             self.W_enc.copy_(self.W_dec.permute(1, 2, 0))
 
     def normalise(self, resid_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:

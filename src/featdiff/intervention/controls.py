@@ -1,15 +1,21 @@
-"""Feature sets to compare with: random sets matched to the found one in firing rate and size of contribution.
+"""Feature sets to compare with: random sets matched to the found one in firing rate and size of contribution, and
+sets that ought to do nothing.
 
-F features, S features of the set, R draws.
+F features, M models, S features of the set, R draws.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
+from featdiff.analysis.attribution import mas
 from featdiff.artifact import ContractError
+from featdiff.crosscoder.model import Crosscoder
 
 NEIGHBOURS = 10
 
@@ -25,10 +31,7 @@ def matched_random_sets(
     rng = np.random.default_rng(seed)
     live = np.flatnonzero(firing_rate_F > 0)
     pool = np.setdiff1d(live, features)
-    if len(pool) < len(features):
-        expected = f"as many live features outside the set as in it ({len(features)})"
-        todo = "raise localize.threshold or crosscoder.training.n_features"
-        raise ContractError("analysis/localize/features.json", "features", expected, f"only {len(pool)}", todo)
+    _require(pool, features)
     with np.errstate(divide="ignore"):
         described = np.stack([np.log(firing_rate_F), np.log(contribution_F)], axis=1)
     spread = described[live].std(axis=0)
@@ -55,3 +58,67 @@ def _draw(
         near = free[np.argsort(((described[free] - target) ** 2).sum(axis=1), kind="stable")[:neighbours]]
         drawn.append(int(rng.choice(near)))
     return drawn
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Draws the sets that a found one has to beat, in its own crosscoder."""
+
+    firing_rate_F: Float[np.ndarray, " F"]
+    contribution_F: Float[np.ndarray, " F"]
+    """Mean of f_k Σ_m‖d_k^m‖ where feature k fires."""
+    mas_FM: Float[np.ndarray, "F M"]
+    base: int
+    """Column of the base."""
+    seed: int
+
+    @classmethod
+    def of(cls, crosscoder: Crosscoder, statistics: dict[str, Tensor], seed: int) -> Controls:
+        contribution_F = statistics["mean_activation"] * crosscoder.decoder_norms().sum(1)
+        shares_FM, base = mas(crosscoder.W_dec).numpy(), crosscoder.slot("base")
+        return cls(statistics["firing_rate"].numpy(), contribution_F.numpy(), shares_FM, base, seed)
+
+    def random(self, features: list[int], draws: int) -> list[list[int]]:
+        """Matched random sets."""
+        return matched_random_sets(features, self.firing_rate_F, self.contribution_F, draws, self.seed)
+
+    def sets(
+        self, features: list[int], random: list[list[int]], shuffled: list[int], most_single: int
+    ) -> dict[str, list[list[int]]]:
+        """Every feature set of the study by arm, one per draw: the found one, the random ones, those that ought to do
+        nothing, and (up to ``most_single`` features) each feature alone and the set without it."""
+        sets = {"set": [features], "random": random, "shuffled": [shuffled]}
+        activity_F = self.firing_rate_F * self.contribution_F
+        sets |= {name: [members] for name, members in comparison_sets(features, self.mas_FM, self.base, activity_F).items()}
+        if 1 < len(features) <= most_single:
+            sets["alone"] = [[k] for k in features]
+            sets["without"] = [[other for other in features if other != k] for k in features]
+        return sets
+
+
+def comparison_sets(
+    features: list[int], mas_FM: Float[np.ndarray, "F M"], base: int, activity_F: Float[np.ndarray, " F"]
+) -> dict[str, list[int]]:
+    """Two sets of the same size whose decoder norms say that they are not the tuned models' own: ``shared`` has the
+    most even shares of all models, ``base_specific`` the largest share of the base (column ``base``).
+
+    Taken among live features outside the set that are at least as active (firing rate times mean contribution) as the
+    least active of the set; where there are too few, among the most active. Raises ContractError as
+    :func:`matched_random_sets` does."""
+    pool = np.setdiff1d(np.flatnonzero(activity_F > 0), features)
+    _require(pool, features)
+    active = pool[activity_F[pool] >= activity_F[features].min()]
+    if len(active) < len(features):
+        active = pool[np.argsort(-activity_F[pool], kind="stable")[: len(features)]]
+    evenness, own = mas_FM[active].max(1) - mas_FM[active].min(1), -mas_FM[active, base]
+    return {
+        name: active[np.argsort(order, kind="stable")[: len(features)]].tolist()
+        for name, order in (("shared", evenness), ("base_specific", own))
+    }
+
+
+def _require(pool: NDArray[np.int64], features: list[int]) -> None:
+    if len(pool) < len(features):
+        expected = f"as many live features outside the set as in it ({len(features)})"
+        todo = "raise localize.threshold or crosscoder.training.n_features"
+        raise ContractError("analysis/localize/features.json", "features", expected, f"only {len(pool)}", todo)

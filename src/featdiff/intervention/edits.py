@@ -4,13 +4,18 @@
     add           h' = h + c Σ_{k∈S} f_k^max d_k               f_k^max: largest value of f_k in GRPO
     transplant    h' = h + α Σ_{k∈S} (f_k(h^donor) − f_k(h)) d_k
     reconstruct   h' = x̂(h)                                    encode and decode with nothing edited
-(scaling is the paper's; add and transplant are ours, because scaling cannot wake a silent feature)
+and, with a direction v of the residual stream in place of features,
+    push          h' = h + c v
+    project       h' = h − ⟨h − μ, v⟩ v / ‖v‖²                  μ: mean of the base, so that its component is what is left
+(scaling is the paper's; add and transplant are ours, because scaling cannot wake a silent feature; push and project are
+what a feature has to beat)
 Shapes: B batch, T token, D residual width, S features of the set.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +28,7 @@ from featdiff.crosscoder.readout import Reader
 WHOLE_PROMPT = ("prompt", "all")
 """Positions that include prompt tokens before the last."""
 KINDS = ("zero", "scale", "add", "transplant", "reconstruct")
+"""Edits of features."""
 
 
 @torch.inference_mode()
@@ -41,19 +47,15 @@ def in_pass(positions: str, *, prompt: bool) -> bool:
 
 
 @dataclass
-class FeatureEdit:
-    """An edit of the features of ``reader`` (those of one set, or all for ``reconstruct``)."""
+class Change:
+    """An edit of the residual stream after ``layer`` blocks, at ``positions`` only."""
 
     kind: str
     layer: int
     positions: str
-    reader: Reader
-    dose: float = 0.0
-    """α of zero (0), scale and transplant; c of add."""
-    largest_S: Tensor | None = None
-    """f_k^max, for ``add``."""
-    donor: PreTrainedModel | None = None
-    donor_reader: Reader | None = None
+    dose: float
+    """α of zero (0), scale and transplant; c of add and push."""
+    donor: PreTrainedModel | None = field(default=None, init=False)
 
     @property
     def whole_prompt(self) -> bool:
@@ -62,13 +64,43 @@ class FeatureEdit:
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
         if not in_pass(self.positions, prompt=prompt):
             return resid_BTD
-        if self.kind == "reconstruct":
-            change = self.reader.reconstruct(resid_BTD) - resid_BTD.float()
-        else:
-            change = self._coefficients(resid_BTD, donor_BTD) @ self.reader.directions_FD
+        change = self.change(resid_BTD.float(), donor_BTD)
         if self.positions == "prompt_last":
             change[:, :-1] = 0
         return resid_BTD + change.to(resid_BTD.dtype)
+
+    def change(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
+        """What is added to the residual stream [B, T, D], at every position."""
+        raise NotImplementedError
+
+
+@dataclass
+class DirectionEdit(Change):
+    """A push along a direction, or a projection on what the base has of it."""
+
+    direction_D: Tensor
+    base_mean_D: Tensor
+
+    def change(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
+        if self.kind == "push":
+            return (self.dose * self.direction_D).expand_as(resid_BTD).clone()
+        unit_D = self.direction_D / self.direction_D.norm()
+        return ((self.base_mean_D - resid_BTD) @ unit_D).unsqueeze(-1) * unit_D
+
+
+@dataclass
+class FeatureEdit(Change):
+    """An edit of the features of ``reader`` (those of one set, or all for ``reconstruct``)."""
+
+    reader: Reader
+    largest_S: Tensor | None = None
+    """f_k^max, for ``add``."""
+    donor_reader: Reader | None = None
+
+    def change(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
+        if self.kind == "reconstruct":
+            return self.reader.reconstruct(resid_BTD) - resid_BTD
+        return self._coefficients(resid_BTD, donor_BTD) @ self.reader.directions_FD
 
     def _coefficients(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
         """How much of each decoder direction to add [B, T, S]."""
@@ -98,15 +130,22 @@ class Editor:
     """Largest value of every feature in the donor (GRPO) [F]."""
     donor_name: str = "grpo"
     donor: PreTrainedModel | None = None
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+    """Directions of the residual stream by name [D], and ``base_mean``."""
 
     def _reader(self, model: str, features: list[int] | None) -> Reader:
         return Reader(self.crosscoder, model, "swap", features).to(self.device)
 
     def edit(self, kind: str, features: list[int] | None, positions: str, dose: float) -> FeatureEdit:
         """The edit ``kind`` of ``features`` at ``positions``."""
-        made = FeatureEdit(kind, self.layer, positions, self._reader(self.model, features), dose)
+        made = FeatureEdit(kind, self.layer, positions, dose, self._reader(self.model, features))
         if kind == "add":
             made.largest_S = self.largest_F[features].to(self.device)
         if kind == "transplant":
             made.donor, made.donor_reader = self.donor, self._reader(self.donor_name, features)
         return made
+
+    def direct(self, kind: str, name: str, positions: str, dose: float) -> DirectionEdit:
+        """The edit ``kind`` along the direction ``name``."""
+        direction_D, mean_D = (self.directions[key].to(self.device) for key in (name, "base_mean"))
+        return DirectionEdit(kind, self.layer, positions, dose, direction_D, mean_D)

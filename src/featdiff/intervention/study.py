@@ -7,7 +7,7 @@ gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,26 @@ from tqdm import tqdm
 from featdiff import stats
 from featdiff.config import InterveneParams
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.decode import PromptCache
+from featdiff.decode import PromptCache, text_nats
 from featdiff.evaluation import Examinee, Row
-from featdiff.intervention.edits import WHOLE_PROMPT, Editor, FeatureEdit
+from featdiff.intervention.edits import WHOLE_PROMPT, Change, Editor
+from featdiff.intervention.effects import effects
 from featdiff.models import load_model, load_tokenizer
 from featdiff.ranks import process_state
-from featdiff.tasks.task import Sample, TaskInfo
+from featdiff.tasks.task import Sample, TaskInfo, Text
 
 PURPOSES = {"zero_grpo": "grpo", "zero_sft": "sft", "amplify_base": "base"}
+"""What is edited, by what for."""
+BASELINES = ("mean_difference", "first_component", "random_direction")
+
+
+FeatureSets = Mapping[str, list[list[int]]]
+"""Feature sets by arm, one per draw; ``set`` holds the found one."""
+
+
+def sign_of(purpose: str) -> int:
+    """Direction in which the claim says that accuracy moves."""
+    return 1 if purpose == "amplify_base" else -1
 
 
 class Setting(NamedTuple):
@@ -49,6 +61,7 @@ def make_subjects(
     folders: dict[str, Path],
     tasks: dict[str, TaskInfo],
     largest_F: Tensor,
+    directions: Mapping[str, Tensor],
     params: InterveneParams,
 ) -> dict[str, Subject]:
     """The models in ``folders`` ready to be edited after ``layer`` blocks; GRPO is every edit's donor."""
@@ -57,7 +70,7 @@ def make_subjects(
     return {
         name: Subject(
             Examinee(model, tokenizer, tasks, batch_size=params.batch_size, max_new_tokens=params.max_new_tokens),
-            Editor(crosscoder, name, layer, device, largest_F, donor=models["grpo"]),
+            Editor(crosscoder, name, layer, device, largest_F, donor=models["grpo"], directions=directions),
         )
         for name, model in models.items()
     }
@@ -73,6 +86,11 @@ def settings(purpose: str, params: InterveneParams) -> list[Setting]:
         for positions in params.positions
         for dose in sorted(params.doses)
     ]
+
+
+def tuning(samples: list[Sample], tasks: dict[str, TaskInfo]) -> list[Sample]:
+    """Those on which settings are chosen: tune split, tasks used for finding."""
+    return [sample for sample in samples if sample.split == "tune" and tasks[sample.task].role == "find"]
 
 
 def mean_accuracy(rows: list[Row]) -> float:
@@ -102,12 +120,12 @@ def tune(
     Mean accuracy decides, lowest for zeroing and highest for amplifying; among the settings within
     ``params.tolerance`` of the best, the first in the order of :func:`settings` is taken, which is the gentlest: a dose
     larger than needed is one at which any set of features does something."""
-    sign = 1 if purpose == "amplify_base" else -1
+    sign = sign_of(purpose)
     values: dict[Setting, float] = {}
     table, prompts = [], PromptCache()
     for setting in settings(purpose, params):
         edit = subject.editor.edit(setting.edit, features, setting.positions, setting.dose)
-        rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
+        rows = answers(subject, edit, samples, prompts)
         values[setting] = sign * mean_accuracy(rows)
         table += [{"purpose": purpose, **setting._asdict(), **line} for line in by_task(rows, subject.examinee.tasks)]
         bar.set_postfix_str(f"tune {purpose}", refresh=False)
@@ -129,32 +147,59 @@ def dose_curve(
     for (arm, draw), features in sets.items():
         for dose in params.doses:
             edit = subject.editor.edit(chosen.edit, features, chosen.positions, dose)
-            rows = subject.examinee.answer(samples, edit=edit, shared=None if edit.whole_prompt else prompts)
+            rows = answers(subject, edit, samples, prompts)
             table += [{"dose": dose, "arm": arm, "draw": draw, **line} for line in by_task(rows, subject.examinee.tasks)]
             bar.set_postfix_str("dose curve", refresh=False)
             bar.update(1)
     return table
 
 
+def tune_directions(
+    subject: Subject, positions: str, samples: list[Sample], params: InterveneParams, bar: tqdm[Any]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The dose of each direction for amplifying in base, chosen as :func:`tune` chooses; and the table of all."""
+    chosen, table = {}, []
+    for name in BASELINES:
+        values: dict[float, float] = {}
+        for dose in sorted(params.doses):
+            rows = answers(subject, subject.editor.direct("push", name, positions, dose), samples, None)
+            values[dose] = mean_accuracy(rows)
+            setting = {"edit": name, "positions": positions, "dose": dose}
+            table += [{"purpose": "amplify_base", **setting, **line} for line in by_task(rows, subject.examinee.tasks)]
+            bar.update(1)
+        best = max(values.values())
+        chosen[name] = next(dose for dose, value in values.items() if value >= best - params.tolerance)
+    return chosen, table
+
+
+def answers(subject: Subject, edit: Change | None, samples: list[Sample], shared: PromptCache | None) -> list[Row]:
+    """Answers under ``edit``, from ``shared`` prompts where it leaves them as they are."""
+    return subject.examinee.answer(samples, edit=edit, shared=None if edit is not None and edit.whole_prompt else shared)
+
+
 def arms(
-    subject: Subject, chosen: Setting, features: list[int], random_sets: list[list[int]]
-) -> Iterator[tuple[str, int, FeatureEdit | None]]:
-    """Every arm of one purpose with its edit: unedited, no-op, reconstruction only, the set, the random sets."""
+    purpose: str, subject: Subject, chosen: Setting, sets: FeatureSets, doses: Mapping[str, float]
+) -> Iterator[tuple[str, int, Change | None]]:
+    """Every arm of one purpose with its edit: unedited, no-op, reconstruction only, the feature sets by arm, and the
+    directions that need no dictionary."""
     editor = subject.editor
     yield "none", 0, None
-    yield "noop", 0, editor.edit("scale", features, chosen.positions, 1.0)
+    yield "noop", 0, editor.edit("scale", sets["set"][0], chosen.positions, 1.0)
     yield "reconstruction", 0, editor.edit("reconstruct", None, chosen.positions, 0.0)
-    yield "set", 0, editor.edit(chosen.edit, features, chosen.positions, chosen.dose)
-    for draw, drawn in enumerate(random_sets):
-        yield "random", draw, editor.edit(chosen.edit, drawn, chosen.positions, chosen.dose)
+    for arm, group in sets.items():
+        for draw, features in enumerate(group):
+            yield arm, draw, editor.edit(chosen.edit, features, chosen.positions, chosen.dose)
+    for name, dose in doses.items():
+        kind = "push" if purpose == "amplify_base" else "project"
+        yield name, 0, editor.direct(kind, name, chosen.positions, dose)
 
 
 def run_arms(
     purpose: str,
     subject: Subject,
     chosen: Setting,
-    features: list[int],
-    random_sets: list[list[int]],
+    sets: FeatureSets,
+    doses: Mapping[str, float],
     samples: list[Sample],
     bar: tqdm[Any],
 ) -> list[Row]:
@@ -162,87 +207,39 @@ def run_arms(
     before its last token, all arms share one reading of the prompts, the unedited one too."""
     rows = []
     shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
-    for arm, draw, edit in arms(subject, chosen, features, random_sets):
-        answered = subject.examinee.answer(samples, edit=edit, shared=shared)
+    for arm, draw, edit in arms(purpose, subject, chosen, sets, doses):
+        answered = answers(subject, edit, samples, shared)
         rows += [{"purpose": purpose, "model": PURPOSES[purpose], "arm": arm, **row, "draw": draw} for row in answered]
         bar.set_postfix_str(f"{purpose} {arm}", refresh=False)
         bar.update(1)
     return rows
 
 
-def effects(
-    rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int
+def collateral(
+    purpose: str,
+    subject: Subject,
+    chosen: Setting,
+    sets: FeatureSets,
+    doses: Mapping[str, float],
+    texts: list[Text],
+    params: InterveneParams,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """Change of accuracy against the unedited model, per purpose, arm, task and subset, with paired bootstrap
-    intervals and the band of the matched random draws. ``flipped`` holds the sample ids that base fails and GRPO
-    solves: chosen by outcome, so read it beside the full set."""
-    table: list[dict[str, Any]] = []
-    for purpose in dict.fromkeys(row["purpose"] for row in rows):
-        for task in tasks.values():
-            for subset in ("all", "flipped"):
-                group = [
-                    row
-                    for row in rows
-                    if row["purpose"] == purpose
-                    and row["task"] == task.name
-                    and (subset == "all" or row["sample_id"] in flipped)
-                ]
-                if group:
-                    table += _task_effects(purpose, task, subset, group, params, seed)
-    return table
-
-
-def _task_effects(
-    purpose: str, task: TaskInfo, subset: str, rows: list[Row], params: InterveneParams, seed: int
-) -> list[dict[str, Any]]:
-    answers: dict[tuple[str, int], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: str(row["sample_id"])):
-        answers.setdefault((row["arm"], row["draw"]), []).append(row)
-    asked = [row["sample_id"] for row in answers["none", 0]]
-    for (arm, draw), group in answers.items():
-        if [row["sample_id"] for row in group] != asked:
-            raise ValueError(f"{purpose} {arm} {draw}: other samples of {task.name} than the unedited model answered")
-    right = {key: np.array([row["correct"] for row in group], dtype=float) for key, group in answers.items()}
-    baseline, before = right["none", 0], answers["none", 0]
-    draws = [float((value - baseline).mean()) for (arm, _), value in right.items() if arm == "random"]
-    low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
-    table = []
-    for (arm, draw), value in right.items():
-        if arm == "none":
-            continue
-        effect = float((value - baseline).mean())
-        interval = (
-            stats.paired_difference(value, baseline, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
-            if arm != "random"
-            else None
-        )
-        beyond = None
-        if arm == "set" and draws:
-            beyond = effect > max(draws) if purpose == "amplify_base" else effect < min(draws)
-        table.append(
-            {
-                "purpose": purpose,
-                "model": PURPOSES[purpose],
-                "arm": arm,
-                "draw": draw,
-                "task": task.name,
-                "role": task.role,
-                "subset": subset,
-                "n": len(value),
-                "accuracy": float(value.mean()),
-                "baseline": float(baseline.mean()),
-                "effect": effect,
-                "low": interval.low if interval else None,
-                "high": interval.high if interval else None,
-                "steps": float(np.mean([row["manner"] == "steps" for row in answers[arm, draw]])),
-                "steps_baseline": float(np.mean([row["manner"] == "steps" for row in before])),
-                "parse_failures": float(np.mean([row["parsed"] is None for row in answers[arm, draw]])),
-                "random_low": float(low_random),
-                "random_high": float(high_random),
-                "beyond_random": beyond,
-            }
-        )
-    return table
+    """Perplexity of free text under every arm, which has no answer to start: edited at every token, the worst case.
+    Mean over texts of the change in nats per token, with its paired bootstrap interval over texts."""
+    examinee, everywhere = subject.examinee, chosen._replace(positions="all")
+    pad, size, before = examinee.tokenizer.pad_token_id, examinee.batch_size, np.empty(0)
+    written = [text.prompt + text.completion for text in texts]
+    ids = examinee.tokenizer(written, truncation=True, max_length=params.collateral_tokens)["input_ids"]
+    ids = [text for text in ids if len(text) > 1]
+    rows = []
+    for arm, draw, edit in arms(purpose, subject, everywhere, sets, doses):
+        nats = np.array(text_nats(examinee.model, ids, pad=pad, batch_size=size, edit=edit))
+        before = nats if arm == "none" else before
+        found = stats.paired_difference(nats, before, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+        change = {"change": found.value, "low": found.low, "high": found.high, "n": found.n}
+        rows.append({"purpose": purpose, "arm": arm, "draw": draw, "perplexity": float(np.exp(nats.mean())), **change})
+    return rows
 
 
 class Outcome(NamedTuple):
@@ -253,6 +250,9 @@ class Outcome(NamedTuple):
     dose: list[dict[str, Any]]
     samples: list[Row]
     effects: list[dict[str, Any]]
+    collateral: list[dict[str, Any]]
+    chosen: dict[str, Setting]
+    """Setting by purpose."""
 
     def summary(self) -> dict[str, Any]:
         """Per purpose and task: accuracy before and after the edit of the set, and whether it beats every random draw."""
@@ -266,10 +266,10 @@ class Outcome(NamedTuple):
 
 def intervene(
     subjects: dict[str, Subject],
-    features: list[int],
-    random_sets: list[list[int]],
+    sets: FeatureSets,
     tuning_sets: list[list[int]],
     samples: list[Sample],
+    texts: list[Text],
     params: InterveneParams,
     seed: int,
 ) -> Outcome:
@@ -277,22 +277,32 @@ def intervene(
 
     Settings are tuned on tune-split samples of the tasks used for finding, where dose curves are drawn too, with random
     sets of their own (``tuning_sets``); zeroing in SFT takes over what was chosen for GRPO. Everything else is measured
-    on the report split of every task, against ``random_sets``."""
-    tasks = subjects["grpo"].examinee.tasks
-    tuning_samples = [sample for sample in samples if sample.split == "tune" and tasks[sample.task].role == "find"]
+    on the report split of every task, against the other ``sets`` and the directions, and on free ``texts``."""
+    tasks, features = subjects["grpo"].examinee.tasks, sets["set"][0]
+    tuning_samples = tuning(samples, tasks)
     report_samples = [sample for sample in samples if sample.split == "report"]
-    curve_sets = {("set", 0): features} | {("random", i): drawn for i, drawn in enumerate(tuning_sets)}
+    curve_sets = {("set", 0): features} | {("random", i): members for i, members in enumerate(tuning_sets)}
     purposes = [purpose for purpose, model in PURPOSES.items() if model in subjects]
+    single = {"alone", "without"}
+    arm_sets = {
+        purpose: {arm: group for arm, group in sets.items() if purpose != "zero_sft" or arm not in single}
+        for purpose in purposes
+    }
     passes = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
-    passes += len(curve_sets) * len(params.doses) + len(purposes) * (4 + len(random_sets))
+    passes += (len(curve_sets) + len(BASELINES)) * len(params.doses)
+    passes += sum(3 + len(BASELINES) + sum(map(len, group.values())) for group in arm_sets.values())
     with tqdm(total=passes, desc="intervene", unit="pass") as bar:
-        zero, tuning = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, bar)
+        zero, table = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, bar)
         amplify, more = tune("amplify_base", subjects["base"], features, tuning_samples, params, bar)
         dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, bar)
+        doses, directions = tune_directions(subjects["base"], amplify.positions, tuning_samples, params, bar)
         chosen = {"zero_grpo": zero, "zero_sft": zero, "amplify_base": amplify}
         rows: list[Row] = []
+        spilled: list[dict[str, Any]] = []
         for purpose in purposes:
-            rows += run_arms(purpose, subjects[PURPOSES[purpose]], chosen[purpose], features, random_sets, report_samples, bar)
+            subject, setting, group = subjects[PURPOSES[purpose]], chosen[purpose], arm_sets[purpose]
+            rows += run_arms(purpose, subject, setting, group, doses, report_samples, bar)
+            spilled += collateral(purpose, subject, setting, group, doses, texts, params, seed)
     right = {
         purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]}
         for purpose in purposes
@@ -301,7 +311,9 @@ def intervene(
     choice = {
         "zero": {"positions": zero.positions},
         "amplify": amplify._asdict(),
+        "directions": doses,
         "features": features,
-        "random_sets": random_sets,
+        "sets": {arm: group for arm, group in sets.items() if arm not in single},
     }
-    return Outcome(choice, tuning + more, dose, rows, effects(rows, flipped, tasks, params, seed))
+    measured = effects(rows, flipped, tasks, params, seed)
+    return Outcome(choice, table + more + directions, dose, rows, measured, spilled, chosen)

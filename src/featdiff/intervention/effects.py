@@ -1,0 +1,90 @@
+"""What an edit did: paired change of accuracy per task against the unedited model, beside the matched random sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from featdiff import stats
+from featdiff.config import InterveneParams
+from featdiff.evaluation import Row
+from featdiff.tasks.task import TaskInfo
+
+
+def effects(
+    rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int
+) -> list[dict[str, Any]]:
+    """Change of accuracy against the unedited model, per purpose, arm, task and subset, with paired bootstrap
+    intervals and the band of the matched random draws. ``flipped`` holds the sample ids that base fails and GRPO
+    solves: chosen by outcome, so read it beside the full set."""
+    table: list[dict[str, Any]] = []
+    for purpose in dict.fromkeys(row["purpose"] for row in rows):
+        for task in tasks.values():
+            for subset in ("all", "flipped"):
+                group = [
+                    row
+                    for row in rows
+                    if row["purpose"] == purpose
+                    and row["task"] == task.name
+                    and (subset == "all" or row["sample_id"] in flipped)
+                ]
+                if group:
+                    table += _task_effects(purpose, task, subset, group, params, seed)
+    return table
+
+
+def _task_effects(
+    purpose: str, task: TaskInfo, subset: str, rows: list[Row], params: InterveneParams, seed: int
+) -> list[dict[str, Any]]:
+    answers: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row["sample_id"])):
+        answers.setdefault((row["arm"], row["draw"]), []).append(row)
+    asked = [row["sample_id"] for row in answers["none", 0]]
+    for (arm, draw), group in answers.items():
+        if [row["sample_id"] for row in group] != asked:
+            raise ValueError(f"{purpose} {arm} {draw}: other samples of {task.name} than the unedited model answered")
+    right = {key: np.array([row["correct"] for row in group], dtype=float) for key, group in answers.items()}
+    baseline, before = right["none", 0], answers["none", 0]
+    sign = 1 if purpose == "amplify_base" else -1
+    draws = [float((value - baseline).mean()) for (arm, _), value in right.items() if arm == "random"]
+    low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
+    table = []
+    for (arm, draw), value in right.items():
+        if arm == "none":
+            continue
+        effect = float((value - baseline).mean())
+        interval = (
+            stats.paired_difference(value, baseline, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+            if arm != "random"
+            else None
+        )
+        beyond = None
+        if arm != "random" and draws:
+            beyond = effect > max(draws) if purpose == "amplify_base" else effect < min(draws)
+        table.append(
+            {
+                "purpose": purpose,
+                "model": rows[0]["model"],
+                "arm": arm,
+                "draw": draw,
+                "task": task.name,
+                "role": task.role,
+                "subset": subset,
+                "n": len(value),
+                "accuracy": float(value.mean()),
+                "baseline": float(baseline.mean()),
+                "effect": effect,
+                "low": interval.low if interval else None,
+                "high": interval.high if interval else None,
+                "steps": float(np.mean([row["manner"] == "steps" for row in answers[arm, draw]])),
+                "steps_baseline": float(np.mean([row["manner"] == "steps" for row in before])),
+                "parse_failures": float(np.mean([row["parsed"] is None for row in answers[arm, draw]])),
+                "random_low": float(low_random),
+                "random_high": float(high_random),
+                "beyond_random": beyond,
+                "p_random": stats.draws_p(effect, draws, sign) if arm != "random" and draws else None,
+                "p_mcnemar": stats.mcnemar(value, baseline) if arm != "random" else None,
+            }
+        )
+    return table
