@@ -17,6 +17,8 @@ import numpy as np
 
 from featdiff import artifact
 from featdiff.artifact import write_json
+from featdiff.config import load_params
+from featdiff.intervention.effects import effects
 from featdiff.tasks.task import Sample, TaskInfo, write_rows
 
 MODELS = ("base", "sft", "grpo")
@@ -43,6 +45,8 @@ class Plan:
     n: int = 120
     n_features: int = 768
     random_sets: int = 20
+    jaccard: float = 0.8
+    """Agreement of crosscoder seeds on the set."""
     checkpoints: int = 5
     seed: int = 0
     roles: dict[str, str] = field(init=False)
@@ -371,10 +375,33 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
                 "expected_intersection": 0.0021,
                 "frequency": {str(i): 0.98 - 0.1 * k for k, i in enumerate(SET)} if found else {},
                 "overlap": overlap,
+                **({} if too_few else {"seeds": _seeds(plan), "variants": [], "shuffled": list(SET)}),
             },
+        )  # fmt: skip
+        sizes = [] if too_few else [(0.1, 9), (0.2, len(SET) if found else 0), (0.4, 2)]
+        write_rows(
+            out / "sweep.parquet",
+            [
+                {
+                    "threshold": threshold, "size": size, "expected_independent": 0.002, "expected_shuffled": 0.4,
+                    "p_shuffled": 1 / 201, "jaccard": 1.0 if threshold == 0.2 else 0.5,
+                }
+                for threshold, size in sizes
+            ],
         )  # fmt: skip
         write_rows(out / "scores.parquet", scores)
         write_json(out / "metrics.json", {})
+
+
+def _seeds(plan: Plan) -> dict[str, Any]:
+    sets = {"joint_topk": list(SET), "joint_topk_1": [1, 2, 3]}
+    partners = {str(k): {"joint_topk_1": {"feature": 2, "cosine": 0.9, "selected": True}} for k in SET}
+    return {
+        "sets": sets,
+        "jaccard": {"joint_topk · joint_topk_1": plan.jaccard},
+        "mean_jaccard": plan.jaccard,
+        "partners": partners,
+    }
 
 
 def _edited(plan: Plan, purpose: str, arm: str, task: str, was: bool, dose: float, rng: np.random.Generator) -> bool:
@@ -401,11 +428,12 @@ def _write_intervene(
             write_json(out / "metrics.json", {"status": plan.status})
         return
     report = [sample for sample in samples if sample.split == "report"]
-    rows, effects = [], []
+    rows = []
     for purpose, model in (("zero_grpo", "grpo"), ("zero_sft", "sft"), ("amplify_base", "base")):
         arms = [("none", 0), ("noop", 0), ("reconstruction", 0)]
         arms += [("set", 0), *(("random", i) for i in range(plan.random_sets))]
-        table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+        arms += [(arm, 0) for arm in ("shared", "base_specific", "shuffled", "mean_difference", "first_component")]
+        arms += [(arm, i) for arm in ("alone", "without") for i in range(len(SET)) if purpose != "zero_sft"]
         for arm, draw in arms:
             for sample in report:
                 before = answers[model][sample.sample_id]
@@ -430,67 +458,42 @@ def _write_intervene(
                     "sample_id": sample.sample_id,
                     "task": sample.task,
                 }
-                table.setdefault((arm, draw, sample.task), []).append(row)
                 rows.append(row)
-        effects += _effects(plan, purpose, model, tasks, table, answers)
+    wrong = {key for key, row in answers["base"].items() if not row["correct"]}
+    flipped = {key for key, row in answers["grpo"].items() if row["correct"] and key in wrong}
+    params = load_params("intervene", Path(__file__).parents[1] / "params.yaml")[0].model_copy(update={"bootstrap": 100})
+    found = effects(rows, flipped, {task.name: task for task in tasks}, params, 0)
     with published(root, "analysis/intervene") as out:
         write_json(out / "metrics.json", {"status": plan.status})
         chosen = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
         write_json(out / "choice.json", {"zero": {"positions": "prompt_last"}, "amplify": chosen, "features": list(SET)})
         write_rows(out / "samples.parquet", rows)
-        write_rows(out / "effects.parquet", effects)
+        write_rows(out / "effects.parquet", found)
         write_rows(out / "tuning.parquet", _tuning(plan, rng))
         write_rows(out / "dose.parquet", _doses(plan, rng))
+        write_rows(out / "collateral.parquet", _collateral(plan))
+        write_rows(out / "sensitivity.parquet", _sensitivity())
 
 
-def _effects(
-    plan: Plan,
-    purpose: str,
-    model: str,
-    tasks: list[TaskInfo],
-    table: dict[tuple[str, int, str], list[dict[str, Any]]],
-    answers: Any,
-) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for task in tasks:
-        flipped = {
-            row["sample_id"]
-            for row in table["none", 0, task.name]
-            if answers["grpo"][row["sample_id"]]["correct"] and not answers["base"][row["sample_id"]]["correct"]
-        }
-        for subset in ("all", "flipped"):
-            group = []
-            for (arm, draw, name), arm_rows in table.items():
-                kept = [i for i, row in enumerate(arm_rows) if subset == "all" or row["sample_id"] in flipped]
-                if name != task.name or arm == "none" or not kept:
-                    continue
-                after, before = ([source[i] for i in kept] for source in (arm_rows, table["none", 0, name]))
-                accuracy, baseline = (float(np.mean([row["correct"] for row in part])) for part in (after, before))
-                half = (
-                    1.96
-                    * np.std([a["correct"] - b["correct"] for a, b in zip(after, before, strict=True)])
-                    / np.sqrt(len(kept))
-                )
-                effect = accuracy - baseline
-                group.append(
-                    {
-                        "purpose": purpose, "model": model, "arm": arm, "draw": draw, "task": name, "role": task.role,
-                        "subset": subset,
-                        "n": len(kept), "accuracy": accuracy, "baseline": baseline, "effect": effect,
-                        "low": None if arm == "random" else effect - float(half),
-                        "high": None if arm == "random" else effect + float(half),
-                        "steps": _shares(after)["steps"], "steps_baseline": _shares(before)["steps"],
-                        "parse_failures": _shares(after)["parse_failures"],
-                    }
-                )  # fmt: skip
-            random = [row["effect"] for row in group if row["arm"] == "random"]
-            low, high = (float(np.percentile(random, q)) for q in (5, 95)) if random else (None, None)
-            for row in group:
-                beyond = None
-                if row["arm"] == "set":
-                    beyond = row["effect"] > max(random) if purpose == "amplify_base" else row["effect"] < min(random)
-                found.append(row | {"random_low": low, "random_high": high, "beyond_random": beyond})
-    return found
+def _collateral(plan: Plan) -> list[dict[str, Any]]:
+    facts = {"perplexity": 4.0, "low": -0.01, "high": 0.05, "n": 40}
+    arms = [("none", 0), ("noop", 0), ("set", 0), ("shared", 0), *(("random", i) for i in range(plan.random_sets))]
+    return [
+        {"purpose": purpose, "arm": arm, "draw": draw, "change": 0.0 if arm in ("none", "noop") else 0.02} | facts
+        for purpose in ("zero_grpo", "zero_sft", "amplify_base")
+        for arm, draw in arms
+    ]
+
+
+def _sensitivity() -> list[dict[str, Any]]:
+    setting = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
+    rows = []
+    for purpose, effect in (("zero_grpo", -0.8), ("amplify_base", 0.8)):
+        facts = {"purpose": purpose, "varied": "found by"} | setting
+        rows.append(facts | {"choice": "swap at prompt_last", "size": 5, "effect": effect, "random": 0.1})
+        rows.append(facts | {"choice": "slot at all", "size": 0, "effect": None, "random": None})
+        rows.append(facts | {"varied": "edited by", "choice": "add at all", "size": 5, "effect": 0.0, "random": 0.1})
+    return rows
 
 
 def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:

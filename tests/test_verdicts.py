@@ -139,7 +139,7 @@ def test_an_sft_that_answers_like_grpo_did_not_forget(full: Evidence) -> None:
 
 
 def test_l1_counts_are_shown_but_do_not_decide(full: Evidence) -> None:
-    assert {label for label, _, _ in own_features(full)} == {"joint, batchtopk", "joint, l1", "pairs, batchtopk"}
+    assert {label for label, _, _ in own_features(full)} == {"joint_topk, batchtopk", "joint_l1, l1", "pairs, batchtopk"}
     assert "l1" not in judged(full)["features"].evidence
 
 
@@ -159,3 +159,40 @@ def test_early_is_within_the_share_of_training(full: Evidence) -> None:
     assert early_checkpoint(full, 0.4) == (2, 5)
     assert early_checkpoint(full, 0.1) == (1, 5)
     assert early_checkpoint(replace(full, overlap=[]), 0.4) == (0, 0)
+
+
+def edited(evidence: Evidence, arm: str, **changes: object) -> Evidence:
+    """The same study with other numbers for one arm."""
+    return replace(evidence, effects=[row | (changes if row["arm"] == arm else {}) for row in evidence.effects])
+
+
+def test_a_set_that_ought_to_do_nothing_must_do_little(full: Evidence) -> None:
+    assert judged(full)["sufficient"].status == "supported"
+    shared = edited(full, "shared", effect=0.6)
+    assert judged(shared)["sufficient"].status == "not supported"
+    assert judged(shared)["necessary"].status == "supported"
+
+
+def test_a_mean_effect_like_those_of_random_sets_is_not_supported(full: Evidence) -> None:
+    verdict = judged(edited(full, "random", effect=-0.95))["necessary"]
+    assert verdict.status == "not supported"
+    assert any("p = 1.000" in criterion.text for criterion in verdict.criteria)
+
+
+def test_tests_of_single_tasks_are_corrected_for_their_number(full: Evidence) -> None:
+    verdict = judged(edited(full, "set", p_mcnemar=0.02))["necessary"]
+    assert any("McNemar" in criterion.text and criterion.holds is None for criterion in verdict.criteria)
+    assert verdict.status == "undecided"
+    assert "is found with 80%" in verdict.evidence.replace("\u202f", "").replace("\u00a0", "")
+    verdict = judged(edited(full, "set", p_mcnemar=0.012))["necessary"]
+    assert verdict.status == "supported"
+
+
+def test_the_weakest_link_names_an_unstable_set_and_a_simple_direction_that_does_as_much(tmp_path: Path) -> None:
+    unstable = study(tmp_path / "unstable", Plan(n=40, jaccard=0.2))
+    assert "not stable" in judged(unstable)["necessary"].weakest_link
+    stable = study(tmp_path / "stable", Plan(n=40))
+    assert "direction" not in judged(stable)["necessary"].weakest_link
+    assert "mean difference -0.95" in judged(edited(stable, "mean_difference", effect=-0.95))["necessary"].weakest_link.replace(
+        "−", "-"
+    )

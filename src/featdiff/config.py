@@ -388,6 +388,14 @@ class ReportParams(Params):
     """Largest share of all features that a small set may have."""
     min_heldout: Positive
     """Tasks never used in selection on which the set must act."""
+    alpha: Fraction
+    """Largest p-value, after correction for the number of tasks, that counts."""
+    power: Fraction
+    """With which the smallest detectable effect would be found."""
+    control_share: Fraction
+    """Share of the set's effect that a set which ought to do nothing may have."""
+    stable_jaccard: Fraction
+    """Mean agreement of crosscoder seeds from which the set counts as stable."""
 
 
 class Study(Params):

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from featdiff.config import ReportParams
-from featdiff.report import crosscoder_figures, model_figures, paper, set_figures, tables
+from featdiff.report import battery, crosscoder_figures, model_figures, paper, set_figures, tables
 from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR, Panel
 from featdiff.report.evidence import MODELS, Evidence
 from featdiff.report.verdicts import Judge, Verdict
@@ -79,6 +79,11 @@ def render(
         effect_tables=[
             (label, table) for purpose, label in set_figures.PURPOSES.items() if (table := tables.effect(evidence, purpose))
         ],
+        control_tables=[
+            (name, table) for purpose, name in set_figures.PURPOSES.items() if (table := battery.controls(evidence, purpose))
+        ],
+        battery={"singles": battery.singles(evidence), "sweep": battery.sweep(evidence), "seeds": battery.seeds(evidence)},
+        sensitivity_tables=battery.sensitivity(evidence),
         paper_tables=_published(evidence, params),
         panels=panels,
         examples=examples(evidence, judge, params.max_samples_shown),

@@ -16,7 +16,9 @@ from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
 MODELS = ("base", "sft", "grpo")
 ROLES = ("train", "find", "heldout", "control")
 
-NOT_TESTED: dict[str, Any] = {"choice": {}, "tuning": [], "dose": [], "effects": [], "edited": []}
+NOT_TESTED: dict[str, Any] = {
+    "choice": {}, "tuning": [], "dose": [], "effects": [], "edited": [], "collateral": [], "sensitivity": []
+}  # fmt: skip
 """What is known of interventions where no feature set was found."""
 
 Row = dict[str, Any]
@@ -71,10 +73,15 @@ class Evidence:
     trajectories: list[Row]
     localize: Row
     scores: list[Row]
+    sweep: list[Row]
+    """The selection at other thresholds."""
     choice: Row
     tuning: list[Row]
     dose: list[Row]
     effects: list[Row]
+    collateral: list[Row]
+    """Free text under every edit."""
+    sensitivity: list[Row]
     edited: list[Row]
     """Per-sample rows of the arms ``none`` and ``set``."""
 
@@ -157,6 +164,7 @@ def load(read: Callable[..., Path]) -> Evidence:
         trajectories=_rows(dynamics / "trajectories.parquet", "arm checkpoint feature_id change rank"),
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
+        sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
 
@@ -165,7 +173,7 @@ def _interventions(folder: Path) -> dict[str, Any]:
     """The tables of `intervene`, which writes them where there is a feature set to test."""
     effects = (
         "purpose model arm draw task role subset n accuracy baseline effect low high steps steps_baseline parse_failures "
-        "random_low random_high beyond_random"
+        "random_low random_high beyond_random p_random p_mcnemar"
     )
     answers = "purpose model arm draw sample_id task completion parsed correct manner"
     return {
@@ -173,6 +181,8 @@ def _interventions(folder: Path) -> dict[str, Any]:
         "tuning": _rows(folder / "tuning.parquet", "purpose edit positions dose task role n accuracy steps"),
         "dose": _rows(folder / "dose.parquet", "dose arm draw task role n accuracy"),
         "effects": _rows(folder / "effects.parquet", effects),
+        "collateral": _rows(folder / "collateral.parquet", "purpose arm draw perplexity change low high n"),
+        "sensitivity": _rows(folder / "sensitivity.parquet", "purpose varied choice size edit positions dose effect random"),
         "edited": _rows(folder / "samples.parquet", answers, ("arm", ["none", "set"])),
     }
 

@@ -12,6 +12,26 @@ def effects(evidence: Evidence, purpose: str, arm: str, subset: str = "all") -> 
     return [row for row in evidence.effects if (row["purpose"], row["arm"], row["subset"]) == (purpose, arm, subset)]
 
 
+CONTROLS = ("shared", "base_specific")
+"""Sets that ought to do nothing."""
+DIRECTIONS = ("mean_difference", "first_component")
+"""What a dictionary has to beat."""
+
+
+def sign_of(purpose: str) -> int:
+    """Direction in which the claim says that accuracy moves."""
+    return 1 if purpose == "amplify_base" else -1
+
+
+def mean_effects(evidence: Evidence, purpose: str, tasks: list[str]) -> dict[str, dict[int, float]]:
+    """Mean over ``tasks`` of the change of accuracy (all samples of the report split), by arm and draw."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for row in evidence.effects:
+        if (row["purpose"], row["subset"]) == (purpose, "all") and row["task"] in tasks:
+            values.setdefault(row["arm"], {}).setdefault(row["draw"], []).append(row["effect"])
+    return {arm: {draw: sum(found) / len(found) for draw, found in draws.items()} for arm, draws in values.items()}
+
+
 def clear(row: dict[str, Any], sign: int) -> bool:
     """Whether the set's effect has the claimed sign, an interval without zero, and lies beyond every random draw."""
     edge = row["low"] if sign > 0 else row["high"]
@@ -26,7 +46,7 @@ def past_percentile(row: dict[str, Any], sign: int) -> bool:
 
 def own_features(evidence: Evidence) -> list[tuple[str, int, int]]:
     """Features of SFT alone against features of GRPO alone, as (label, SFT, GRPO): within a three-model
-    crosscoder, and between two pair crosscoders of the same loss."""
+    crosscoder, and between two pair crosscoders with the base of the same loss."""
     counts: dict[tuple[str, str], int] = {}
     for row in evidence.features:
         key = (row["fit"], row["feature_class"])
@@ -35,8 +55,8 @@ def own_features(evidence: Evidence) -> list[tuple[str, int, int]]:
     pairs: dict[str, dict[str, str]] = {}
     for name, fit in evidence.fits.items():
         if {"sft", "grpo"} <= set(fit.models):
-            found.append((f"joint, {fit.config['loss']}", counts.get((name, "sft"), 0), counts.get((name, "grpo"), 0)))
-        elif len(fit.models) == 2:
+            found.append((f"{name}, {fit.config['loss']}", counts.get((name, "sft"), 0), counts.get((name, "grpo"), 0)))
+        elif len(fit.models) == 2 and fit.models[0] == "base":
             pairs.setdefault(fit.config["loss"], {})[fit.models[1]] = name
     for loss, arms in pairs.items():
         if {"sft", "grpo"} <= arms.keys():

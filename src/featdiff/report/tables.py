@@ -30,7 +30,8 @@ class Table:
     caption: str = ""
 
 
-def _label(text: str, note: str = "") -> Cell:
+def label(text: str, note: str = "") -> Cell:
+    """The name of a row."""
     return Cell(text, note, "label")
 
 
@@ -41,7 +42,7 @@ def accuracy(evidence: Evidence, judge: Judge) -> Table:
     for name, task in evidence.tasks.items():
         mode = evidence.primary_mode(name)
         held = {model: report_rows(evidence, model, mode).get(name) for model in MODELS}
-        cells = [_label(name, f"{ROLE_NAMES[task.role]}; {MODE_NAMES.get(mode, mode).lower()}")]
+        cells = [label(name, f"{ROLE_NAMES[task.role]}; {MODE_NAMES.get(mode, mode).lower()}")]
         cells += [_level(row) for row in held.values()]
         for model in ("grpo", "sft"):
             found = judge.estimate([name], right[model], right["base"])
@@ -61,20 +62,20 @@ def audit(evidence: Evidence) -> Table:
     """What both arms were given: the comparison is fair where the first rows agree."""
     sft, grpo = evidence.models["sft"].audit, evidence.models["grpo"].audit
     rows = []
-    for key, label in (
+    for key, name in (
         ("base_manifest", "start: the same base"),
         ("problems_sha256", "the same problems and solutions"),
         ("problems", "the same problems"),
     ):
         same = sft[key] == grpo[key]
         shown = [Cell(count(arm[key]) if key == "problems" else arm[key][:12]) for arm in (sft, grpo)]
-        rows.append([_label(label), *shown, Cell("yes" if same else "no", mark="good" if same else "bad")])
-    for key, label in (("samples_seen", "samples seen"), ("tokens_seen", "tokens seen"), ("updates", "updates")):
-        rows.append([_label(label), Cell(count(sft[key])), Cell(count(grpo[key])), Cell("reported")])
+        rows.append([label(name), *shown, Cell("yes" if same else "no", mark="good" if same else "bad")])
+    for key, name in (("samples_seen", "samples seen"), ("tokens_seen", "tokens seen"), ("updates", "updates")):
+        rows.append([label(name), Cell(count(sft[key])), Cell(count(grpo[key])), Cell("reported")])
     steps = [Cell(", ".join(str(step) for step in arm["checkpoints"]), mark="text") for arm in (sft, grpo)]
-    rows.append([_label("checkpoints at update"), *steps, Cell("reported")])
+    rows.append([label("checkpoints at update"), *steps, Cell("reported")])
     reward = moved(number(grpo.get("reward_first")), number(grpo.get("reward_last")))
-    rows.append([_label("reward, first → last"), Cell(MISSING), Cell(reward), Cell("reported")])
+    rows.append([label("reward, first → last"), Cell(MISSING), Cell(reward), Cell("reported")])
     return Table(["", "SFT", "GRPO", "equal"], rows)
 
 
@@ -85,7 +86,7 @@ def crosscoders(evidence: Evidence) -> Table:
         models = " · ".join(MODEL_NAMES.get(model, model) for model in fit.models)
         rows.append(
             [
-                _label(name, models),
+                label(name, models),
                 Cell(fit.config["loss"]),
                 *fve,
                 Cell(number(fit.metrics["l0"], 1)),
@@ -111,7 +112,7 @@ def classes(evidence: Evidence) -> Table:
             else Cell(MISSING)
             for label in labels
         ]
-        rows.append([_label(name, fit.config["loss"]), *cells])
+        rows.append([label(name, fit.config["loss"]), *cells])
     head = ["crosscoder", "shared", "base alone", "SFT alone", "GRPO alone", "mixed", "dead"]
     caption = "L1 is known to split shared features into one-model ones (arXiv 2504.02922): compare its rows with BatchTopK's."
     return Table(head, rows, caption)
@@ -125,7 +126,7 @@ def flipped(evidence: Evidence) -> Table:
         if name in found["skipped"]:
             rows.append(
                 [
-                    _label(name),
+                    label(name),
                     Cell(MISSING),
                     Cell(MISSING),
                     Cell(MISSING),
@@ -135,7 +136,7 @@ def flipped(evidence: Evidence) -> Table:
         elif name in found["per_task"]:
             task = found["per_task"][name]
             cells = [Cell(count(task["n_flipped"])), Cell(number(task["max_score"], 3)), Cell(count(len(task["selected"])))]
-            rows.append([_label(name), *cells, Cell("took part")])
+            rows.append([label(name), *cells, Cell("took part")])
     return Table(["task", "flipped samples", "largest score", "features above threshold", ""], rows)
 
 
@@ -155,7 +156,7 @@ def selection(evidence: Evidence) -> Table:
         frequency = found["frequency"].get(str(feature))
         rows.append(
             [
-                _label(str(feature)),
+                label(str(feature)),
                 Cell(percent(frequency)),
                 Cell(facts["feature_class"]),
                 Cell(norm),
@@ -188,7 +189,7 @@ def effect(evidence: Evidence, purpose: str) -> Table | None:
         beyond = row["beyond_random"]
         rows.append(
             [
-                _label(name, ROLE_NAMES[task.role]),
+                label(name, ROLE_NAMES[task.role]),
                 Cell(moved(number(row["baseline"]), number(row["accuracy"])), f"n = {count(row['n'])}"),
                 Cell(signed(row["effect"]), interval(row["low"], row["high"])),
                 Cell(interval(row["random_low"], row["random_high"]) or MISSING),

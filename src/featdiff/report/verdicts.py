@@ -17,16 +17,19 @@ from featdiff.config import ReportParams
 from featdiff.report.evidence import Evidence
 from featdiff.report.paired import Outcomes
 from featdiff.report.quantities import (
+    CONTROLS,
+    DIRECTIONS,
     clear,
     early_checkpoint,
     early_overlap,
     effects,
+    mean_effects,
     own_features,
     past_percentile,
     total_change,
 )
 from featdiff.report.words import change, interval, listed, number, percent, short, signed, things
-from featdiff.stats import Interval, mean_over_strata
+from featdiff.stats import Interval, detectable, draws_p, holm, mean_over_strata
 
 Status = Literal["supported", "not supported", "undecided"]
 
@@ -292,6 +295,9 @@ class Judge:
             Criterion(
                 f"at least {FEWEST_DRAWS} different matched random sets: {draws}", True if draws >= FEWEST_DRAWS else None
             ),
+            self._chance(purpose, sign),
+            self._per_task(rows, found, sign),
+            self._does_nothing(purpose, sign),
             Criterion(f"found on more than one task: {things(len(found), 'task')}", True if len(found) > 1 else None),
             Criterion(
                 f"small, at most {percent(p.small_set)} of the features: {evidence.set_size} of {evidence.n_features}",
@@ -310,9 +316,65 @@ class Judge:
             f"{len(beyond['found'])} of {len(found)} and {len(beyond['heldout'])} of {len(heldout)}."
         )
         status = decide(criteria)
+        if status != "supported":
+            said += self._resolution(purpose, found)
         if status == "supported" and all(past_percentile(rows[task], sign) for task in found):
             said += " The effect is causal in the sense of this study: beyond the 95th percentile of matched random sets."
-        return Verdict(key, claim, status, said, _weakest_effect(criteria, rows, [*found, *heldout], sign), criteria)
+        weakest = self._weakest(criteria, purpose, sign) or _weakest_effect(rows, [*found, *heldout], sign)
+        return Verdict(key, claim, status, said, weakest, criteria)
+
+    def _chance(self, purpose: str, sign: int) -> Criterion:
+        means = mean_effects(self.evidence, purpose, self.evidence.found_on)
+        if "random" not in means:
+            return Criterion("mean effect against matched random sets: none drawn", None)
+        p = draws_p(means["set"][0], list(means["random"].values()), sign)
+        text = f"mean effect against matched random sets, p at most {number(self.params.alpha)}: p = {number(p, 3)}"
+        return Criterion(text, True if p <= self.params.alpha else False if p > 0.5 else None)
+
+    def _per_task(self, rows: dict[str, dict[str, Any]], tasks: list[str], sign: int) -> Criterion:
+        adjusted = holm({task: rows[task]["p_mcnemar"] for task in tasks if task in rows})
+        sure = [task for task, p in adjusted.items() if p <= self.params.alpha and sign * rows[task]["effect"] > 0]
+        text = (
+            f"changes answers on every task it was found on (McNemar, Holm over tasks, p at most {number(self.params.alpha)}): "
+            f"{len(sure)} of {len(adjusted)}"
+        )
+        return Criterion(text, True if adjusted and len(sure) == len(adjusted) else None)
+
+    def _does_nothing(self, purpose: str, sign: int) -> Criterion:
+        """Shared and base-specific sets must not do what the set does."""
+        means, share = mean_effects(self.evidence, purpose, self.evidence.found_on), self.params.control_share
+        held = {name.replace("_", "-"): means[name][0] for name in CONTROLS if name in means}
+        words = listed([f"{name} {signed(value)}" for name, value in held.items()])
+        text = f"as many shared or base-specific features do at most {percent(share)} of it: {words}"
+        within = [sign * value <= share * sign * means["set"][0] for value in held.values()]
+        return Criterion(text, None if not held else all(within))
+
+    def _resolution(self, purpose: str, tasks: Sequence[str]) -> str:
+        """What effect the questions at hand could have shown."""
+        numbers = self.outcomes.by_task(tasks, self.outcomes.edited(purpose, "set"), self.outcomes.edited(purpose, "none"))
+        pooled = np.concatenate([*numbers.values(), np.empty(0)])
+        if len(pooled) < 2 or pooled.std(ddof=1) == 0:
+            return ""
+        least = detectable(float(pooled.std(ddof=1)), len(pooled), confidence=self.params.confidence, power=self.params.power)
+        return (
+            f" With {things(len(pooled), 'question')} of this spread, a change of {number(least)} is found with "
+            f"{percent(self.params.power)} probability."
+        )
+
+    def _weakest(self, criteria: Sequence[Criterion], purpose: str, sign: int) -> str:
+        if open_one := next((criterion for criterion in criteria if not criterion.holds), None):
+            return f"It fails or stays open at this: {open_one.text}."
+        agreement = (self.evidence.localize.get("seeds") or {}).get("mean_jaccard")
+        if agreement is not None and agreement < self.params.stable_jaccard:
+            return (
+                f"The set is not stable: other seeds of the crosscoder find sets with a Jaccard index of {number(agreement)}."
+            )
+        means = mean_effects(self.evidence, purpose, self.evidence.found_on)
+        simple = {name: means[name][0] for name in DIRECTIONS if name in means}
+        best = max(simple, key=lambda name: sign * simple[name], default=None)
+        if best and sign * simple[best] >= sign * means["set"][0] - self.params.min_effect:
+            return f"A simple direction does as much without a dictionary: {best.replace('_', ' ')} {signed(simple[best])}."
+        return ""
 
 
 def _reversed(estimate: Interval | None) -> Interval | None:
@@ -335,12 +397,10 @@ def nothing_to_edit(evidence: Evidence, rows: dict[str, Any]) -> str:
     return "" if rows else "The table of effects holds no row for the feature set."
 
 
-def _weakest_effect(criteria: Sequence[Criterion], rows: dict[str, dict[str, Any]], tasks: list[str], sign: int) -> str:
-    if open_one := next((criterion for criterion in criteria if not criterion.holds), None):
-        return f"It fails or stays open at this: {open_one.text}."
+def _weakest_effect(rows: dict[str, dict[str, Any]], tasks: list[str], sign: int) -> str:
     least = min((rows[task] for task in tasks if task in rows), key=lambda row: sign * row["effect"])
     matched = f"matched random sets 5th to 95th percentile {interval(least['random_low'], least['random_high'])}"
     return (
         f"Smallest on {least['task']}: {signed(least['effect'])} {interval(least['low'], least['high'])}, "
-        f"n = {least['n']} ({matched}). One crosscoder seed."
+        f"n = {least['n']} ({matched}). One training run per arm."
     )
