@@ -1,14 +1,19 @@
-"""Which features move over the checkpoints of both arms, read in one fixed dictionary."""
+"""Which features move over the checkpoints of both arms: in one fixed dictionary, and in crosscoders trained on."""
+
+import torch
 
 from featdiff.activations.store import ActivationStore
-from featdiff.analysis.dynamics import change_from_base, overlap_rows, trajectory_rows
+from featdiff.analysis.dynamics import change_from_base, overlap_rows, refit, trajectory_rows
 from featdiff.artifact import read_json
+from featdiff.config import load_study
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.launch import stage
 from featdiff.tasks.task import write_rows
 
 with stage("dynamics", out="analysis/dynamics") as run:
-    crosscoder = Crosscoder.load(run.read(f"crosscoders/{run.params.fit}"))
+    params = run.params
+    crosscoder = Crosscoder.load(run.read(f"crosscoders/{params.fit}"))
+    training = load_study().crosscoder.training.model_copy(update={"steps": params.refit_steps, "lr": params.refit_lr})
     base = run.read("activations/base")
     overlaps, trajectories = [], []
     for arm in ("sft", "grpo"):
@@ -17,13 +22,17 @@ with stage("dynamics", out="analysis/dynamics") as run:
         rows = index["checkpoint_rows"] or index["rows"]
         series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
         before = ActivationStore({"base": base, arm: folder}).read(0, rows)[:, 0]
-        changes = {
-            number: change_from_base(crosscoder, before, ActivationStore({arm: folder}, name).read(0, rows)[:, 0], arm)
-            for number, name in enumerate(series, start=1)
-        }
-        overlaps += overlap_rows(arm, changes, run.params.top)
+        after = {i: ActivationStore({arm: folder}, name).read(0, rows)[:, 0] for i, name in enumerate(series, start=1)}
+        changes = {i: change_from_base(crosscoder, before, acts, arm) for i, acts in after.items()}
+        odd, even = (change_from_base(crosscoder, before[part::2], after[len(after)][part::2], arm) for part in (0, 1))
+        overlaps += overlap_rows(arm, "fixed", changes, (odd, even), params.top)
         trajectories += trajectory_rows(arm, changes)
+        pair = Crosscoder.load(run.read(f"crosscoders/{params.pairs[arm]}"))
+        pairs = {i: torch.stack([before, acts], dim=1) for i, acts in after.items()}
+        ranked = {i: refit(pair, acts, training, run.seed, f"{arm} {i}") for i, acts in pairs.items()}
+        again = refit(pair, pairs[len(after)], training, run.seed + 1, f"{arm} again")
+        overlaps += overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
     write_rows(run.out / "overlap.parquet", overlaps)
     write_rows(run.out / "trajectories.parquet", trajectories)
-    first = {row["arm"]: row["overlap"] for row in overlaps if row["a"] == 1 and row["top"] == max(run.params.top)}
-    run.metrics({"overlap_first_last": first})
+    wanted = {"method": "fixed", "a": 1, "b": len(after), "top": max(params.top)}
+    run.metrics({"overlap_first_last": {row["arm"]: row["overlap"] for row in overlaps if wanted.items() <= row.items()}})

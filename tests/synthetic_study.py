@@ -326,7 +326,11 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
                 for b in range(1, K + 1):
                     pace = 0.04 if arm == "sft" else 0.15
                     value = 1.0 if a == b else max(0.0, 1 - pace * abs(a - b) - 0.02 * (top == 10))
-                    overlap.append({"arm": arm, "top": top, "a": a, "b": b, "overlap": round(value * top) / top})
+                    facts = {"arm": arm, "top": top, "overlap": round(value * top) / top}
+                    overlap += [facts | {"method": method, "a": a, "b": b} for method in ("fixed", "refit")]
+            overlap += [
+                {"arm": arm, "top": top, "overlap": 0.95, "method": method, "a": 0, "b": 0} for method in ("fixed", "refit")
+            ]
         final = rng.lognormal(-2, 1.2, plan.n_features) * (2.2 if arm == "sft" else 1.0)
         for step in range(K + 1):
             reached = (1 - np.exp(-2.5 * step / K)) if arm == "sft" else step / K

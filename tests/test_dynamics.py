@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.analysis import dynamics
-from featdiff.analysis.dynamics import change_from_base, overlap_rows, top_overlap, trajectory_rows
-from tiny import random_crosscoder
+from featdiff.analysis.dynamics import change_from_base, overlap_rows, refit, top_overlap, trajectory_rows
+from featdiff.config import CrosscoderTraining
+from tiny import params_of, random_crosscoder
 
 MODELS = ("base", "sft", "grpo")
 
@@ -65,7 +66,12 @@ def changes() -> dict[int, Tensor]:
 
 
 def test_every_pair_of_checkpoints_for_every_size() -> None:
-    rows = overlap_rows("sft", changes(), [1, 2])
+    floor = (torch.tensor([3.0, 2, 1]), torch.tensor([3.0, 1, 2]))
+    rows = overlap_rows("sft", "fixed", changes(), floor, [1, 2])
+    assert {row["method"] for row in rows} == {"fixed"}
+    done_twice = {row["top"]: row["overlap"] for row in rows if row["a"] == row["b"] == 0}
+    assert done_twice == {1: 1.0, 2: 0.5}
+    rows = [row for row in rows if row["a"]]
     assert len(rows) == 2 * 3 * 3
     table = {(row["top"], row["a"], row["b"]): row["overlap"] for row in rows}
     assert all(table[top, a, a] == 1 for top in (1, 2) for a in (1, 2, 3))
@@ -88,3 +94,23 @@ def test_trajectories_follow_every_feature_from_zero_on() -> None:
     assert table[3, 1] == (1, 4)
     for checkpoint in (1, 2, 3):
         assert sorted(table[checkpoint, k][1] for k in range(5)) == [1, 2, 3, 4, 5]
+
+
+def test_training_on_keeps_the_numbers_of_features_and_follows_the_checkpoint() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pair = random_crosscoder(("base", "sft"), d_model=16, n_features=12)
+    directions = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q[:12]
+    pair.W_dec.data = directions.unsqueeze(1).repeat(1, 2, 1)
+    pair.W_enc.data, pair.scale = pair.W_dec.data.permute(1, 2, 0) / 2, torch.ones(2)
+    source = torch.relu(torch.randn(4000, 12, generator=generator) - 0.5)
+    acts = (source @ directions).unsqueeze(1).repeat(1, 2, 1)
+    acts[:, 1] -= source[:, 3:4] * directions[3]  # what the checkpoint does not have yet
+    small = {"n_features": 12, "batch_tokens": 200, "steps": 150, "lr": 0.01, "k": 3, "dead_after_tokens": 10**6}
+    training = params_of(CrosscoderTraining, "crosscoder", "training", **small)
+    found = refit(pair, acts, training, 0, "test")
+    others = torch.cat([found[:3], found[4:]])
+    assert found[3] < 0.3
+    assert (others - 0.5).abs().max() < 0.15
+    again = refit(pair, acts, training, 1, "test")
+    assert not torch.equal(found, again)
+    torch.testing.assert_close(found, refit(pair, acts, training, 0, "test"))

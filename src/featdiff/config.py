@@ -311,6 +311,11 @@ class DynamicsParams(Params):
     """The crosscoder that serves as fixed dictionary."""
     top: Annotated[list[Positive], Field(min_length=1)]
     """Sizes n of the top-n sets whose overlap over checkpoints is reported."""
+    pairs: dict[Literal["sft", "grpo"], Name]
+    """The crosscoder of base and each arm, from which those of its checkpoints start."""
+    refit_steps: Positive
+    """Steps for which they are trained on."""
+    refit_lr: Rate
 
 
 class LocalizeParams(Params):
@@ -426,6 +431,16 @@ class Study(Params):
             if missing := sorted(needed - set(self.crosscoder.fits[fit].models)):
                 raise ValueError(
                     f"{section}.fit = {fit} does not hold {', '.join(missing)}, which {section} reads; take another fit"
+                )
+        for arm in ("sft", "grpo"):
+            pair = self.dynamics.pairs.get(arm, "none")
+            if pair not in self.crosscoder.fits or list(self.crosscoder.fits[pair].slots) != ["base", arm]:
+                raise ValueError(f"dynamics.pairs.{arm} = {pair} is not a fit of base and {arm} in crosscoder.fits; add one")
+        fits, first = self.crosscoder.fits, self.crosscoder.fits[self.localize.fit]
+        for name in self.localize.seeds:
+            if name not in fits or fits[name].models != first.models:
+                raise ValueError(
+                    f"localize.seeds: {name} is no fit of the models of {self.localize.fit}; add it or leave it out"
                 )
         return self
 

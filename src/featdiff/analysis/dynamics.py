@@ -1,8 +1,11 @@
-"""Which features move, and when: checkpoints of both arms read in one fixed dictionary.
+"""Which features move, and when, told in two ways that can fail differently.
 
-Every checkpoint's residual stream on the same tokens is read with the swap readout; a feature's change against
-the base is mean |f_k^checkpoint − f_k^base| · ‖d_k‖ (ours). Top-n sets of checkpoints are compared by their overlap
-|A ∩ B| / n (the paper's measure). N token rows, F features.
+``fixed``: every checkpoint's residual stream on the same tokens is read in one dictionary with the swap readout; a
+feature's change against the base is mean |f_k^checkpoint − f_k^base| · ‖d_k‖ (ours). ``refit``: a crosscoder of base and
+checkpoint, started from the one of base and final model and trained on, so that its features keep their numbers; ranked
+by NRN (the paper's ranking). Top-n sets of checkpoints are compared by their overlap |A ∩ B| / n (the paper's measure),
+against a floor: the last checkpoint done twice, with other tokens (fixed) or another seed (refit).
+N token rows, F features.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featdiff.activations.store import READ_ROWS
+from featdiff.activations.tensor import ActivationTensor
+from featdiff.analysis.attribution import nrn
+from featdiff.config import CrosscoderTraining
+from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 
@@ -35,13 +42,26 @@ def top_overlap(a_F: Float[Tensor, " F"], b_F: Float[Tensor, " F"], top: int) ->
     return len(set(a_F.topk(n).indices.tolist()) & set(b_F.topk(n).indices.tolist())) / n
 
 
-def overlap_rows(arm: str, changes: Mapping[int, Tensor], tops: list[int]) -> list[dict[str, Any]]:
-    """Overlap of every pair of checkpoints of one arm for every n; ``changes`` by checkpoint number."""
+def refit(
+    crosscoder: Crosscoder, acts_NMD: Float[Tensor, "N 2 D"], training: CrosscoderTraining, seed: int, label: str
+) -> Float[Tensor, " F"]:
+    """NRN of every feature after ``crosscoder`` was trained on for ``training.steps`` on a checkpoint's activations; −1
+    for features that never fire on them."""
+    source = ActivationTensor(crosscoder.models, acts_NMD)
+    made, _, statistics = fit(source, crosscoder.loss, training, seed, lambda *_: None, label, warm=crosscoder)
+    return torch.where(statistics["firing_rate"] > 0, nrn(made.W_dec), -1.0)
+
+
+def overlap_rows(
+    arm: str, method: str, ranked: Mapping[int, Tensor], floor: tuple[Tensor, Tensor], tops: list[int]
+) -> list[dict[str, Any]]:
+    """Overlap of every pair of checkpoints of one arm for every n, ``ranked`` by checkpoint number; and of the last one
+    done twice, the ``floor``, as a = b = 0."""
+    pairs = {(a, b): (ranked[a], ranked[b]) for a in ranked for b in ranked} | {(0, 0): floor}
     return [
-        {"arm": arm, "top": top, "a": a, "b": b, "overlap": top_overlap(changes[a], changes[b], top)}
+        {"arm": arm, "method": method, "top": top, "a": a, "b": b, "overlap": top_overlap(*values, top)}
         for top in tops
-        for a in changes
-        for b in changes
+        for (a, b), values in pairs.items()
     ]
 
 

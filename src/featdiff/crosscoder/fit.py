@@ -25,15 +25,15 @@ THRESHOLD_MEMORY = 0.99
 GUESS = 0.8
 
 
-def _statistics(source: ActivationSource, stop: int) -> tuple[Tensor, Tensor, float]:
-    """Scale [M] that brings the mean norm of each model to √D, mean [M, D] of the scaled rows, and their total
-    variance (mean squared distance to the mean, summed over models), over rows 0 to ``stop``."""
+def _statistics(source: ActivationSource, stop: int, given: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """Scale [M] that brings the mean norm of each model to √D (or the ``given`` one), mean [M, D] of the scaled rows,
+    and their total variance (mean squared distance to the mean, summed over models), over rows 0 to ``stop``."""
     norm, square = torch.zeros(2, len(source.models), dtype=torch.float64)
     total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
     for rows in map(Tensor.double, in_order(source, 0, stop)):
         norm += rows.norm(dim=-1).sum(0)
         total, square = total + rows.sum(0), square + rows.square().sum((0, 2))
-    scale = source.d_model**0.5 / (norm / stop)
+    scale = source.d_model**0.5 / (norm / stop) if given is None else given.double()
     mean = total / stop * scale[:, None]
     variance = (square / stop * scale**2 - mean.square().sum(1)).sum()
     return scale.float(), mean.float(), float(variance)
@@ -84,9 +84,10 @@ def fit(
     label: str,
     *,
     tied: bool = True,
+    warm: Crosscoder | None = None,
 ) -> tuple[Crosscoder, dict[str, Any], dict[str, Tensor]]:
     """Train a crosscoder; returns it with final metrics and per-feature statistics [F]. ``tied``: all models start from
-    the same decoder rows.
+    the same decoder rows. ``warm``: start from this crosscoder instead, its scale and threshold with it.
 
     The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises ContractError for rows or batches that
     cannot be shared out, FloatingPointError at NaN or infinity."""
@@ -100,10 +101,13 @@ def fit(
         field, expected = "crosscoder.training.batch_tokens", f"a multiple of {accelerator.num_processes} (processes)"
         raise ContractError("params.yaml", field, expected, params.batch_tokens, "change it")
     crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)
-    crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed), tied=tied)
-    scale, mean, variance = _statistics(source, train_rows)
-    crosscoder.scale.copy_(scale)
-    crosscoder.b_dec.data.copy_(mean)
+    scale, mean, variance = _statistics(source, train_rows, None if warm is None else warm.scale)
+    if warm is None:
+        crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed), tied=tied)
+        crosscoder.scale.copy_(scale)
+        crosscoder.b_dec.data.copy_(mean)
+    else:
+        crosscoder.load_state_dict(warm.state_dict())
     crosscoder.to(accelerator.device)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=params.lr, fused=True)
     warmup, decay = (round(share * params.steps) for share in (params.warmup_share, params.decay_share))

@@ -59,7 +59,7 @@ def render(
     under ``figures/``. ``parents`` are the hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
-    panels = figures(evidence)
+    panels = figures(evidence, params)
     index = environment.get_template("template.html.j2").render(
         params=params,
         profile=profile,
@@ -95,7 +95,7 @@ def render(
     }
 
 
-def figures(evidence: Evidence) -> dict[str, Panel | list[tuple[str, Panel]] | None]:
+def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[tuple[str, Panel]] | None]:
     """Every figure of the report by name: a panel, labelled panels of which one shows at a time, or nothing to show."""
     return {
         "accuracy": model_figures.accuracy(evidence),
@@ -106,6 +106,7 @@ def figures(evidence: Evidence) -> dict[str, Panel | list[tuple[str, Panel]] | N
         "mas": crosscoder_figures.mas(evidence),
         "trajectories": crosscoder_figures.trajectories(evidence),
         "overlaps": crosscoder_figures.overlaps(evidence),
+        "overlap-size": crosscoder_figures.overlap_against_size(evidence, params.early_share),
         "scores": set_figures.scores(evidence),
         "tuning": set_figures.tuning(evidence),
         "doses": set_figures.doses(evidence),

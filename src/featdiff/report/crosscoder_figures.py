@@ -22,7 +22,7 @@ from featdiff.report.charts import (
     title,
 )
 from featdiff.report.evidence import MODELS, Evidence, series
-from featdiff.report.quantities import total_change
+from featdiff.report.quantities import early_checkpoint, early_overlap, total_change
 
 MOST_POINTS = 3000
 """Features drawn one by one; of more, every so many-th is drawn and the caption says so."""
@@ -132,7 +132,10 @@ def overlaps(evidence: Evidence) -> list[tuple[str, Panel]]:
     for top in sorted({row["top"] for row in evidence.overlap}):
         figures = []
         for arm in ("sft", "grpo"):
-            cells = {(row["a"], row["b"]): row["overlap"] for row in evidence.overlap if (row["arm"], row["top"]) == (arm, top)}
+            wanted = {"arm": arm, "top": top, "method": "fixed"}
+            cells = {
+                (row["a"], row["b"]): row["overlap"] for row in evidence.overlap if row["a"] and wanted.items() <= row.items()
+            }
             steps = sorted({step for pair in cells for step in pair})
             grid = [[cells.get((a, b)) for b in steps] for a in steps]
             trace = matrix(steps, steps, grid, "checkpoints %{y} and %{x}: %{z:.2f}")
@@ -142,6 +145,27 @@ def overlaps(evidence: Evidence) -> list[tuple[str, Panel]]:
         caption = f"Share of the {top} most changed features that two checkpoints have in common. One training run per arm."
         panels.append((f"top {top}", Panel(figures, caption, [], 280)))
     return panels
+
+
+def overlap_against_size(evidence: Evidence, early_share: float) -> Panel | None:
+    """Overlap of an early checkpoint with the last one against n, one figure per method, with the floor of each arm."""
+    early, last = early_checkpoint(evidence, early_share)
+    names = {"fixed": "In one dictionary", "refit": "Crosscoder trained on per checkpoint"}
+    figures = []
+    for method, name in names.items():
+        drawn = []
+        for arm in ("sft", "grpo"):
+            for a, b, colour in ((early, last, MODEL_COLOURS[arm]), (0, 0, mixed(MODEL_COLOURS[arm], 0.45))):
+                points = early_overlap(evidence, arm, a, b, method)
+                label = f"{MODEL_NAMES[arm]}{'' if a else ', done twice'}"
+                drawn.append((label, colour, [(float(top), value) for top, value in points.items()]))
+        if any(points for *_, points in drawn):
+            figures.append(lines(f"overlap-size-{method}", name, drawn, "n", "overlap"))
+    caption = (
+        f"Share of the top n features that checkpoint {early} has in common with the last. Pale: the last checkpoint done twice, "
+        "with other tokens or another seed: no overlap can be read as higher than that."
+    )
+    return Panel(figures, caption, models_legend(("sft", "grpo")), 320) if figures else None
 
 
 def trajectories(evidence: Evidence, top: int = 10) -> Panel | None:

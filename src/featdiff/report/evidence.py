@@ -160,7 +160,7 @@ def load(read: Callable[..., Path]) -> Evidence:
         },
         fits={name: _fit(read(f"crosscoders/{name}")) for name in fits},
         features=features,
-        overlap=_rows(dynamics / "overlap.parquet", "arm top a b overlap"),
+        overlap=_rows(dynamics / "overlap.parquet", "arm method top a b overlap"),
         trajectories=_rows(dynamics / "trajectories.parquet", "arm checkpoint feature_id change rank"),
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),

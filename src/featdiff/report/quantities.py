@@ -70,10 +70,11 @@ def early_checkpoint(evidence: Evidence, early_share: float) -> tuple[int, int]:
     return (max(1, int(early_share * last + 1e-9)) if last else 0), last
 
 
-def early_overlap(evidence: Evidence, arm: str, early: int, last: int) -> list[float]:
-    """Overlap of the early checkpoint's top-n features with the last one's, by ascending n."""
-    rows = [row for row in evidence.overlap if (row["arm"], row["a"], row["b"]) == (arm, early, last)]
-    return [row["overlap"] for row in sorted(rows, key=lambda row: row["top"])]
+def early_overlap(evidence: Evidence, arm: str, early: int, last: int, method: str = "fixed") -> dict[int, float]:
+    """Overlap of the early checkpoint's top-n features with the last one's, by ascending n; 0 and 0 for the floor."""
+    wanted = {"arm": arm, "method": method, "a": early, "b": last}
+    rows = [row for row in evidence.overlap if wanted.items() <= row.items()]
+    return {row["top"]: row["overlap"] for row in sorted(rows, key=lambda row: row["top"])}
 
 
 def total_change(evidence: Evidence, arm: str) -> dict[int, float]:

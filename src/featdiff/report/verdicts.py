@@ -210,7 +210,7 @@ class Judge:
         pairs = own_features(self.evidence)
         counted = [pair for pair in pairs if pair[0].endswith("batchtopk")] or pairs
         early, last = early_checkpoint(self.evidence, p.early_share)
-        kept = {arm: early_overlap(self.evidence, arm, early, last) for arm in ("sft", "grpo")}
+        kept = {arm: list(early_overlap(self.evidence, arm, early, last).values()) for arm in ("sft", "grpo")}
         moved = {arm: total_change(self.evidence, arm).get(last) for arm in ("sft", "grpo")}
         more = [sft >= p.own_features_ratio * max(1, grpo) for _, sft, grpo in counted]
         fewer = [sft <= grpo for _, sft, grpo in counted]
