@@ -1,17 +1,27 @@
-"""Decoder norms compared between models: NRN, MAS and a class for every feature of every crosscoder."""
+"""Whose feature is it? Decoder norms and latent scaling compared between models, null pairs beside them."""
 
 from safetensors.torch import load_file
 
+from featdiff.activations.store import ActivationStore
 from featdiff.analysis.attribution import attribute, class_counts
+from featdiff.analysis.scaling import latent_scaling, scaling_rows
 from featdiff.config import load_study
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.launch import stage
 from featdiff.tasks.task import write_rows
 
 with stage("attribution", out="analysis/attribution") as run:
-    rows = []
-    for name in load_study().crosscoder.fits:
+    params, fits = run.params, load_study().crosscoder.fits
+    models = dict.fromkeys(model for chosen in fits.values() for model in chosen.models)
+    activations = {str(model): run.read(f"activations/{model}") for model in models}
+    rows, scaled = [], []
+    for name, chosen in fits.items():
         folder = run.read(f"crosscoders/{name}")
-        rows += attribute(name, Crosscoder.load(folder), load_file(folder / "features.safetensors"), run.params)
+        crosscoder, statistics = Crosscoder.load(folder), load_file(folder / "features.safetensors")
+        store = ActivationStore({slot: activations[model] for slot, model in chosen.slots.items()})
+        scaling = latent_scaling(crosscoder, store, 0, min(params.scaling_tokens, store.rows))
+        rows += attribute(name, crosscoder, statistics, scaling, params)
+        scaled += scaling_rows(name, scaling, params.nu_error, params.nu_reconstruction)
     write_rows(run.out / "features.parquet", rows)
+    write_rows(run.out / "scaling.parquet", scaled)
     run.metrics(class_counts(rows))

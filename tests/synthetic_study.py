@@ -251,6 +251,8 @@ def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict
     fits |= {
         "base_sft": {"models": ["base", "sft"], "loss": "batchtopk"},
         "base_grpo": {"models": ["base", "grpo"], "loss": "batchtopk"},
+        "null_base": {"models": ["base", "again"], "loss": "batchtopk"},
+        "null_sft": {"models": ["sft", "sft_twin"], "loss": "batchtopk"},
     }
     for name, fit in fits.items():
         with published(root, f"crosscoders/{name}") as out:
@@ -296,19 +298,21 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
                 shares = {"nrn": None, "mas_base": float(mas[0]), "mas_sft": float(mas[1]), "mas_grpo": float(mas[2])}
             else:
                 tuned = fit["models"][1]
+                own = 1.0 if name.startswith("null") else own
                 nrn = float(
                     np.clip(rng.normal(0.5, spread), 0, 1) if own > (0.1 if tuned == "sft" else 0.02) else rng.uniform(0.85, 1)
                 )
                 label = tuned if nrn > 0.7 else ("base" if nrn < 0.3 else "shared")
                 shares = {"nrn": nrn, "mas_base": None, "mas_sft": None, "mas_grpo": None}
             label = "dead" if dead else label
+            scaled = label if label in fit["models"] and fit["loss"] == "batchtopk" and rng.random() < 0.9 else None
             tally[label] = tally.get(label, 0) + 1
             rows.append(
                 {
                     "fit": name, "feature_id": feature, "dead": dead,
                     "firing_rate": 0.0 if dead else float(rng.lognormal(-4, 1)),
                     "mean_activation": float(rng.lognormal(0, 0.5)), "max_activation": float(rng.lognormal(1, 0.5)),
-                    **shares, "feature_class": label,
+                    **shares, "feature_class": label, "scaling_owner": scaled, "specific": scaled is not None,
                 }
             )  # fmt: skip
         counts[name] = tally

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from featdiff.analysis.attribution import attribute, class_counts, classify, mas, nrn
+from featdiff.analysis.attribution import attribute, class_counts, classify, mas, nrn, own
+from featdiff.analysis.scaling import LatentScaling
 from featdiff.config import AttributionParams
+from featdiff.crosscoder.model import Crosscoder
 from tiny import params_of, random_crosscoder
 
 NUMBERS = st.floats(-100, 100, width=32).map(lambda x: 0.0 if abs(x) < 1e-4 else x)
@@ -104,10 +106,30 @@ def test_classes_of_three_models(shares: list[float], named: str) -> None:
     assert classify(shares, ["base", "sft", "grpo"], params()) == named
 
 
+def scaled(crosscoder: Crosscoder, owners: dict[int, str]) -> LatentScaling:
+    """Scaling of shared features, but for those of one owner."""
+    m, n_features = len(crosscoder.models), crosscoder.n_features
+    beta = torch.ones(m, m, n_features)
+    for k, owner in owners.items():
+        t = crosscoder.slot(owner)
+        beta[[o for o in range(m) if o != t], t, k] = 0.0
+    return LatentScaling(crosscoder.models, beta, beta)
+
+
+def test_an_owner_holds_against_every_other_model() -> None:
+    joint = random_crosscoder(("base", "sft", "grpo"), n_features=3)
+    scaling = scaled(joint, {0: "grpo", 1: "grpo"})
+    scaling.error_MMF[0, 2, 1] = 1.0  # feature 1 acts in base as well
+    assert own(scaling, params()) == ["grpo", None, None]
+
+
 def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
     pair = random_crosscoder(("base", "sft"), n_features=5)
     pair.W_dec.data[:, 0] = 0
-    rows = attribute("pair", pair, statistics(5, dead=(1, 4)), params())
+    rows = attribute("pair", pair, statistics(5, dead=(1, 4)), scaled(pair, {0: "sft", 2: "base", 4: "sft"}), params())
+    assert [row["scaling_owner"] for row in rows] == ["sft", None, "base", None, None]
+    assert [row["specific"] for row in rows] == [True, False, False, False, False]
+    assert class_counts(rows) == {"pair": {"specific": 1, "sft": 3, "dead": 2}}
     assert [row["feature_class"] for row in rows] == ["sft", "dead", "sft", "sft", "dead"]
     assert [row["dead"] for row in rows] == [False, True, False, False, True]
     assert [(row["feature_id"], row["nrn"], row["mas_sft"]) for row in rows] == [(k, 1.0, None) for k in range(5)]
@@ -116,12 +138,13 @@ def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
 
 def test_joint_fits_have_mas_in_the_place_of_their_model() -> None:
     joint = random_crosscoder(("grpo", "base", "sft"), n_features=4)
-    rows = attribute("joint", joint, statistics(4), params())
+    none = scaled(joint, {})
+    rows = attribute("joint", joint, statistics(4), none, params())
     shares = mas(joint.W_dec.detach())
     for k, row in enumerate(rows):
         assert row["nrn"] is None
         assert [row["mas_grpo"], row["mas_base"], row["mas_sft"]] == pytest.approx(shares[k].tolist())
-    counts = class_counts(rows + attribute("other", joint, statistics(4, dead=(0,)), params()))
+    counts = class_counts(rows + attribute("other", joint, statistics(4, dead=(0,)), none, params()))
     assert sum(counts["joint"].values()) == sum(counts["other"].values()) == 4
     assert counts["other"]["dead"] == 1
     assert "dead" not in counts["joint"]

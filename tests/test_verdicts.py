@@ -9,7 +9,7 @@ import pytest
 
 from featdiff.config import load_params
 from featdiff.report.evidence import Evidence, load
-from featdiff.report.quantities import early_checkpoint, own_features
+from featdiff.report.quantities import early_checkpoint, null_rates, own_features
 from featdiff.report.verdicts import Criterion, Judge, Verdict, at_least, decide
 from featdiff.stats import Interval
 from synthetic_study import Plan, write_study
@@ -152,7 +152,7 @@ def test_swapped_arms_turn_the_claim_about_features_round(full: Evidence) -> Non
     )
     verdict = judged(swapped)["features"]
     assert verdict.status == "not supported"
-    assert [criterion.holds for criterion in verdict.criteria] == [True, False, False, False]
+    assert [criterion.holds for criterion in verdict.criteria] == [True, True, True, False, False, False]
 
 
 def test_early_is_within_the_share_of_training(full: Evidence) -> None:
@@ -196,3 +196,22 @@ def test_the_weakest_link_names_an_unstable_set_and_a_simple_direction_that_does
     assert "mean difference -0.95" in judged(edited(stable, "mean_difference", effect=-0.95))["necessary"].weakest_link.replace(
         "−", "-"
     )
+
+
+def test_a_null_pair_with_features_of_its_own_discredits_the_counts(full: Evidence) -> None:
+    assert null_rates(full, "both") == {"null_base": 0.0, "null_sft": 0.0}
+    assert judged(full)["features"].status == "supported"
+    wrong = [
+        row | {"specific": True, "scaling_owner": "again", "feature_class": "again"} if row["fit"] == "null_base" else row
+        for row in full.features
+    ]
+    verdict = judged(replace(full, features=wrong))["features"]
+    assert verdict.status == "not supported"
+    assert any("null_base 100" in criterion.text and criterion.holds is False for criterion in verdict.criteria)
+
+
+def test_counts_that_latent_scaling_takes_back_do_not_count(full: Evidence) -> None:
+    taken = [row | {"specific": False, "scaling_owner": None} for row in full.features]
+    verdict = judged(replace(full, features=taken))["features"]
+    assert [criterion.holds for criterion in verdict.criteria][:2] == [True, False]
+    assert verdict.status == "not supported"

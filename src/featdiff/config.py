@@ -304,6 +304,12 @@ class AttributionParams(Params):
     """NRN between these bounds is called shared; below is base-only, above tuned-only."""
     joint_dominance: Fraction
     """MAS share above which a feature of the three-model crosscoder is called one model's own."""
+    scaling_tokens: Positive
+    """Tokens of the stream on which latent scaling is computed."""
+    nu_error: Fraction
+    """A feature is one model's own below this ratio of its error scaling in another model."""
+    nu_reconstruction: Fraction
+    """And below this ratio of its reconstruction scaling."""
 
 
 class DynamicsParams(Params):

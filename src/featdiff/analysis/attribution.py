@@ -2,7 +2,7 @@
 
     NRN_k  = ‖d_k^T‖₁ / (‖d_k^O‖₁ + ‖d_k^T‖₁)      two models, O original, T tuned
     MAS_k^m = ‖d_k^m‖₁ / Σ_m' ‖d_k^m'‖₁            any number of models; sums to one
-(both from the paper; F features, M models)
+(both from the paper; F features, M models), and latent scaling (featdiff.analysis.scaling), which asks activations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featdiff.analysis.scaling import LatentScaling
 from featdiff.config import AttributionParams
 from featdiff.crosscoder.model import Crosscoder
 
@@ -44,15 +45,18 @@ def classify(shares: list[float], models: list[str], params: AttributionParams) 
 
 
 def attribute(
-    name: str, crosscoder: Crosscoder, features: dict[str, Tensor], params: AttributionParams
+    name: str, crosscoder: Crosscoder, features: dict[str, Tensor], scaling: LatentScaling, params: AttributionParams
 ) -> list[dict[str, Any]]:
-    """One row per feature of one crosscoder: norms shares, class and activity. Dead features are flagged, not classed."""
+    """One row per feature of one crosscoder: norm shares, class and activity; whose own it is by latent scaling; and
+    whether both agree that it is one model's own (the full rule). Dead features are flagged, not classed."""
     shares_FM = mas(crosscoder.W_dec).tolist()
+    owners = own(scaling, params)
     rows = []
     for k, shares in enumerate(shares_FM):
         dead = features["firing_rate"][k].item() == 0
         by_model = dict(zip(crosscoder.models, shares, strict=True))
         pair = len(crosscoder.models) == 2
+        by_norm = "dead" if dead else classify(shares, crosscoder.models, params)
         rows.append(
             {
                 "fit": name,
@@ -61,13 +65,25 @@ def attribute(
                 **{key: column[k].item() for key, column in features.items()},
                 "nrn": shares[1] if pair else None,
                 **{f"mas_{model}": None if pair else by_model.get(model) for model in ("base", "sft", "grpo")},
-                "feature_class": "dead" if dead else classify(shares, crosscoder.models, params),
+                "feature_class": by_norm,
+                "scaling_owner": None if dead else owners[k],
+                "specific": not dead and by_norm == owners[k],
             }
         )
     return rows
 
 
+def own(scaling: LatentScaling, params: AttributionParams) -> list[str | None]:
+    """For each feature the model whose own it is, against every other one, by latent scaling; None where there is none."""
+    specific_MMF = scaling.specific(params.nu_error, params.nu_reconstruction)
+    models = range(len(scaling.models))
+    against_all_MF = torch.stack([torch.stack([specific_MMF[o, t] for o in models if o != t]).all(0) for t in models])
+    return [scaling.models[int(row.nonzero()[0])] if row.any() else None for row in against_all_MF.T]
+
+
 def class_counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Features per class for each crosscoder."""
-    fits = dict.fromkeys(row["fit"] for row in rows)
-    return {fit: dict(sorted(Counter(row["feature_class"] for row in rows if row["fit"] == fit).items())) for fit in fits}
+    """Features per class for each crosscoder, and those that the full rule calls specific."""
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        counts.setdefault(row["fit"], Counter()).update([row["feature_class"]] + ["specific"] * row["specific"])
+    return {fit: {"specific": 0} | dict(sorted(found.items())) for fit, found in counts.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
+from featdiff.report.charts import MODEL_NAMES
 from featdiff.report.evidence import Evidence, Row
-from featdiff.report.quantities import CONTROLS, DIRECTIONS, mean_effects, sign_of
+from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, mean_effects, owner, sign_of
 from featdiff.report.tables import Cell, Table, label
 from featdiff.report.words import MISSING, count, interval, number, percent, signed
 
@@ -24,6 +27,27 @@ NAMES = {
     "noop": "the edit with factor 1",
 }
 READOUTS = {"found by": "found with", "edited by": "tested with"}
+
+
+def specific(evidence: Evidence) -> Table:
+    """Features that each rule calls one model's own, null pairs (where all of them are errors) last."""
+    rows = []
+    for name, fit in sorted(evidence.fits.items(), key=lambda item: item[1].null):
+        live = [row for row in evidence.features if row["fit"] == name and not row["dead"]]
+        counts = [Counter(filter(None, (owner(row, rule) for row in live))) for rule in RULES]
+        cells = [
+            Cell(", ".join(f"{MODEL_NAMES.get(model, model)} {n}" for model, n in sorted(found.items())) or "0", mark="text")
+            for found in counts
+        ]
+        wrong = sum(counts[-1].values()) if fit.null else 0
+        cells[-1] = replace(cells[-1], mark="bad" if wrong else "text")
+        rows.append([label(name, "null pair" if fit.null else fit.config["loss"]), *cells, Cell(count(len(live)))])
+    return Table(
+        ["crosscoder", "by decoder norms", "by latent scaling", "by both (the full rule)", "live features"],
+        rows,
+        "Features called one model's own. In a null pair (a model with itself, two SFT runs that differ in their seed) every "
+        "one is an error of the rule.",
+    )
 
 
 def controls(evidence: Evidence, purpose: str) -> Table | None:

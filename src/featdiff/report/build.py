@@ -73,6 +73,7 @@ def render(
             "audit": tables.audit(evidence),
             "crosscoders": tables.crosscoders(evidence),
             "classes": tables.classes(evidence),
+            "specific": battery.specific(evidence),
             "flipped": tables.flipped(evidence),
             "selection": tables.selection(evidence) if found else None,
         },

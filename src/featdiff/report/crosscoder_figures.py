@@ -162,8 +162,8 @@ def overlap_against_size(evidence: Evidence, early_share: float) -> Panel | None
         if any(points for *_, points in drawn):
             figures.append(lines(f"overlap-size-{method}", name, drawn, "n", "overlap"))
     caption = (
-        f"Share of the top n features that checkpoint {early} has in common with the last. Pale: the last checkpoint done twice, "
-        "with other tokens or another seed: no overlap can be read as higher than that."
+        f"Share of the top n features that checkpoint {early} has in common with the last. Pale: the last checkpoint done "
+        "twice, with other tokens or another seed: no overlap can be read as higher than that."
     )
     return Panel(figures, caption, models_legend(("sft", "grpo")), 320) if figures else None
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from featdiff.artifact import ContractError, read_json
+from featdiff.config import AGAIN, TWIN
 from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
 
 MODELS = ("base", "sft", "grpo")
@@ -52,6 +53,11 @@ class FitFacts:
     @property
     def joint(self) -> bool:
         return len(self.models) > 2
+
+    @property
+    def null(self) -> bool:
+        """Whether it compares models of which nothing can be one's own."""
+        return AGAIN in self.models or TWIN in self.models
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ def load(read: Callable[..., Path]) -> Evidence:
         read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "intervene")
     )
     features = _rows(
-        attribution / "features.parquet", "fit feature_id dead firing_rate nrn mas_base mas_sft mas_grpo feature_class"
+        attribution / "features.parquet",
+        "fit feature_id dead firing_rate nrn mas_base mas_sft mas_grpo feature_class scaling_owner specific",
     )
     fits = dict.fromkeys(row["fit"] for row in features)
     found = read_json(localize / "features.json")

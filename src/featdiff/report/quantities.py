@@ -44,12 +44,24 @@ def past_percentile(row: dict[str, Any], sign: int) -> bool:
     return bound is not None and sign * (row["effect"] - bound) > 0
 
 
-def own_features(evidence: Evidence) -> list[tuple[str, int, int]]:
-    """Features of SFT alone against features of GRPO alone, as (label, SFT, GRPO): within a three-model
+RULES = ("norms", "scaling", "both")
+"""What calls a feature one model's own: decoder norms, latent scaling, or the full rule that needs both."""
+
+
+def owner(row: dict[str, Any], rule: str) -> str | None:
+    """Whose own a feature is under ``rule``; None for shared, mixed and dead ones."""
+    by_norm = row["feature_class"] if row["feature_class"] not in ("shared", "mixed", "dead") else None
+    if rule == "norms":
+        return by_norm
+    return row["scaling_owner"] if rule == "scaling" or row["specific"] else None
+
+
+def own_features(evidence: Evidence, rule: str = "norms") -> list[tuple[str, int, int]]:
+    """Features of SFT alone against features of GRPO alone under ``rule``, as (label, SFT, GRPO): within a three-model
     crosscoder, and between two pair crosscoders with the base of the same loss."""
-    counts: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str | None], int] = {}
     for row in evidence.features:
-        key = (row["fit"], row["feature_class"])
+        key = (row["fit"], owner(row, rule))
         counts[key] = counts.get(key, 0) + 1
     found = []
     pairs: dict[str, dict[str, str]] = {}
@@ -62,6 +74,16 @@ def own_features(evidence: Evidence) -> list[tuple[str, int, int]]:
         if {"sft", "grpo"} <= arms.keys():
             found.append((f"pairs, {loss}", counts.get((arms["sft"], "sft"), 0), counts.get((arms["grpo"], "grpo"), 0)))
     return found
+
+
+def null_rates(evidence: Evidence, rule: str) -> dict[str, float]:
+    """Share of live features of each null pair that ``rule`` calls one model's own: all of them errors."""
+    rates = {}
+    for name, fit in evidence.fits.items():
+        if fit.null:
+            live = [row for row in evidence.features if row["fit"] == name and not row["dead"]]
+            rates[name] = sum(owner(row, rule) is not None for row in live) / max(1, len(live))
+    return rates
 
 
 def early_checkpoint(evidence: Evidence, early_share: float) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from featdiff.report.quantities import (
     early_overlap,
     effects,
     mean_effects,
+    null_rates,
     own_features,
     past_percentile,
     total_change,
@@ -214,6 +215,11 @@ class Judge:
         moved = {arm: total_change(self.evidence, arm).get(last) for arm in ("sft", "grpo")}
         more = [sft >= p.own_features_ratio * max(1, grpo) for _, sft, grpo in counted]
         fewer = [sft <= grpo for _, sft, grpo in counted]
+        scaled = {label: (sft, grpo) for label, sft, grpo in own_features(self.evidence, "both")}
+        full = [scaled[label] for label, _, _ in counted]
+        survives = [sft >= p.own_features_ratio * max(1, grpo) for sft, grpo in full]
+        full_words = listed([f"{scaled[label][0]} against {scaled[label][1]} ({label})" for label, _, _ in counted])
+        errors = null_rates(self.evidence, "both")
         spread = [a - b for a, b in zip(kept["sft"], kept["grpo"], strict=False)]
         words = listed([f"{sft} against {grpo} ({label})" for label, sft, grpo in counted])
         frozen, moving = (float(np.mean(kept[arm])) if kept[arm] else None for arm in ("sft", "grpo"))
@@ -221,6 +227,14 @@ class Judge:
             Criterion(
                 f"SFT has at least {number(p.own_features_ratio, 1)} times as many features of its own as GRPO: {words}",
                 None if not counted or (not all(more) and not all(fewer)) else all(more),
+            ),
+            Criterion(
+                f"the same where latent scaling has to agree: {full_words}",
+                None if not full else True if all(survives) else False if not any(survives) else None,
+            ),
+            Criterion(
+                "null pairs have no such feature: " + (listed([f"{name} {percent(rate)}" for name, rate in errors.items()])),
+                None if not errors else not any(errors.values()),
             ),
             Criterion(
                 f"SFT's top features are set early: overlap of checkpoint {early} with the last at least "
@@ -243,11 +257,11 @@ class Judge:
             "features",
             "SFT adds many specialised features that freeze early; RL changes few and keeps changing them",
             decide(criteria),
-            f"Features of one arm alone, SFT against GRPO: {words}. Overlap of checkpoint {early} with the last "
+            f"Features of one arm alone, SFT against GRPO: {words}; where latent scaling has to agree: {full_words}. "
+            f"Overlap of checkpoint {early} with the last "
             f"(top-n sets, mean over n): SFT {number(frozen)}, GRPO {number(moving)}; "
             f"total change SFT {short(moved['sft'])}, GRPO {short(moved['grpo'])}.",
-            (f"It fails or stays open at this: {open_one.text}. " if open_one else "")
-            + "One training run and one crosscoder seed per count: no noise floor between seeds yet.",
+            (f"It fails or stays open at this: {open_one.text}. " if open_one else "") + "One training run per arm.",
             criteria,
         )
 
