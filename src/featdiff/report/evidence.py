@@ -71,6 +71,10 @@ class Evidence:
     trajectories: list[Row]
     localize: Row
     scores: list[Row]
+    described: Row
+    """What the features of the set are (`describe`)."""
+    contexts: list[Row]
+    """Texts on which they fire."""
     choice: Row
     tuning: list[Row]
     dose: list[Row]
@@ -118,8 +122,8 @@ def load(read: Callable[..., Path]) -> Evidence:
     known = load_tasks(data)
     tasks = {name: task for role in ROLES for name, task in known.items() if task.role == role}
     evals = {model: read(f"evals/{model}") for model in MODELS}
-    attribution, dynamics, localize, intervene = (
-        read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "intervene")
+    attribution, dynamics, localize, describe, intervene = (
+        read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "describe", "intervene")
     )
     features = _rows(
         attribution / "features.parquet", "fit feature_id dead firing_rate nrn mas_base mas_sft mas_grpo feature_class"
@@ -157,6 +161,8 @@ def load(read: Callable[..., Path]) -> Evidence:
         trajectories=_rows(dynamics / "trajectories.parquet", "arm checkpoint feature_id change rank"),
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
+        described=read_json(describe / "features.json"),
+        contexts=_rows(describe / "contexts.parquet", "feature_id source rank text peak answer_from tokens grpo base"),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
 
