@@ -37,8 +37,7 @@ VERDICTS: dict[str, tuple[str, Literal["", "good", "bad"]]] = {
 LEAST_CHANGE = 0.005
 """Smallest change of a probability that is named."""
 MOST_CHIPS = 6
-MOST_CONTEXTS = 12
-"""Contexts open to view; the others unfold."""
+DEEPEST = 72
 MOST_OPEN = 8
 """Cards open to view; the others unfold."""
 MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
@@ -50,8 +49,9 @@ class Piece:
 
     text: str
     grpo: int = 0
-    """Value in GRPO, in percent of the feature's largest."""
+    """Depth of the shading in percent: the value in GRPO."""
     base: int = 0
+    """The same for the base."""
     said: bool = False
     """Part of an answer, not of a prompt."""
     note: str = ""
@@ -81,8 +81,9 @@ class Card:
     tags: list[str]
     facts: list[str]
     contexts: list[Context]
+    """The strongest of the corpus and of each task, by value."""
     further: list[Context]
-    """To unfold."""
+    """The next ones, to unfold."""
     chips: list[tuple[str, list[Chip]]]
     """Labelled groups of tokens."""
     panel: Panel
@@ -109,8 +110,8 @@ def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
         feature=k,
         tags=[facts["feature_class"], norm, VERDICTS[feature["lexical"]["verdict"]][0]],
         facts=_facts(feature),
-        contexts=[_context(row, feature["largest"]) for row in rows[:MOST_CONTEXTS]],
-        further=[_context(row, feature["largest"]) for row in rows[MOST_CONTEXTS:]],
+        contexts=[_context(row, feature["largest"]) for row in rows if row["rank"] == 1],
+        further=[_context(row, feature["largest"]) for row in rows if row["rank"] > 1],
         chips=[(label, chips) for label, chips in _chips(feature) if chips],
         panel=Panel(_figures(feature, evidence), "", models_legend(READ_IN), 250),
     )
@@ -159,8 +160,8 @@ def _context(row: Row, largest: float) -> Context:
 
 
 def _share(value: float, largest: float) -> int:
-    """Percent of the largest, and never 0 for what fires."""
-    return 0 if value <= 0 else max(8, min(100, round(100 * value / largest)))
+    """Percent for a share of the largest value: never 0 for what fires, and text stays readable at the most."""
+    return 0 if value <= 0 else max(8, min(DEEPEST, round(DEEPEST * value / largest)))
 
 
 def _chips(feature: Row) -> Iterator[tuple[str, list[Chip]]]:
@@ -174,7 +175,7 @@ def _chips(feature: Row) -> Iterator[tuple[str, list[Chip]]]:
 def figures(evidence: Evidence) -> Panel | None:
     """The figures of all cards."""
     drawn = [figure for feature in evidence.described["features"] for figure in _figures(feature, evidence)]
-    caption = "GRPO's own answers on the find split. Every task counts the same; bars: mean over answers, with interval."
+    caption = "GRPO's own answers on the find split: mean over answers with interval, every task counting the same."
     return Panel(drawn, caption, models_legend(READ_IN), 260) if drawn else None
 
 
@@ -184,9 +185,9 @@ def _figures(feature: Row, evidence: Evidence) -> list[Figure]:
     by_position = {label: (place, None) for place, label in POSITIONS.items()}
     by_task: dict[str, tuple[str, str | None]] = {task: ("prompt_last", task) for task in tasks}
     return [
-        _bars(f"feature-{k}-rate", f"{k}: share of tokens on which it fires", feature, by_position, "rate"),
+        _bars(f"feature-{k}-rate", f"{k}: firing rate", feature, by_position, "rate"),
         _bars(f"feature-{k}-value", f"{k}: mean value", feature, by_position, "value"),
-        _bars(f"feature-{k}-tasks", f"{k}: mean value at the last prompt token", feature, by_task, "value"),
+        _bars(f"feature-{k}-tasks", f"{k}: value at the last prompt token", feature, by_task, "value"),
     ]
 
 
