@@ -143,6 +143,7 @@ def write_study(root: Path, plan: Plan) -> Path:
     _write_attribution(root, plan, fits, rng)
     _write_dynamics(root, plan, rng)
     _write_localize(root, plan, fits, rng)
+    _write_describe(root, plan, fits, rng)
     _write_intervene(root, plan, tasks, samples, answers, rng)
     return root
 
@@ -410,6 +411,72 @@ def _seeds(plan: Plan) -> dict[str, Any]:
         "mean_jaccard": plan.jaccard,
         "partners": partners,
     }
+
+
+def _near(value: float, spread: float = 0.05, n: int = 400) -> dict[str, Any]:
+    return {"value": value, "low": max(0.0, value - spread), "high": value + spread, "n": n}
+
+
+def _judged(told: float) -> dict[str, Any]:
+    shares = {"steps": _near(0.3), "precision": _near(0.6), "recall": _near(0.9)}
+    return {"prompts": 400, "fires": 250, **shares, "auroc": _near(told), "auroc_within_tasks": _near(told - 0.01)}
+
+
+def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+    found = SET if plan.status == "found" else ()
+    generated = not plan.likelihood
+    features, contexts = [], []
+    for s, k in enumerate(found):
+        verdict = ("context", "token", "untested")[s]
+        measured = {"original": _near(8.0), "planted": _near(0.8 + 7 * s), "ratio": _near(0.1 + 0.85 * s), "rate": _near(0.2)}
+        features.append(
+            {
+                "feature_id": k, "largest": 9.0, "corpus_rate": {"base": 0.04, "grpo": 0.06},
+                "positions": [
+                    {
+                        "model": model, "position": position, "task": task,
+                        "value": _near(float(rng.uniform(0, 5))), "rate": _near(float(rng.uniform(0, 0.9))),
+                    }
+                    for model in ("base", "grpo")
+                    for position in ("prompt", "prompt_last", "answer_first", "answer_rest")
+                    for task in (None, *(plan.roles if position == "prompt_last" else ()))
+                ],
+                "lexical": {
+                    "verdict": verdict, "silent": 60 * (s != 1), "tokens": [{"token_id": 5, "token": "="}],
+                    "natural": _near(0.6),
+                    **(measured if verdict != "untested" else dict.fromkeys(measured)),
+                },
+                "manner": {
+                    "answers": {model: _judged(0.5) for model in ("base", "grpo")} if generated else {},
+                    "texts": {model: _judged(0.95) for model in ("base", "grpo")} if generated else {},
+                },
+                "promoted": [{"token_id": i, "token": token, "logit": 2.0 - i} for i, token in enumerate(("<b>", " the"))],
+                "suppressed": [{"token_id": 9, "token": "\n", "logit": -1.5}],
+                "more_likely": [{"token_id": 0, "token": "<b>", "change": _near(0.4), "before": 0.2, "after": 0.6}],
+                "less_likely": [
+                    {"token_id": i, "token": token, "change": _near(-drop), "before": 0.3, "after": 0.3 - drop}
+                    for i, (token, drop) in enumerate((("&amp;", 0.25), ("unmoved", 0.001)))
+                ],
+            }
+        )  # fmt: skip
+        for source in ("corpus", *plan.roles):
+            for rank in (1, 2):
+                tokens = [*"sort ab=", "</script>", "<i>", "x"]
+                values = [0.0] * 7 + [float(rng.uniform(2, 9)) / rank, 0.5, 0.0, 0.0]
+                contexts.append(
+                    {
+                        "feature_id": k, "source": source, "rank": rank, "text": f"{source}-{rank}", "peak": 7,
+                        "answer_from": None if source == "corpus" else 8, "tokens": tokens,
+                        "grpo": values, "base": [value / 2 for value in values],
+                    }
+                )  # fmt: skip
+    told = features[0]["manner"] if features else {"answers": {}, "texts": {}}
+    facts = {"status": plan.status, "fit": next(iter(fits)), "readout": "swap", "prompts": 10 * plan.n * bool(found)}
+    corpus = {"corpus_tokens": 120_000 * bool(found), "corpus_texts": 2000 * bool(found)}
+    with published(root, "analysis/describe") as out:
+        write_json(out / "features.json", {**facts, **corpus, "features": features, "set": {"manner": told}})
+        write_rows(out / "contexts.parquet", contexts)
+        write_json(out / "metrics.json", {})
 
 
 def _edited(plan: Plan, purpose: str, arm: str, task: str, was: bool, dose: float, rng: np.random.Generator) -> bool:

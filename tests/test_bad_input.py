@@ -296,6 +296,13 @@ def test_too_few_flipped_samples_are_a_result(study: Project, run: Run) -> None:
     assert (found["status"], found["features"]) == ("too_few_flipped", [])
     assert found["skipped"] == {"t": "2 flipped samples, 3 needed"}
     assert read_rows(folder / "scores.parquet") == []
+    result = run("stages/describe.py")
+    assert result.returncode == 0, result.stderr
+    artifact.verify(study.path / "analysis/describe")
+    described = artifact.read_json(study.path / "analysis/describe/features.json")
+    assert (described["status"], described["features"]) == ("too_few_flipped", [])
+    assert read_rows(study.path / "analysis/describe/contexts.parquet") == []
+    assert artifact.read_json(study.path / "analysis/describe/metrics.json")["status"] == "too_few_flipped"
     result = run("stages/intervene.py")
     assert result.returncode == 0, result.stderr
     assert artifact.read_json(study.path / "analysis/intervene/metrics.json") == {"status": "too_few_flipped"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.analysis.flipped import feature_differences, flipped_answers, read_flipped
+from featdiff.analysis.flipped import answer_text, feature_differences, flipped_answers, read_flipped
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader, read_all
 from featdiff.models import truncate
@@ -142,9 +142,17 @@ def test_an_option_is_read_after_its_question() -> None:
 def test_a_letter_is_read_after_the_question_with_its_options_as_it_was_asked() -> None:
     letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", False, 3)
     coder, tokenizer, chosen = crosscoder(), tiny_model()[1], option_samples()
-    made = differences(coder, trunks(), letters, chosen, ["blue", "z"])
-    for i, sample in enumerate(chosen):
-        ids = tokenizer(listed_prompt(sample.prompt, sample.options))["input_ids"]
-        streams = {name: residual(trunk, ids)[-1:] for name, trunk in trunks().items()}
+    made = differences(coder, trunks(), letters, chosen, ["B", "C"], "answer")
+    for i, (sample, letter) in enumerate(zip(chosen, "BC", strict=True)):
+        ids = tokenizer(listed_prompt(sample.prompt, sample.options) + f" {letter}")["input_ids"]
+        streams = {name: residual(trunk, ids)[-2:] for name, trunk in trunks().items()}
         wanted = Reader(coder, "grpo")(streams["grpo"]) - Reader(coder, "base")(streams["base"])
-        torch.testing.assert_close(made[i], wanted[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(made[i], wanted.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_is_a_letter_only_where_letters_are_scored() -> None:
+    said = row("q", "quiz", "option_letter", True, completion="blue") | {"parsed": "B"}
+    letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", False, 3)
+    assert (answer_text(letters, said), answer_text(QUIZ, said), answer_text(WORDS, said)) == ("B", "blue", "blue")
+    before = [said | {"correct": False}]
+    assert flipped_answers(before, [said], {"quiz": letters}, "find") == {"quiz": {"q": "B"}}

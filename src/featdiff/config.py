@@ -346,6 +346,30 @@ class LocalizeParams(Params):
     batch_size: Positive
 
 
+class DescribeParams(Params):
+    """What is read to say what the features of the set are (featdiff.analysis.describe)."""
+
+    samples: Positive
+    """Questions of the find split per task, read with GRPO's own answers."""
+    corpus_tokens: Positive
+    """Tokens of the corpus that are searched for contexts, the first of the stream of ``activations``."""
+    contexts: Positive
+    """Strongest contexts kept per feature for each task and for the corpus."""
+    window: Positive
+    """Tokens shown on either side of a context's strongest one."""
+    tokens: Positive
+    """Tokens named per feature as promoted, suppressed, more likely and less likely."""
+    planted_tokens: Positive
+    """A feature's own top tokens that are planted in neutral text."""
+    planted_texts: Positive
+    """Neutral texts per feature, and strongest contexts that they are held against."""
+    token_detector: Fraction
+    """Share of its value in those contexts that planting alone must reach for a feature to be called a token detector."""
+    confidence: Fraction
+    bootstrap: Positive
+    batch_size: Positive
+
+
 class InterveneParams(Params):
     positions: Annotated[list[Position], Field(min_length=1)]
     """Tried on the tune split."""
@@ -424,6 +448,7 @@ class Study(Params):
     attribution: AttributionParams
     dynamics: DynamicsParams
     localize: LocalizeParams
+    describe: DescribeParams
     intervene: InterveneParams
     report: ReportParams
 

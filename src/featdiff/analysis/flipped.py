@@ -23,6 +23,11 @@ from featdiff.tasks.task import GENERATION, Sample, TaskInfo
 OPTION_LETTER = "option_letter"
 
 
+def answer_text(task: TaskInfo, row: dict[str, Any]) -> str:
+    """What a model answered in ``row``, as the task's scoring rule reads it: a letter, an option's text or its own text."""
+    return str(row["parsed"] if task.scoring == OPTION_LETTER else row["completion"])
+
+
 def flipped_answers(
     base_rows: list[dict[str, Any]], tuned_rows: list[dict[str, Any]], tasks: dict[str, TaskInfo], split: str
 ) -> dict[str, dict[str, str]]:
@@ -38,17 +43,17 @@ def flipped_answers(
     flipped: dict[str, dict[str, str]] = {name: {} for name in tasks}
     for sample_id, row in after.items():
         if row["correct"] and not before[sample_id]["correct"]:
-            flipped[row["task"]][sample_id] = row["completion"]
+            flipped[row["task"]][sample_id] = answer_text(tasks[row["task"]], row)
     return flipped
 
 
-def _sequences(
+def sequences(
     tokenizer: PreTrainedTokenizerFast, task: TaskInfo, samples: list[Sample], answers: list[str]
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompt and answer as the task's scoring rule reads them, and the length of each prompt."""
+    """Token ids of prompt and answer (see :func:`answer_text`) as the task's scoring rule reads them, and the length of
+    each prompt."""
     if task.scoring == OPTION_LETTER:
         prompts = tokenizer([listed_prompt(sample.prompt, sample.options) for sample in samples])["input_ids"]
-        answers = [sample.answer for sample in samples]  # GRPO was right, so its letter is the right one
     else:
         prompts = encode_prompts(tokenizer, samples, chat=task.chat and task.scoring == GENERATION)
     joint = answers if task.scoring == GENERATION else [f" {answer}" for answer in answers]
@@ -81,12 +86,12 @@ def read_flipped(
 ) -> dict[str, Reading]:
     """What every model reads on identical tokens (prompt and GRPO's own answer), by positions: ``prompt_last``,
     ``answer`` (the answer's tokens) and ``all`` (all but the first token)."""
-    sequences, starts = _sequences(tokenizer, task, samples, answers)
-    stream = TokenStream(sequences, skip=0)
+    texts, starts = sequences(tokenizer, task, samples, answers)
+    stream = TokenStream(texts, skip=0)
     resid = {
         name: read_residual(trunk, stream, batch_size, tokenizer.pad_token_id, torch.float32) for name, trunk in trunks.items()
     }
-    offsets = torch.tensor([0, *map(len, sequences)]).cumsum(0).tolist()
+    offsets = torch.tensor([0, *map(len, texts)]).cumsum(0).tolist()
     kept: dict[str, list[int]] = {}
     owner: dict[str, list[int]] = {}
     for i, start in enumerate(starts):

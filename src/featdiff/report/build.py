@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from featdiff.config import ReportParams
-from featdiff.report import battery, crosscoder_figures, model_figures, paper, set_figures, tables
+from featdiff.report import battery, crosscoder_figures, feature_cards, model_figures, paper, set_figures, tables
 from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR, Panel
 from featdiff.report.evidence import MODELS, Evidence
 from featdiff.report.verdicts import Judge, Verdict
@@ -59,7 +59,7 @@ def render(
     under ``figures/``. ``parents`` are the hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
-    panels = figures(evidence, params)
+    panels, cards = figures(evidence, params), feature_cards.cards(evidence)
     index = environment.get_template("template.html.j2").render(
         params=params,
         profile=profile,
@@ -76,6 +76,7 @@ def render(
             "specific": battery.specific(evidence),
             "flipped": tables.flipped(evidence),
             "selection": tables.selection(evidence) if found else None,
+            "tokens": feature_cards.token_table(evidence),
         },
         effect_tables=[
             (label, table) for purpose, label in set_figures.PURPOSES.items() if (table := tables.effect(evidence, purpose))
@@ -85,6 +86,8 @@ def render(
         ],
         battery={"singles": battery.singles(evidence), "sweep": battery.sweep(evidence), "seeds": battery.seeds(evidence)},
         sensitivity_tables=battery.sensitivity(evidence),
+        cards={"open": cards[: feature_cards.MOST_OPEN], "folded": cards[feature_cards.MOST_OPEN :]},
+        manner_tables=feature_cards.manner_tables(evidence),
         paper_tables=_published(evidence, params),
         panels=panels,
         examples=examples(evidence, judge, params.max_samples_shown),
@@ -109,6 +112,7 @@ def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[
         "overlaps": crosscoder_figures.overlaps(evidence),
         "overlap-size": crosscoder_figures.overlap_against_size(evidence, params.early_share),
         "scores": set_figures.scores(evidence),
+        "features": feature_cards.figures(evidence),
         "tuning": set_figures.tuning(evidence),
         "doses": set_figures.doses(evidence),
         "effects": set_figures.effect_strips(evidence),

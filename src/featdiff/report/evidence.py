@@ -81,6 +81,10 @@ class Evidence:
     scores: list[Row]
     sweep: list[Row]
     """The selection at other thresholds."""
+    described: Row
+    """What the features of the set are (`describe`)."""
+    contexts: list[Row]
+    """Texts on which they fire."""
     choice: Row
     tuning: list[Row]
     dose: list[Row]
@@ -131,8 +135,8 @@ def load(read: Callable[..., Path]) -> Evidence:
     known = load_tasks(data)
     tasks = {name: task for role in ROLES for name, task in known.items() if task.role == role}
     evals = {model: read(f"evals/{model}") for model in MODELS}
-    attribution, dynamics, localize, intervene = (
-        read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "intervene")
+    attribution, dynamics, localize, describe, intervene = (
+        read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "describe", "intervene")
     )
     features = _rows(
         attribution / "features.parquet",
@@ -172,6 +176,8 @@ def load(read: Callable[..., Path]) -> Evidence:
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
         sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
+        described=read_json(describe / "features.json"),
+        contexts=_rows(describe / "contexts.parquet", "feature_id source rank text peak answer_from tokens grpo base"),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
 

@@ -1,0 +1,277 @@
+"""The features of the set one by one: a card with contexts, effect on the next token and positions, and tables over all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+from featdiff.report.charts import (
+    MODEL_COLOURS,
+    MODEL_NAMES,
+    Figure,
+    Panel,
+    Trace,
+    error_bars,
+    layout,
+    models_legend,
+)
+from featdiff.report.evidence import Evidence, Row
+from featdiff.report.tables import Cell, Table
+from featdiff.report.words import MISSING, interval, moved, number, percent, signed
+
+READ_IN = ("base", "grpo")
+POSITIONS = {
+    "prompt": "prompt<br>before",
+    "prompt_last": "its last<br>token",
+    "answer_first": "answer,<br>first",
+    "answer_rest": "answer,<br>rest",
+}
+VERDICTS: dict[str, tuple[str, Literal["", "good", "bad"]]] = {
+    "token": ("detects its token", "bad"),
+    "context": ("needs its context", "good"),
+    "undecided": ("undecided", ""),
+    "untested": ("not tested", ""),
+}
+LEAST_CHANGE = 0.005
+"""Smallest change of a probability that is named."""
+MOST_CHIPS = 6
+DEEPEST = 72
+MOST_OPEN = 8
+"""Cards open to view; the others unfold."""
+MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a context that are shown alike."""
+
+    text: str
+    grpo: int = 0
+    """Depth of the shading in percent: the value in GRPO."""
+    base: int = 0
+    """The same for the base."""
+    said: bool = False
+    """Part of an answer, not of a prompt."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    source: str
+    value: str
+    base: str
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A token with a number."""
+
+    token: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One feature."""
+
+    feature: int
+    tags: list[str]
+    facts: list[str]
+    contexts: list[Context]
+    """The strongest of the corpus and of each task, by value."""
+    further: list[Context]
+    """The next ones, to unfold."""
+    chips: list[tuple[str, list[Chip]]]
+    """Labelled groups of tokens."""
+    panel: Panel
+
+
+def visible(token: str) -> str:
+    """A token as it can be seen: blanks and line ends as signs."""
+    return token.translate(MARKS) or "∅"
+
+
+def cards(evidence: Evidence) -> list[Card]:
+    """One card per feature of the set, in the order of the set."""
+    known = {row["feature_id"]: row for row in evidence.features if row["fit"] == evidence.localize["fit"]}
+    return [_card(feature, known[feature["feature_id"]], evidence) for feature in evidence.described["features"]]
+
+
+def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
+    k = feature["feature_id"]
+    rows = [row for row in evidence.contexts if row["feature_id"] == k]
+    rows.sort(key=lambda row: (row["rank"], row["source"] != "corpus", -row["grpo"][row["peak"]]))
+    norms = [number(facts[f"mas_{model}"]) for model in ("base", "sft", "grpo") if facts[f"mas_{model}"] is not None]
+    norm = f"MAS {' / '.join(norms)}" if norms else f"NRN {number(facts['nrn'])}"
+    return Card(
+        feature=k,
+        tags=[facts["feature_class"], norm, VERDICTS[feature["lexical"]["verdict"]][0]],
+        facts=_facts(feature),
+        contexts=[_context(row, feature["largest"]) for row in rows if row["rank"] == 1],
+        further=[_context(row, feature["largest"]) for row in rows if row["rank"] > 1],
+        chips=[(label, chips) for label, chips in _chips(feature) if chips],
+        panel=Panel(_figures(feature, evidence), "", models_legend(READ_IN), 250),
+    )
+
+
+def _facts(feature: Row) -> list[str]:
+    """What the numbers say, in a few sentences."""
+    rates = feature["corpus_rate"]
+    said = [f"Fires on {percent(rates['grpo'])} of the corpus in GRPO, on {percent(rates['base'])} in the base."]
+    if last := [row for model in READ_IN if (row := _at(feature, model, "prompt_last"))]:
+        rate = moved(*(percent(row["rate"]["value"]) for row in last))
+        value = moved(*(number(row["value"]["value"]) for row in last))
+        said.append(f"At the last prompt token: {rate} of prompts, mean value {value} (base → GRPO).")
+    lexical = feature["lexical"]
+    if lexical["ratio"]:
+        tokens = ", ".join(visible(token["token"]) for token in lexical["tokens"])
+        ratio = lexical["ratio"]
+        where = "where it is silent" if lexical["silent"] else "at a silent place (it fires in every text)"
+        said.append(
+            f"Its top token{'s' if len(lexical['tokens']) > 1 else ''} ({tokens}) put into neutral text, {where}: "
+            f"{percent(ratio['value'])} of its value in its own contexts "
+            f"[{percent(ratio['low'])}, {percent(ratio['high'])}], n = {ratio['n']}."
+        )
+    return said
+
+
+def _at(feature: Row, model: str, position: str, task: str | None = None) -> Row | None:
+    wanted = (model, position, task)
+    return next((row for row in feature["positions"] if (row["model"], row["position"], row["task"]) == wanted), None)
+
+
+def _context(row: Row, largest: float) -> Context:
+    """Runs of tokens that look alike become one piece: most tokens of a sparse feature are silent."""
+
+    def shown(i: int) -> Piece:
+        grpo, base = row["grpo"][i], row["base"][i]
+        note = f"GRPO {number(grpo)}, base {number(base)}" if grpo or base else ""
+        start = row["answer_from"]
+        return Piece("", _share(grpo, largest), _share(base, largest), start is not None and i >= start, note)
+
+    pieces = []
+    for look, run in groupby(range(len(row["tokens"])), key=shown):
+        text = "".join(row["tokens"][i].replace("\n", "⏎") for i in run)
+        pieces.append(Piece(text, look.grpo, look.base, look.said, look.note))
+    return Context(row["source"], number(row["grpo"][row["peak"]]), number(row["base"][row["peak"]]), pieces)
+
+
+def _share(value: float, largest: float) -> int:
+    """Percent for a share of the largest value: never 0 for what fires, and text stays readable at the most."""
+    return 0 if value <= 0 else max(8, min(DEEPEST, round(DEEPEST * value / largest)))
+
+
+def _chips(feature: Row) -> Iterator[tuple[str, list[Chip]]]:
+    for key, label in (("more_likely", "made more likely"), ("less_likely", "made less likely")):
+        rows = [row for row in feature[key] if abs(row["change"]["value"]) >= LEAST_CHANGE][:MOST_CHIPS]
+        yield label, [Chip(visible(row["token"]), moved(number(row["before"]), number(row["after"]))) for row in rows]
+    for key, label in (("promoted", "promoted directly"), ("suppressed", "suppressed directly")):
+        yield label, [Chip(visible(row["token"]), signed(row["logit"], 1)) for row in feature[key][:MOST_CHIPS]]
+
+
+def figures(evidence: Evidence) -> Panel | None:
+    """The figures of all cards."""
+    drawn = [figure for feature in evidence.described["features"] for figure in _figures(feature, evidence)]
+    caption = "GRPO's own answers on the find split: mean over answers with interval, every task counting the same."
+    return Panel(drawn, caption, models_legend(READ_IN), 260) if drawn else None
+
+
+def _figures(feature: Row, evidence: Evidence) -> list[Figure]:
+    k = feature["feature_id"]
+    tasks = [task for task in evidence.tasks if _at(feature, "grpo", "prompt_last", task)]
+    by_position = {label: (place, None) for place, label in POSITIONS.items()}
+    by_task: dict[str, tuple[str, str | None]] = {task: ("prompt_last", task) for task in tasks}
+    return [
+        _bars(f"feature-{k}-rate", f"{k}: firing rate", feature, by_position, "rate"),
+        _bars(f"feature-{k}-value", f"{k}: mean value", feature, by_position, "value"),
+        _bars(f"feature-{k}-tasks", f"{k}: value at the last prompt token", feature, by_task, "value"),
+    ]
+
+
+def _bars(key: str, heading: str, feature: Row, places: dict[str, Any], quantity: str) -> Figure:
+    """Base and GRPO side by side at every place (label → position and task)."""
+    traces: list[Trace] = []
+    for model in READ_IN:
+        rows = {label: _at(feature, model, *place) for label, place in places.items()}
+        held = {label: row[quantity] for label, row in rows.items() if row and row[quantity]}
+        values, lows, highs = ([row[end] for row in held.values()] for end in ("value", "low", "high"))
+        traces.append(
+            {
+                "type": "bar",
+                "name": MODEL_NAMES[model],
+                "x": list(held),
+                "y": values,
+                "error_y": error_bars(values, lows, highs),
+                "marker": {"color": MODEL_COLOURS[model]},
+                "customdata": [row["n"] for row in held.values()],
+                "hovertemplate": f"{MODEL_NAMES[model]}: %{{y:.3f}}, n = %{{customdata}}<extra></extra>",
+            }
+        )
+    y = {"rangemode": "tozero", "nticks": 5} | ({"tickformat": ".0%"} if quantity == "rate" else {})
+    return Figure(key, heading, traces, layout({"ticks": ""}, y, bargap=0.35, bargroupgap=0.1), 190)
+
+
+def token_table(evidence: Evidence) -> Table | None:
+    """Is each feature more than a detector of its tokens?"""
+    rows = []
+    for feature in evidence.described["features"]:
+        lexical = feature["lexical"]
+        verdict, mark = VERDICTS[lexical["verdict"]]
+        rows.append(
+            [
+                Cell(str(feature["feature_id"]), mark="label"),
+                Cell(" ".join(visible(token["token"]) for token in lexical["tokens"]) or MISSING),
+                _measured(lexical["original"]),
+                _measured(lexical["planted"]),
+                _measured(lexical["ratio"], share=True),
+                _measured(lexical["rate"], share=True),
+                _measured(lexical["natural"], share=True),
+                Cell(verdict, mark=mark),
+            ]
+        )
+    head = ["feature", "its top tokens", "value in its own contexts", "value where planted", "planted ÷ own"]
+    head += ["planting wakes it", "fires on them in the corpus", ""]
+    caption = (
+        "Top tokens: those at the feature's strongest contexts. Planted: in place of a random token of corpus texts in which "
+        "the feature is silent. Read in GRPO."
+    )
+    return Table(head, rows, caption) if rows else None
+
+
+def manner_tables(evidence: Evidence) -> list[tuple[str, Table]]:
+    """Does a feature tell the manner of answering? For texts that show it, and for the models' own answers."""
+    features = [*evidence.described["features"], {"feature_id": "set", **evidence.described["set"]}]
+    captions = {
+        "texts": "Corpus texts whose prompt holds an earlier question, answered in the manner that the text goes on in: here "
+        "the manner can be known. Precision: share of texts in steps among those where it fires at the last prompt token.",
+        "answers": "The model's own sampled answers (find split) to prompts that show no manner. Where it is drawn by lot, "
+        "AUROC is 0.5 however well a feature stands for it. Within tasks: over pairs of questions of one task.",
+    }
+    labels = {"texts": "Texts that show the manner", "answers": "Own answers"}
+    tables = []
+    for what, label in labels.items():
+        rows = [
+            [
+                Cell(str(feature["feature_id"]), MODEL_NAMES[model], "label"),
+                Cell(percent(judged["fires"] / judged["prompts"]), f"n = {judged['prompts']}"),
+                *(_measured(judged[name], share=True) for name in ("steps", "precision", "recall")),
+                *(_measured(judged[name]) for name in ("auroc", "auroc_within_tasks")),
+            ]
+            for feature in features
+            for model, judged in feature["manner"][what].items()
+        ]
+        head = ["feature", "fires", "answered in steps", "precision", "recall", "AUROC", "AUROC within tasks"]
+        if rows:
+            tables.append((label, Table(head, rows, captions[what])))
+    return tables
+
+
+def _measured(found: Row | None, share: bool = False) -> Cell:
+    if found is None:
+        return Cell(MISSING)
+    if share:
+        return Cell(percent(found["value"]), f"[{percent(found['low'])}, {percent(found['high'])}]")
+    return Cell(number(found["value"]), interval(found["low"], found["high"]))

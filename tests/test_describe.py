@@ -1,0 +1,227 @@
+"""Contexts, positions and the whole description of a set, against values read one text at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from featdiff.activations.harvest import TokenStream, read_residual
+from featdiff.activations.store import ActivationStore
+from featdiff.analysis.describe import EMPTY, Sources, contexts, describe, summary, where_it_fires, written_out
+from featdiff.analysis.lens import Answered, Reading, answered
+from featdiff.config import DescribeParams
+from featdiff.crosscoder.readout import Reader
+from featdiff.intervention.edits import Editor, largest_values
+from featdiff.models import truncate
+from featdiff.stats import Interval
+from featdiff.tasks.task import Sample, TaskInfo, Text
+from tiny import params_of, random_crosscoder, tiny_model, write_store
+
+TOKENIZER = tiny_model()[1]
+FEATURES = [9, 4]
+
+
+def params(**changes: Any) -> DescribeParams:
+    small = {"samples": 4, "contexts": 2, "window": 3, "tokens": 3, "planted_texts": 6, "bootstrap": 50, "batch_size": 4}
+    return params_of(DescribeParams, "describe", **small | changes)
+
+
+def reading_of(texts: list[str], values: Mapping[str, list[list[float]]], skip: int = 1) -> Reading:
+    """Values of one feature, by text and kept token (BOS before each text)."""
+    stream = TokenStream(TOKENIZER(texts)["input_ids"], skip)
+    return Reading(
+        stream, {model: torch.tensor([[float(v)] for part in parts for v in part]) for model, parts in values.items()}
+    )
+
+
+def listed(
+    reading: Reading, sources: list[str], starts: list[int | None] | None = None, **changes: Any
+) -> list[dict[str, Any]]:
+    labels = [f"text-{i}" for i in range(len(sources))]
+    return list(contexts(reading, sources, labels, starts or [None] * len(sources), [5], TOKENIZER, params(**changes)))
+
+
+def test_contexts_hold_the_largest_values_of_each_source() -> None:
+    grpo = [[0, 1, 0, 0, 3, 0, 0, 2], [0, 7, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 9, 0]]
+    base = [[value / 2 for value in part] for part in grpo]
+    made = listed(
+        reading_of(["abcdefgh", "ijkl", "mnop", "qrst", "uvwx"], {"grpo": grpo, "base": base}), ["p", "p", "p", "p", "q"]
+    )
+    assert [(row["source"], row["rank"], row["text"]) for row in made] == [
+        ("q", 1, "text-4"), ("p", 1, "text-1"), ("p", 2, "text-0"),
+    ]  # fmt: skip
+    longest = made[2]
+    assert longest["tokens"] == list("bcdefgh"), "three tokens on either side of the fifth"
+    assert longest["grpo"] == [1, 0, 0, 3, 0, 0, 2]
+    assert longest["base"] == [0.5, 0, 0, 1.5, 0, 0, 1]
+    assert all(row["grpo"][row["peak"]] == max(row["grpo"]) for row in made)
+    assert {row["feature_id"] for row in made} == {5}
+
+
+def test_equal_contexts_stand_once_and_silence_is_no_context() -> None:
+    reading = reading_of(["ab", "ab", "cd"], {model: [[2, 0], [2, 0], [0, 1]] for model in ("grpo", "base")})
+    made = listed(reading, ["p"] * 3, contexts=3)
+    assert [row["tokens"] for row in made] == [["a", "b"], ["c", "d"]]
+    quiet = reading_of(["ab"], {"grpo": [[0, 0]], "base": [[5, 5]]})
+    assert listed(quiet, ["p"]) == []
+
+
+def test_where_the_answer_begins_is_counted_from_the_window() -> None:
+    reading = reading_of(["abcdef=gh"], {model: [[0, 0, 0, 0, 0, 0, 4, 0, 0]] for model in ("grpo", "base")})
+    start = 1 + len("abcdef=")
+    row = listed(reading, ["p"], [start])[0]
+    assert row["tokens"][row["answer_from"] :] == ["g", "h"]
+
+
+def test_positions_are_told_apart_and_every_task_counts_the_same() -> None:
+    texts = ["ab=xyz", "c=wv", "d=", "e=u"]
+    values = [[1, 0, 5, 7, 0, 4], [0, 3, 0, 2], [2, 0], [0, 6, 0]]
+    reading = reading_of(texts, {"grpo": values, "base": [[0] * len(part) for part in values]})
+    tasks = ["p", "p", "p", "q"]
+    samples = [Sample(f"s{i}", task, "find", text, "") for i, (task, text) in enumerate(zip(tasks, texts, strict=True))]
+    answers = Answered(samples, reading.stream.texts, [1 + text.index("=") + 1 for text in texts])
+    (rows,) = where_it_fires(reading, answers, params(), 0)
+    found = {(row["model"], row["position"], row["task"]): (row["value"], row["rate"]) for row in rows}
+    wanted = {  # mean over answers of one task, then over the two tasks
+        "prompt": ((0.5 + 0 + 2) / 3 / 2, (0.5 + 0 + 1) / 3 / 2),
+        "prompt_last": (((5 + 3 + 0) / 3 + 6) / 2, (2 / 3 + 1) / 2),
+        "answer_first": (((7 + 0) / 2 + 0) / 2, (0.5 + 0) / 2),
+        "answer_rest": ((2 + 2) / 2, (0.5 + 1) / 2),
+    }
+    for position, (value, rate) in wanted.items():
+        assert found["grpo", position, None][0].value == pytest.approx(value), position
+        assert found["grpo", position, None][1].value == pytest.approx(rate), position
+        assert found["base", position, None][0].value == 0
+    assert found["grpo", "prompt_last", "p"][0].value == pytest.approx(8 / 3)
+    assert found["grpo", "prompt_last", "q"][1].value == 1
+    assert (found["grpo", "prompt_last", None][0].n, found["grpo", "answer_rest", None][0].n) == (4, 2)
+    assert {task for _, position, task in found if position != "prompt_last"} == {None}
+
+
+TASKS = {
+    "rev": TaskInfo("rev", "find", "words", "generation", "organism", False, 0),
+    "quiz": TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", False, 2),
+}
+MANNERS = ("steps", "direct")
+
+
+def question(task: str, i: int, split: str = "find") -> Sample:
+    options = ("one", "two") if task == "quiz" else ()
+    return Sample(f"{task}-{split}-{i}", task, split, f"{task} {'abc'[i % 3]}{i}=", "A" if options else "x", options)
+
+
+def answer(sample: Sample, mode: str, i: int, completion: str) -> dict[str, Any]:
+    manner = MANNERS[i % 2] if sample.task == "rev" else ""
+    return {"sample_id": sample.sample_id, "task": sample.task, "split": sample.split, "mode": mode, "draw": 0} | {
+        "completion": completion, "parsed": "A", "correct": True, "manner": manner,
+    }  # fmt: skip
+
+
+SAMPLES = [question(task, i, split) for task in TASKS for split in ("find", "report") for i in range(6)]
+ANSWERS = [
+    answer(sample, mode, i, "one" if sample.task == "quiz" else f"<a>{sample.sample_id[-1]}.")
+    for i, sample in enumerate(SAMPLES)
+    for mode in (("greedy", "sampled") if sample.task == "rev" else ("option_text", "option_text_norm"))
+]
+CORPUS = [Text(f"rev a{i}=a.\nrev {'bcde'[i % 4]}=", f"<b>{i}.", f"rev/{MANNERS[i % 2]}") for i in range(12)]
+
+
+def test_answers_are_the_models_own_on_the_find_split_under_the_tasks_own_rule() -> None:
+    wrong = [
+        row | {"completion": "zzz"} for row in ANSWERS if row["mode"] in ("sampled", "option_text") or row["split"] == "report"
+    ]
+    right = [row for row in ANSWERS if row["mode"] in ("greedy", "option_text_norm") and row["split"] == "find"]
+    found = answered(TOKENIZER, TASKS, SAMPLES, wrong + right, 4)
+    assert found.tasks == ["rev"] * 4 + ["quiz"] * 4
+    texts = TOKENIZER.batch_decode(found.texts, skip_special_tokens=True)
+    assert texts[0] == "rev a0=<a>0."
+    assert texts[4] == "quiz a0= one"
+    assert TOKENIZER.batch_decode(found.prompts, skip_special_tokens=True) == [sample.prompt for sample in found.samples]
+    assert {sample.split for sample in found.samples} == {"find"}
+
+
+def sources(folder: Path) -> tuple[Sources, dict[str, torch.nn.Module]]:
+    """Two tiny models with everything read from them, and their trunks once more."""
+    coder = random_crosscoder(("base", "sft", "grpo"), d_model=16, n_features=12, threshold=1.0)
+    trunks = {name: truncate(tiny_model(seed)[0], 1) for name, seed in (("base", 0), ("grpo", 1))}
+    stream = TokenStream(TOKENIZER([text.prompt + text.completion for text in CORPUS])["input_ids"], 1)
+    stores = {}
+    for name, trunk in trunks.items():
+        acts = read_residual(trunk, stream, 4, TOKENIZER.pad_token_id, torch.float32)
+        stores[name] = ActivationStore({name: write_store(folder / name, acts, shard_rows=50)})
+    largest = largest_values(coder, stores["grpo"])
+    editor = Editor(coder, "base", 1, torch.device("cpu"), largest)
+    edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in FEATURES}
+    models = {name: tiny_model(seed)[0] for name, seed in (("base", 0), ("grpo", 1))}
+    graded = {"base": ANSWERS, "grpo": ANSWERS}
+    first = stream.first(150)
+    return Sources(coder, 1, models, TOKENIZER, TASKS, SAMPLES, graded, CORPUS, first, stores, largest, edits), trunks
+
+
+def read_alone(trunk: torch.nn.Module, reader: Reader, ids: list[int]) -> Tensor:
+    with torch.inference_mode():
+        return reader(trunk(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0])
+
+
+def test_the_whole_description_is_of_values_read_one_text_at_a_time(tmp_path: Path) -> None:
+    given, trunks = sources(tmp_path)
+    described, rows = describe(given, params(), 0)
+    readers = {name: Reader(given.crosscoder, name, features=FEATURES) for name in trunks}
+    found = answered(TOKENIZER, TASKS, SAMPLES, ANSWERS, 4)
+    values = {name: [read_alone(trunk, readers[name], ids)[1:] for ids in found.texts] for name, trunk in trunks.items()}
+    stored = {name: [read_alone(trunk, readers[name], ids)[1:] for ids in given.corpus.texts] for name, trunk in trunks.items()}
+    for s, (k, feature) in enumerate(zip(FEATURES, described["features"], strict=True)):
+        assert (feature["feature_id"], feature["largest"]) == (k, given.largest_F[k].item())
+        strongest = {row["source"]: row for row in rows if row["feature_id"] == k and row["rank"] == 1}
+        for source, parts in (("corpus", stored["grpo"]), ("rev", values["grpo"][:4]), ("quiz", values["grpo"][4:])):
+            peak = max(part[:, s].max().item() for part in parts)
+            assert peak > 0
+            assert strongest[source]["grpo"][strongest[source]["peak"]] == pytest.approx(peak, rel=1e-3)
+        i = int(strongest["corpus"]["text"].removeprefix("corpus-"))
+        peak = int(stored["grpo"][i][:, s].argmax())
+        assert strongest["corpus"]["base"][strongest["corpus"]["peak"]] == pytest.approx(
+            stored["base"][i][peak, s].item(), abs=1e-3
+        )
+        for name in ("base", "grpo"):
+            rate = (torch.cat(stored[name])[:, s] > 0).float().mean().item()
+            assert feature["corpus_rate"][name] == pytest.approx(rate)
+            last = [part[start - 2, s].item() for part, start in zip(values[name], found.starts, strict=True)]
+            row = next(
+                row
+                for row in feature["positions"]
+                if (row["model"], row["position"], row["task"]) == (name, "prompt_last", None)
+            )
+            assert row["value"].value == pytest.approx(sum(last) / len(last), rel=1e-3)
+            assert feature["manner"]["answers"][name]["fires"] == sum(value > 0 for value in last[:4]), "only rev has a manner"
+        assert feature["manner"]["answers"]["base"]["steps"].value == 0.5
+        assert feature["manner"]["texts"]["grpo"]["prompts"] == 4
+    assert described["set"]["manner"]["answers"]["grpo"]["prompts"] == 4
+    assert (described["prompts"], described["corpus_tokens"]) == (8, given.corpus.rows)
+
+
+def test_what_is_written_is_json_with_the_text_of_every_token(tmp_path: Path) -> None:
+    given, _ = sources(tmp_path)
+    written = written_out(describe(given, params(), 0)[0], TOKENIZER)
+    again = json.loads(json.dumps(written, allow_nan=False))
+    assert again == written
+    token = again["features"][0]["more_likely"][0]
+    assert token["token"] == TOKENIZER.decode([token["token_id"]])
+    assert set(token["change"]) == {"value", "low", "high", "n"}
+    assert summary(again)["features"] == 2
+    assert sum(summary(again)["verdicts"].values()) == 2
+    assert written_out({"a": [Interval(1.0, 0.0, 2.0, 3)]}, TOKENIZER) == {
+        "a": [{"value": 1.0, "low": 0.0, "high": 2.0, "n": 3}]
+    }
+
+
+def test_no_set_is_a_description_too() -> None:
+    described, rows = EMPTY
+    assert rows == []
+    assert summary(described) == {"features": 0, "verdicts": {}, "auroc": {"answers": {}, "texts": {}}}
+    assert json.loads(json.dumps(described)) == described

@@ -1,0 +1,131 @@
+"""Cards of the features: what is shown is what was measured, and text stays text."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from featdiff.config import load_params
+from featdiff.report.build import render
+from featdiff.report.evidence import Evidence, load
+from featdiff.report.feature_cards import cards, figures, manner_tables, token_table, visible
+from featdiff.report.verdicts import Judge
+from synthetic_study import SET, Plan, write_study
+
+ROOT = Path(__file__).parents[1]
+
+
+def evidence_of(folder: Path, **plan: object) -> Evidence:
+    write_study(folder, Plan(n=10, **plan))  # type: ignore[arg-type]
+    return load(lambda name, *_: folder / name)
+
+
+def page_of(evidence: Evidence) -> str:
+    params, seed = load_params("report", ROOT / "params.yaml")
+    judge = Judge(evidence, params, seed)
+    return render(evidence, judge, judge.verdicts(), params, "organism", {})["index.html"]
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    return evidence_of(tmp_path_factory.mktemp("study"))
+
+
+def test_one_card_per_feature_with_its_class_and_verdict(evidence: Evidence) -> None:
+    made = cards(evidence)
+    assert [card.feature for card in made] == list(SET)
+    assert [card.tags[-1] for card in made] == ["needs its context", "detects its token", "not tested"]
+    known = {row["feature_id"]: row["feature_class"] for row in evidence.features if row["fit"] == "joint_topk"}
+    assert [card.tags[0] for card in made] == [known[k] for k in SET]
+    assert "at a silent place (it fires in every text): 95\u202f%" in made[1].facts[-1]
+    assert len(made[2].facts) == len(made[0].facts) - 1, "nothing is said of planting where nothing was planted"
+
+
+def test_contexts_hold_every_token_shaded_by_its_value(evidence: Evidence) -> None:
+    for card in cards(evidence):
+        rows = [row for row in evidence.contexts if row["feature_id"] == card.feature]
+        assert len(card.contexts) == 1 + len(evidence.tasks)
+        assert len(card.contexts) + len(card.further) == len(rows)
+        assert card.contexts[0].source == "corpus"
+        values = [float(found.value) for found in card.contexts[1:]]
+        assert values == sorted(values, reverse=True)
+        for found in card.contexts + card.further:
+            assert "".join(piece.text for piece in found.pieces) == "sort ab=</script><i>x"
+            silent, peak, after, *_ = found.pieces
+            assert (silent.text, silent.grpo, silent.base) == ("sort ab", 0, 0)
+            assert (peak.text, after.text) == ("=", "</script>")
+            assert peak.grpo > peak.base > 0
+            assert peak.grpo > after.grpo >= 8, "what fires is seen"
+            assert peak.note == f"GRPO {found.value}, base {found.base}"
+            assert after.said == (found.source != "corpus")
+
+
+def test_small_changes_are_not_named_and_blanks_are_seen(evidence: Evidence) -> None:
+    chips = {label: [(chip.token, chip.note) for chip in group] for label, group in cards(evidence)[0].chips}
+    assert chips["made more likely"] == [("<b>", "0.20\u00a0→\u00a00.60")]
+    assert chips["made less likely"] == [("&amp;", "0.30\u00a0→\u00a00.05")]
+    assert chips["promoted directly"] == [("<b>", "+2.0"), ("␣the", "+1.0")]
+    assert chips["suppressed directly"] == [("⏎", "−1.5")]
+    assert (visible(""), visible("\t")) == ("∅", "⇥")
+
+
+def test_tokens_of_texts_and_chips_are_escaped_on_the_page(evidence: Evidence) -> None:
+    page = page_of(evidence)
+    card = page[page.index('id="feature-118"') : page.index('id="feature-311"')]
+    shown = re.sub(r'<script type="application/json".*?</script>', "", card, flags=re.S)
+    assert "<i>" not in shown.replace('<i style="background', "")
+    assert "</script>" not in shown
+    texts = [unescape(re.sub(r"<[^>]+>", "", code)) for code in re.findall(r"<code>(.*?)</code>", shown, flags=re.S)]
+    assert texts.count("sort ab=</script><i>x") == 2 * (1 + len(evidence.tasks))
+    assert "&amp;" in texts
+
+
+def test_figures_show_the_measured_values(evidence: Evidence) -> None:
+    panel = figures(evidence)
+    assert panel is not None
+    drawn = {figure.key: figure for figure in panel.figures}
+    assert len(drawn) == 3 * len(SET)
+    feature = evidence.described["features"][1]
+    rows = {(row["model"], row["position"], row["task"]): row for row in feature["positions"]}
+    base, grpo = drawn["feature-311-tasks"].data
+    assert grpo["x"] == list(evidence.tasks)
+    assert grpo["y"] == [rows["grpo", "prompt_last", task]["value"]["value"] for task in evidence.tasks]
+    rate = drawn["feature-311-rate"].data[0]
+    assert rate["y"][1] == rows["base", "prompt_last", None]["rate"]["value"]
+    assert rate["y"][1] + rate["error_y"]["array"][1] == pytest.approx(rows["base", "prompt_last", None]["rate"]["high"])
+    assert base["name"] == "base"
+    assert all(figure in panel.figures for card in cards(evidence) for figure in card.panel.figures)
+
+
+def test_tables_over_all_features(evidence: Evidence, tmp_path: Path) -> None:
+    tokens = token_table(evidence)
+    assert tokens is not None
+    assert [row[-1].text for row in tokens.rows] == ["needs its context", "detects its token", "not tested"]
+    assert [row[2].text for row in tokens.rows] == ["8.00", "8.00", "–"]
+    (texts_label, texts), (_, own) = manner_tables(evidence)
+    assert texts_label == "Texts that show the manner"
+    assert [row[0].text for row in texts.rows][-2:] == ["set", "set"]
+    assert len(texts.rows) == len(own.rows) == 2 * (len(SET) + 1)
+    assert (texts.rows[0][5].text, own.rows[0][5].text) == ("0.95", "0.50")
+
+
+def test_likelihood_tasks_have_no_manner_and_a_study_without_a_set_no_cards(tmp_path: Path) -> None:
+    suites = evidence_of(tmp_path / "suites", likelihood=True, train=("products",), find=("sciq",), heldout=(), control=())
+    assert manner_tables(suites) == []
+    assert "Does it tell the manner" not in page_of(suites)
+    none = evidence_of(tmp_path / "none", status="empty_intersection")
+    assert (cards(none), figures(none), token_table(none), manner_tables(none)) == ([], None, None, [])
+    assert "What the features are" not in page_of(none)
+
+
+def test_of_many_features_the_first_are_open(tmp_path: Path) -> None:
+    evidence = evidence_of(tmp_path)
+    feature = evidence.described["features"][0]
+    evidence.described["features"] = [feature | {"feature_id": k} for k in range(11)]
+    page = page_of(evidence)
+    assert page.count('class="card feature"') == 11
+    assert "3 further features" in page
+    assert page.index('id="feature-7"') < page.index("3 further features") < page.index('id="feature-8"')
