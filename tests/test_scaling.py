@@ -1,6 +1,5 @@
 """Latent scaling: against least squares token by token, and on crosscoders that are right or wrong by construction."""
 
-from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.activations import store
+from featdiff.activations.tensor import ActivationTensor
 from featdiff.analysis.scaling import LatentScaling, latent_scaling, ratio, scaling_rows
 from featdiff.crosscoder.model import Crosscoder
 from tiny import random_crosscoder, store_of
@@ -19,20 +19,6 @@ MODELS = ("base", "sft", "grpo")
 SEEDS = st.integers(0, 10_000)
 LOSSES = st.sampled_from(["l1", "batchtopk"])
 BOUNDS = (0.2, 0.5)
-
-
-class Rows:
-    """Activations [N, M, D] in memory."""
-
-    def __init__(self, models: tuple[str, ...], acts_NMD: Tensor) -> None:
-        self.models, self.acts = list(models), acts_NMD
-        self.rows, _, self.d_model = acts_NMD.shape
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.acts[start:stop]
-
-    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        raise NotImplementedError
 
 
 def activations(seed: int, models: int = 3, rows: int = 40) -> Tensor:
@@ -49,7 +35,7 @@ def least_squares(target_ND: Tensor, f_N: Tensor, direction_D: Tensor) -> float:
 @given(SEEDS, LOSSES)
 def test_beta_is_the_least_squares_scale_over_all_tokens(seed: int, loss: str) -> None:
     crosscoder, acts = random_crosscoder(MODELS, loss=loss, seed=seed), activations(seed + 1)
-    found = latent_scaling(crosscoder, Rows(MODELS, acts), 3, 38)
+    found = latent_scaling(crosscoder, ActivationTensor(list(MODELS), acts), 3, 38)
     x = crosscoder.normalise(acts[3:38])
     f, w = crosscoder.encode(x).detach(), crosscoder.W_dec.detach()
     rebuilt = crosscoder.decode(f).detach()
@@ -67,7 +53,7 @@ def test_beta_is_the_least_squares_scale_over_all_tokens(seed: int, loss: str) -
 @settings(deadline=None, max_examples=20)
 @given(SEEDS, st.permutations(range(12)))
 def test_permuting_features_permutes_results(seed: int, order: list[int]) -> None:
-    crosscoder, rows = random_crosscoder(MODELS, seed=seed), Rows(MODELS, activations(seed + 1))
+    crosscoder, rows = random_crosscoder(MODELS, seed=seed), ActivationTensor(list(MODELS), activations(seed + 1))
     before = latent_scaling(crosscoder, rows, 0, 40)
     with torch.no_grad():
         for weight, features in ((crosscoder.W_enc, 2), (crosscoder.b_enc, 0), (crosscoder.W_dec, 0)):
@@ -87,8 +73,8 @@ def test_permuting_models_permutes_pairs(seed: int, order: list[int]) -> None:
     for name, dim in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("scale", 0)):
         weights[name] = weights[name].index_select(dim, torch.tensor(order))
     turned.load_state_dict(weights)
-    found = latent_scaling(turned, Rows(models, acts[:, order]), 0, 40)
-    wanted = latent_scaling(crosscoder, Rows(MODELS, acts), 0, 40)
+    found = latent_scaling(turned, ActivationTensor(list(models), acts[:, order]), 0, 40)
+    wanted = latent_scaling(crosscoder, ActivationTensor(list(MODELS), acts), 0, 40)
     for old, new in zip(wanted[1:], found[1:], strict=True):
         torch.testing.assert_close(new, old[order][:, order], equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +82,7 @@ def test_permuting_models_permutes_pairs(seed: int, order: list[int]) -> None:
 @settings(deadline=None, max_examples=20)
 @given(SEEDS, st.floats(0.1, 10))
 def test_the_scale_of_a_feature_is_no_part_of_the_result(seed: int, factor: float) -> None:
-    crosscoder, rows = random_crosscoder(MODELS, loss="l1", seed=seed), Rows(MODELS, activations(seed + 1))
+    crosscoder, rows = random_crosscoder(MODELS, loss="l1", seed=seed), ActivationTensor(list(MODELS), activations(seed + 1))
     before = latent_scaling(crosscoder, rows, 0, 40)
     with torch.no_grad():
         crosscoder.W_enc[:, :, 4] *= factor
@@ -109,14 +95,14 @@ def test_the_scale_of_a_feature_is_no_part_of_the_result(seed: int, factor: floa
 
 def test_the_size_of_the_pieces_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crosscoder, acts = random_crosscoder(MODELS), activations(1)
-    whole = latent_scaling(crosscoder, Rows(MODELS, acts), 0, 40)
+    whole = latent_scaling(crosscoder, ActivationTensor(list(MODELS), acts), 0, 40)
     monkeypatch.setattr(store, "READ_ROWS", 7)
     parts = latent_scaling(crosscoder, store_of(tmp_path, acts, MODELS), 0, 40)
     for a, b in zip(whole[1:], parts[1:], strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def planted(absent_in_base: int = 0) -> tuple[Crosscoder, Rows]:
+def planted(absent_in_base: int = 0) -> tuple[Crosscoder, ActivationTensor]:
     """Four features along the axes that a crosscoder has found exactly, the first ``absent_in_base`` of them in GRPO alone."""
     generator = torch.Generator().manual_seed(0)
     f = torch.rand(2000, 4, generator=generator) * (torch.rand(2000, 4, generator=generator) < 0.3)
@@ -126,7 +112,7 @@ def planted(absent_in_base: int = 0) -> tuple[Crosscoder, Rows]:
         crosscoder.W_dec[:absent_in_base, 0] = 0
         crosscoder.W_enc[1].copy_(torch.eye(4))
     noise = torch.randn(2000, 2, 4, generator=generator) * 0.01
-    return crosscoder, Rows(("base", "grpo"), crosscoder.decode(f).detach() + noise)
+    return crosscoder, ActivationTensor(["base", "grpo"], crosscoder.decode(f).detach() + noise)
 
 
 def test_a_feature_of_one_model_has_no_trace_in_the_other_and_a_shared_one_a_full_one() -> None:
@@ -165,7 +151,7 @@ def test_latent_decoupling_shows_in_the_reconstruction_alone() -> None:
 def test_a_feature_of_the_opposite_sign_is_not_specific() -> None:
     crosscoder, rows = planted()
     crosscoder.W_dec.data[1, 0] *= -1
-    rows.acts = crosscoder.decode(crosscoder.encode(rows.acts)).detach()
+    rows.acts_NMD = crosscoder.decode(crosscoder.encode(rows.acts_NMD)).detach()
     scaling = latent_scaling(crosscoder, rows, 0, 2000)
     assert ratio(scaling.error_MMF)[0, 1, 1].item() == pytest.approx(-1, abs=0.02)
     assert not scaling.specific(*BOUNDS)[0, 1, 1]
@@ -191,7 +177,7 @@ def test_a_ratio_needs_a_clearly_positive_beta_in_its_own_model(own: float) -> N
 
 
 def test_one_row_per_feature_and_ordered_pair() -> None:
-    scaling = latent_scaling(random_crosscoder(MODELS), Rows(MODELS, activations(1)), 0, 40)
+    scaling = latent_scaling(random_crosscoder(MODELS), ActivationTensor(list(MODELS), activations(1)), 0, 40)
     rows = scaling_rows("joint", scaling, *BOUNDS)
     assert [(row["owner"], row["other"], row["feature_id"]) for row in rows] == [
         (MODELS[t], MODELS[o], k) for o, t in permutations(range(3), 2) for k in range(12)
@@ -209,4 +195,4 @@ def test_one_row_per_feature_and_ordered_pair() -> None:
 
 def test_activations_of_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match="the crosscoder is of base, grpo, the activations of grpo, base"):
-        latent_scaling(random_crosscoder(), Rows(("grpo", "base"), activations(1, models=2)), 0, 40)
+        latent_scaling(random_crosscoder(), ActivationTensor(["grpo", "base"], activations(1, models=2)), 0, 40)

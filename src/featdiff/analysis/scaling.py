@@ -37,10 +37,12 @@ class LatentScaling(NamedTuple):
     """The same of model m's reconstruction."""
 
     def specific(self, nu_error: float, nu_reconstruction: float) -> Bool[Tensor, "M M F"]:
-        """Whether a feature is t's (second index) and not o's (first): |ν| below both bounds (0.2 and 0.5 in the source).
+        """Whether a feature is t's (second index) and not o's (first): |ν_ε| and ν_r below their bounds, 0.2 and 0.5 in
+        the source.
 
-        We take |ν|, as a feature that acts in o with the opposite sign is no more t's own than one with the same."""
-        return (ratio(self.error_MMF).abs() < nu_error) & (ratio(self.reconstruction_MMF).abs() < nu_reconstruction)
+        We take |ν_ε|: a feature that acts in o with the opposite sign is not t's own, and for a feature of o alone, whose
+        row in t is next to nothing, ν is large of either sign. ν_r stays signed, as the bias pushes it both ways."""
+        return (ratio(self.error_MMF).abs() < nu_error) & (ratio(self.reconstruction_MMF) < nu_reconstruction)
 
 
 def ratio(beta_MMF: Float[Tensor, "M M F"]) -> Float[Tensor, "M M F"]:
