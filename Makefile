@@ -32,6 +32,9 @@ repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whol
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
+golden: $(STAMP)  ## attribution methods against planted features; fails where the figures are missed
+	@$(BIN)/python -m featdiff.golden
+
 check: $(STAMP)  ## format, lint, types, quick tests
 	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph"
 
@@ -41,4 +44,4 @@ format: $(STAMP)  ## format and mend what the linter can
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.mirror ui $(PORT)
 
-.PHONY: help install profile repro test check format ui
+.PHONY: help install profile repro test golden check format ui
