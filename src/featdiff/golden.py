@@ -74,8 +74,6 @@ class GoldenParams(Params):
     losses: list[Literal["batchtopk", "l1"]]
     least_cosine: Fraction
     attribution: AttributionParams
-    nu_error: Fraction
-    nu_reconstruction: Fraction
     training: dict[str, Any]
     """Values of CrosscoderTraining except k."""
     reach: Reach
@@ -145,7 +143,7 @@ def called_own(
     """Which features each method takes for the last model's alone, against every other model."""
     others = range(W_dec_FMD.shape[1] - 1)
     by_norm_F = torch.stack([nrn(W_dec_FMD[:, [o, -1]]) > params.attribution.shared_band[1] for o in others]).all(0)
-    scaled_F = scaling.specific(params.nu_error, params.nu_reconstruction)[:-1, -1].all(0)
+    scaled_F = scaling.specific(params.attribution.nu_error, params.attribution.nu_reconstruction)[:-1, -1].all(0)
     return {
         "nrn": by_norm_F,
         "mas": mas(W_dec_FMD)[:, -1] > params.attribution.joint_dominance,
@@ -166,7 +164,7 @@ def examine(params: GoldenParams, name: str, loss: Literal["batchtopk", "l1"]) -
     crosscoder, metrics, features = fit(source, loss, training, params.seed, lambda step, point: None, f"{name} {loss}")
     alive_F = features["firing_rate"] > 0
     matches = match(planted.direction_PMD, crosscoder.W_dec, alive_F, params.least_cosine)
-    scaling = latent_scaling(crosscoder, source, 0, source.rows)
+    scaling = latent_scaling(crosscoder, source, 0, min(params.attribution.scaling_tokens, source.rows))
     own_P = torch.tensor([kind == OWN for kind in planted.kind])
     is_own_F = own_P[matches.planted_F] & (matches.planted_F >= 0)
     rows = []
