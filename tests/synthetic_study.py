@@ -428,7 +428,8 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
     features, contexts = [], []
     for s, k in enumerate(found):
         verdict = ("context", "token", "untested")[s]
-        measured = {"original": _near(8.0), "planted": _near(0.8 + 7 * s), "ratio": _near(0.1 + 0.85 * s), "rate": _near(0.2)}
+        planted = {"original": _near(8.0), "planted": _near(0.8 + 7 * s), "ratio": _near(0.1 + 0.85 * s), "rate": _near(0.2)}
+        token = {"token_id": 5, "token": "=", "verdict": verdict, "natural": _near(0.6), **planted}
         features.append(
             {
                 "feature_id": k, "largest": 9.0, "corpus_rate": {"base": 0.04, "grpo": 0.06},
@@ -441,11 +442,7 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
                     for position in ("prompt", "prompt_last", "answer_first", "answer_rest")
                     for task in (None, *(plan.roles if position == "prompt_last" else ()))
                 ],
-                "lexical": {
-                    "verdict": verdict, "silent": 60 * (s != 1), "tokens": [{"token_id": 5, "token": "="}],
-                    "natural": _near(0.6),
-                    **(measured if verdict != "untested" else dict.fromkeys(measured)),
-                },
+                "lexical": {"verdict": verdict, "silent": 60 * (s != 1), "tokens": [token] if verdict != "untested" else []},
                 "manner": {
                     "answers": {model: _judged(0.5) for model in ("base", "grpo")} if generated else {},
                     "texts": {model: _judged(0.95) for model in ("base", "grpo")} if generated else {},

@@ -37,10 +37,11 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
 def test_one_card_per_feature_with_its_class_and_verdict(evidence: Evidence) -> None:
     made = cards(evidence)
     assert [card.feature for card in made] == list(SET)
-    assert [card.tags[-1] for card in made] == ["needs its context", "detects its token", "not tested"]
+    assert [card.tags[-1] for card in made] == ["needs its context", "detects =", "not tested"]
     known = {row["feature_id"]: row["feature_class"] for row in evidence.features if row["fit"] == "joint_topk"}
     assert [card.tags[0] for card in made] == [known[k] for k in SET]
-    assert "at a silent place (it fires in every text): 95\u202f%" in made[1].facts[-1]
+    assert "at a silent place (it fires in every text)" in made[1].facts[-1]
+    assert "= 95\u202f% [90\u202f%, 100\u202f%], n = 400" in made[1].facts[-1]
     assert len(made[2].facts) == len(made[0].facts) - 1, "nothing is said of planting where nothing was planted"
 
 
@@ -103,8 +104,9 @@ def test_figures_show_the_measured_values(evidence: Evidence) -> None:
 def test_tables_over_all_features(evidence: Evidence, tmp_path: Path) -> None:
     tokens = token_table(evidence)
     assert tokens is not None
-    assert [row[-1].text for row in tokens.rows] == ["needs its context", "detects its token", "not tested"]
-    assert [row[2].text for row in tokens.rows] == ["8.00", "8.00", "–"]
+    assert [row[-1].text for row in tokens.rows] == ["needs its context", "detects the token"]
+    assert [row[2].text for row in tokens.rows] == ["8.00", "8.00"]
+    assert [row[4].text for row in tokens.rows] == ["10\u202f%", "95\u202f%"]
     (texts_label, texts), (_, own) = manner_tables(evidence)
     assert texts_label == "Texts that show the manner"
     assert [row[0].text for row in texts.rows][-2:] == ["set", "set"]

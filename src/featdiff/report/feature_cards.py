@@ -19,7 +19,7 @@ from featdiff.report.charts import (
 )
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.tables import Cell, Table
-from featdiff.report.words import MISSING, interval, moved, number, percent, signed
+from featdiff.report.words import MISSING, interval, listed, moved, number, percent, signed
 
 READ_IN = ("base", "grpo")
 POSITIONS = {
@@ -29,7 +29,7 @@ POSITIONS = {
     "answer_rest": "answer,<br>rest",
 }
 VERDICTS: dict[str, tuple[str, Literal["", "good", "bad"]]] = {
-    "token": ("detects its token", "bad"),
+    "token": ("detects the token", "bad"),
     "context": ("needs its context", "good"),
     "undecided": ("undecided", ""),
     "untested": ("not tested", ""),
@@ -108,7 +108,7 @@ def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
     norm = f"MAS {' / '.join(norms)}" if norms else f"NRN {number(facts['nrn'])}"
     return Card(
         feature=k,
-        tags=[facts["feature_class"], norm, VERDICTS[feature["lexical"]["verdict"]][0]],
+        tags=[facts["feature_class"], norm, _verdict(feature["lexical"])],
         facts=_facts(feature),
         contexts=[_context(row, feature["largest"]) for row in rows if row["rank"] == 1],
         further=[_context(row, feature["largest"]) for row in rows if row["rank"] > 1],
@@ -125,17 +125,24 @@ def _facts(feature: Row) -> list[str]:
         rate = moved(*(percent(row["rate"]["value"]) for row in last))
         value = moved(*(number(row["value"]["value"]) for row in last))
         said.append(f"At the last prompt token: {rate} of prompts, mean value {value} (base → GRPO).")
-    lexical = feature["lexical"]
-    if lexical["ratio"]:
-        tokens = ", ".join(visible(token["token"]) for token in lexical["tokens"])
-        ratio = lexical["ratio"]
-        where = "where it is silent" if lexical["silent"] else "at a silent place (it fires in every text)"
+    where = "where it is silent" if feature["lexical"]["silent"] else "at a silent place (it fires in every text)"
+    ratios = [
+        f"{visible(row['token'])} {percent(row['ratio']['value'])} [{percent(row['ratio']['low'])}, "
+        f"{percent(row['ratio']['high'])}], n = {row['ratio']['n']}"
+        for row in feature["lexical"]["tokens"]
+        if row["ratio"]
+    ]
+    if ratios:
         said.append(
-            f"Its top token{'s' if len(lexical['tokens']) > 1 else ''} ({tokens}) put into neutral text, {where}: "
-            f"{percent(ratio['value'])} of its value in its own contexts "
-            f"[{percent(ratio['low'])}, {percent(ratio['high'])}], n = {ratio['n']}."
+            f"Its top tokens put into neutral text, {where}, reach of its value in its own contexts: {'; '.join(ratios)}."
         )
     return said
+
+
+def _verdict(lexical: Row) -> str:
+    """The verdict in words, naming the tokens that it detects."""
+    alone = [visible(row["token"]) for row in lexical["tokens"] if row["verdict"] == "token"]
+    return f"detects {listed(alone)}" if alone else VERDICTS[lexical["verdict"]][0]
 
 
 def _at(feature: Row, model: str, position: str, task: str | None = None) -> Row | None:
@@ -218,25 +225,23 @@ def token_table(evidence: Evidence) -> Table | None:
     """Is each feature more than a detector of its tokens?"""
     rows = []
     for feature in evidence.described["features"]:
-        lexical = feature["lexical"]
-        verdict, mark = VERDICTS[lexical["verdict"]]
-        rows.append(
-            [
-                Cell(str(feature["feature_id"]), mark="label"),
-                Cell(" ".join(visible(token["token"]) for token in lexical["tokens"]) or MISSING),
-                _measured(lexical["original"]),
-                _measured(lexical["planted"]),
-                _measured(lexical["ratio"], share=True),
-                _measured(lexical["rate"], share=True),
-                _measured(lexical["natural"], share=True),
-                Cell(verdict, mark=mark),
-            ]
-        )
-    head = ["feature", "its top tokens", "value in its own contexts", "value where planted", "planted ÷ own"]
-    head += ["planting wakes it", "fires on them in the corpus", ""]
+        for row in feature["lexical"]["tokens"]:
+            verdict, mark = VERDICTS[row["verdict"]]
+            rows.append(
+                [
+                    Cell(str(feature["feature_id"]), mark="label"),
+                    Cell(visible(row["token"])),
+                    _measured(row["original"]),
+                    _measured(row["planted"]),
+                    *(_measured(row[name], share=True) for name in ("ratio", "rate", "natural")),
+                    Cell(verdict, mark=mark),
+                ]
+            )
+    head = ["feature", "top token", "value in its own contexts", "value where planted", "planted ÷ own"]
+    head += ["planting wakes it", "fires on it in the corpus", ""]
     caption = (
-        "Top tokens: those at the feature's strongest contexts. Planted: in place of a random token of corpus texts in which "
-        "the feature is silent. Read in GRPO."
+        "Top tokens: those at the feature's strongest contexts, in answers and in the corpus. Planted: in place of a random "
+        "token of corpus texts in which the feature is silent. Read in GRPO."
     )
     return Table(head, rows, caption) if rows else None
 

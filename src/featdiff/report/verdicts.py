@@ -378,17 +378,19 @@ class Judge:
     def _weakest(self, criteria: Sequence[Criterion], purpose: str, sign: int) -> str:
         if open_one := next((criterion for criterion in criteria if not criterion.holds), None):
             return f"It fails or stays open at this: {open_one.text}."
+        links = []
         agreement = (self.evidence.localize.get("seeds") or {}).get("mean_jaccard")
         if agreement is not None and agreement < self.params.stable_jaccard:
-            return (
-                f"The set is not stable: other seeds of the crosscoder find sets with a Jaccard index of {number(agreement)}."
+            links.append(
+                f"The set is not stable: other crosscoder seeds find sets with a Jaccard index of {number(agreement)}."
             )
         means = mean_effects(self.evidence, purpose, self.evidence.found_on)
         simple = {name: means[name][0] for name in DIRECTIONS if name in means}
         best = max(simple, key=lambda name: sign * simple[name], default=None)
         if best and sign * simple[best] >= sign * means["set"][0] - self.params.min_effect:
-            return f"A simple direction does as much without a dictionary: {best.replace('_', ' ')} {signed(simple[best])}."
-        return ""
+            words = f"{best.replace('_', ' ')} {signed(simple[best])}"
+            links.append(f"A simple direction does as much without a dictionary: {words}.")
+        return " ".join(links)
 
 
 def _reversed(estimate: Interval | None) -> Interval | None:
