@@ -287,7 +287,7 @@ def test_too_few_flipped_samples_are_a_result(study: Project, run: Run) -> None:
         save_file({name: torch.ones(32) for name in names}, folder / "features.safetensors")
     assert run("stages/activations.py", "--model", "grpo").returncode == 0
 
-    study.set({"localize.min_flipped": 3, "localize.bootstrap": 20})
+    study.set({"localize.min_flipped": 3, "localize.bootstrap": 20, "localize.seeds": []})
     result = run("stages/localize.py")
     assert result.returncode == 0, result.stderr
     folder = study.path / "analysis/localize"

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from featdiff import mirror
+from featdiff.config import load_study
 from featdiff.mlflow_view import EXPERIMENT, View, mask
 from featdiff.restore import restore
 from featdiff.tracking import runs_folder
@@ -179,7 +180,7 @@ def test_a_record_becomes_a_run_once(project):
     assert child["points"].keys() >= {"final/loss", "run/wall_seconds", "run/peak_memory_mib", "run/tokens_per_second"}
     assert child["tags"]["run.device"] == "cpu"
     assert child["tags"]["featdiff.record"] == info["id"]
-    assert child["params"]["lr"] == "0.0005"
+    assert child["params"]["lr"] == str(load_study().sft.lr)
     assert child["files"] == ["completions.csv"]
     parent = view[child["parent"]]
     assert parent["tags"]["featdiff.pipeline"] == info["pipeline"]["id"]
