@@ -41,7 +41,7 @@ def test_one_card_per_feature_with_its_class_and_verdict(evidence: Evidence) -> 
     known = {row["feature_id"]: row["feature_class"] for row in evidence.features if row["fit"] == "joint_topk"}
     assert [card.tags[0] for card in made] == [known[k] for k in SET]
     assert "at a silent place (it fires in every text)" in made[1].facts[-1]
-    assert "= 95\u202f% [90\u202f%, 100\u202f%], n = 400" in made[1].facts[-1]
+    assert "“=” 95\u202f% [90\u202f%, 100\u202f%], n = 400" in made[1].facts[-1]
     assert len(made[2].facts) == len(made[0].facts) - 1, "nothing is said of planting where nothing was planted"
 
 

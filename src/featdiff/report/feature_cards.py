@@ -127,7 +127,7 @@ def _facts(feature: Row) -> list[str]:
         said.append(f"At the last prompt token: {rate} of prompts, mean value {value} (base → GRPO).")
     where = "where it is silent" if feature["lexical"]["silent"] else "at a silent place (it fires in every text)"
     ratios = [
-        f"{visible(row['token'])} {percent(row['ratio']['value'])} [{percent(row['ratio']['low'])}, "
+        f"“{visible(row['token'])}” {percent(row['ratio']['value'])} [{percent(row['ratio']['low'])}, "
         f"{percent(row['ratio']['high'])}], n = {row['ratio']['n']}"
         for row in feature["lexical"]["tokens"]
         if row["ratio"]
@@ -231,8 +231,8 @@ def token_table(evidence: Evidence) -> Table | None:
                 [
                     Cell(str(feature["feature_id"]), mark="label"),
                     Cell(visible(row["token"])),
-                    _measured(row["original"]),
-                    _measured(row["planted"]),
+                    _measured(row["original"], counted=True),
+                    _measured(row["planted"], counted=True),
                     *(_measured(row[name], share=True) for name in ("ratio", "rate", "natural")),
                     Cell(verdict, mark=mark),
                 ]
@@ -274,9 +274,10 @@ def manner_tables(evidence: Evidence) -> list[tuple[str, Table]]:
     return tables
 
 
-def _measured(found: Row | None, share: bool = False) -> Cell:
+def _measured(found: Row | None, *, share: bool = False, counted: bool = False) -> Cell:
+    """A number with its interval, as a share or as it is, and where it is ``counted`` with its n."""
     if found is None:
         return Cell(MISSING)
     if share:
         return Cell(percent(found["value"]), f"[{percent(found['low'])}, {percent(found['high'])}]")
-    return Cell(number(found["value"]), interval(found["low"], found["high"]))
+    return Cell(number(found["value"]), interval(found["low"], found["high"]) + (f", n = {found['n']}" if counted else ""))
