@@ -138,6 +138,7 @@ def test_answers_are_the_models_own_on_the_find_split_under_the_tasks_own_rule()
     ]
     right = [row for row in ANSWERS if row["mode"] in ("greedy", "option_text_norm") and row["split"] == "find"]
     found = answered(TOKENIZER, TASKS, SAMPLES, wrong + right, 4)
+    assert answered(TOKENIZER, TASKS, SAMPLES, right + wrong, 4) == found
     assert found.tasks == ["rev"] * 4 + ["quiz"] * 4
     texts = TOKENIZER.batch_decode(found.texts, skip_special_tokens=True)
     assert texts[0] == "rev a0=<a>0."

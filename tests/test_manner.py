@@ -84,8 +84,9 @@ def test_the_set_fires_where_any_feature_does_and_its_features_weigh_the_same() 
     assert set(made) == {"10", "11", "12", "set"}
     assert (made["set"]["fires"], made["set"]["precision"].value, made["set"]["recall"].value) == (2, 1, 1)
     assert made["set"]["auroc"].value == 1
-    larger = told([[3000, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], steps)
-    assert larger["set"] == made["set"]
+    for scale in (1, 100):
+        uneven = told([[1, 1, 0, 0], [0, scale, 0, scale]], steps)
+        assert uneven["set"]["auroc"].value == 3.5 / 4
 
 
 def row(sample_id: str, mode: str, manner: str) -> dict[str, Any]:

@@ -78,6 +78,19 @@ def test_a_token_detector_and_a_feature_of_context_are_told_apart() -> None:
     assert [row["verdict"] for row in (lenient[0], lenient[2])] == ["token", "token"]
 
 
+def test_a_feature_that_planting_half_wakes_is_undecided() -> None:
+    def after_even(ids: list[int], place: int) -> float:
+        return 2.0 if ids[place] == TOKEN and ids[place - 1] % 2 == 0 else 0.0
+
+    lens = Rules([on_token, after_even])
+    stored = lens.read(corpus())
+    (token,) = planted(lens, [stored], stored, params(), 0)[1]["tokens"]
+    assert token["ratio"].low < 0.5 < token["ratio"].high
+    assert token["verdict"] == "undecided"
+    for bound, verdict in ((0.1, "token"), (0.9, "context")):
+        assert planted(lens, [stored], stored, params(token_detector=bound), 0)[1]["verdict"] == verdict
+
+
 def test_each_top_token_is_judged_by_itself() -> None:
     def mixed(ids: list[int], place: int) -> float:
         return 5.0 if ids[place] == 8 else in_context(ids, place)
