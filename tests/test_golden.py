@@ -117,6 +117,8 @@ def test_planted_and_learned_features_find_each_other() -> None:
     assert (
         match(directions, torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(9)), alive[:3] | True, 0.7)[0].max() < 0
     )
+    near = torch.stack([directions[0], directions[0] + 0.3 * directions[1]])  # one learned feature cannot stand for both
+    assert match(near, directions[:1], alive[:1], 0.7).feature_P.tolist() == [0, -1]
 
 
 @pytest.fixture(scope="module")
