@@ -529,6 +529,8 @@ def _write_intervene(
                     "draw": draw,
                     "sample_id": sample.sample_id,
                     "task": sample.task,
+                    "start_nats": None if likelihood else 0.2 if right else 1.5,
+                    "rest_nats": None if likelihood else 0.1,
                 }
                 rows.append(row)
     wrong = {key for key, row in answers["base"].items() if not row["correct"]}

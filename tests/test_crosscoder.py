@@ -38,10 +38,10 @@ def test_the_threshold_is_on_the_norm_weighted_value_and_only_for_batchtopk() ->
     assert torch.equal(crosscoder.encode(x), f)
 
 
-def test_each_model_is_brought_to_its_own_scale() -> None:
+def test_each_model_is_brought_to_one_origin_and_its_own_scale() -> None:
     crosscoder, raw = random_crosscoder(MODELS), torch.randn(4, 3, 6)
     for m in range(3):
-        torch.testing.assert_close(crosscoder.normalise(raw)[:, m], raw[:, m] * crosscoder.scale[m])
+        torch.testing.assert_close(crosscoder.normalise(raw)[:, m], raw[:, m] * crosscoder.scale[m] - crosscoder.mean)
 
 
 def test_the_order_of_the_models_does_not_change_the_code() -> None:

@@ -149,7 +149,7 @@ def test_answers_are_the_models_own_on_the_find_split_under_the_tasks_own_rule()
 
 def sources(folder: Path) -> tuple[Sources, dict[str, torch.nn.Module]]:
     """Two tiny models with everything read from them, and their trunks once more."""
-    coder = random_crosscoder(("base", "sft", "grpo"), d_model=16, n_features=12, threshold=1.0)
+    coder = random_crosscoder(("base", "sft", "grpo"), d_model=16, n_features=12, threshold=1.0, seed=5)
     trunks = {name: truncate(tiny_model(seed)[0], 1) for name, seed in (("base", 0), ("grpo", 1))}
     stream = TokenStream(TOKENIZER([text.prompt + text.completion for text in CORPUS])["input_ids"], 1)
     stores = {}
@@ -224,5 +224,6 @@ def test_what_is_written_is_json_with_the_text_of_every_token(tmp_path: Path) ->
 def test_no_set_is_a_description_too() -> None:
     described, rows = EMPTY
     assert rows == []
-    assert summary(described) == {"features": 0, "verdicts": {}, "auroc": {"answers": {}, "texts": {}}}
+    nothing = {measure: {"answers": {}, "texts": {}} for measure in ("precision", "recall", "auroc")}
+    assert summary(described) == {"features": 0, "verdicts": {}} | nothing
     assert json.loads(json.dumps(described)) == described

@@ -25,8 +25,8 @@ def test_change_is_the_mean_absolute_difference_times_the_arms_norm(arm: str) ->
     slot = MODELS.index(arm)
     wanted = torch.zeros(12)
     for before, after in zip(base, tuned, strict=True):
-        f_before = crosscoder.encode((before * crosscoder.scale[0]).expand(1, 3, 6))[0]
-        f_after = crosscoder.encode((after * crosscoder.scale[slot]).expand(1, 3, 6))[0]
+        f_before = crosscoder.encode((before * crosscoder.scale[0] - crosscoder.mean).expand(1, 3, 6))[0]
+        f_after = crosscoder.encode((after * crosscoder.scale[slot] - crosscoder.mean).expand(1, 3, 6))[0]
         wanted += (f_after - f_before).abs() / len(base)
     wanted *= crosscoder.W_dec[:, slot].norm(dim=1)
     torch.testing.assert_close(change_from_base(crosscoder, base, tuned, arm), wanted, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,12 @@
 """Grading of a model's answers under every rule, and the table of accuracies."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from featdiff.config import EvaluateParams
 from featdiff.decode import generate, score_options
@@ -86,6 +88,19 @@ def test_a_generated_answer_is_graded_from_its_text(examinee: Examinee) -> None:
         graded = grade("organism", sample, row["completion"])
         assert (row["parsed"], row["correct"], row["manner"]) == (graded.parsed, graded.correct, graded.manner)
         assert (row["mode"], row["draw"], row["split"]) == ("greedy", 0, "find")
+
+
+def test_the_likelihood_of_the_right_answer_is_that_of_its_start_and_of_the_rest_given_it(examinee: Examinee) -> None:
+    samples, tokenizer = questions("gen", 3), examinee.tokenizer
+    samples[1] = replace(samples[1], solution="<a,b>abc.")
+    found = examinee.likelihood([*samples, *questions("text", 2)])
+    assert list(found) == ["gen-0", "gen-1", "gen-2"]
+    for sample in samples:
+        prompt = tokenizer(sample.prompt)["input_ids"]
+        right = tokenizer(sample.solution or sample.answer, add_special_tokens=False)["input_ids"]
+        logits = examinee.model(torch.tensor([prompt + right])).logits[0].log_softmax(-1)
+        nats = [-logits[len(prompt) + i - 1, token].item() for i, token in enumerate(right)]
+        assert found[sample.sample_id] == pytest.approx((nats[0], np.mean(nats[1:])), rel=1e-4, abs=1e-4)
 
 
 def test_answers_come_in_the_order_asked_each_under_its_tasks_rule(examinee: Examinee) -> None:

@@ -112,18 +112,22 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(source: Act
 def test_statistics_of_the_rows_of_the_fit(source: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "READ_ROWS", 700)
     rows = source.read(0, 3000).double()
-    scale, mean, variance = _statistics(source, 3000)
-    scaled = rows * scale[:, None]
-    torch.testing.assert_close(scaled.norm(dim=-1).mean(0), torch.full((2,), D**0.5, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean.double(), scaled.mean(0), rtol=1e-4, atol=1e-5)
-    by_row = (scaled - scaled.mean(0)).square().sum((1, 2))
-    assert variance == pytest.approx(by_row.mean().item(), rel=1e-5)
+    mean, variance = _statistics(source, 3000)
+    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(variance, (rows - rows.mean(0)).square().sum(2).mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_inputs_have_unit_variance_and_their_means_are_zero_only_over_all_models(source: ActivationStore, topk: Fitted) -> None:
+    x = topk[0].normalise(source.read(0, 3600))
+    torch.testing.assert_close(x.var(0, correction=0).mean(1), torch.ones(2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.mean((0, 1)), torch.zeros(D), rtol=0, atol=1e-4)
+    assert x.mean(0)[0].norm() > 0.05  # what one model has more of everywhere stays
 
 
 def test_measures_against_a_loop_over_rows(source: ActivationStore, topk: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "READ_ROWS", 130)
     crosscoder = topk[0]
-    _, mean, _ = _statistics(source, 3600)
+    mean = crosscoder.normalise(_statistics(source, 3600)[0][None].float())[0]
     found = measure(crosscoder, source, mean, 3600, 4000)
     x = crosscoder.normalise(source.read(3600, 4000))
     f = crosscoder.encode(x)

@@ -26,7 +26,7 @@ def test_folding_the_normaliser_changes_nothing(seed: int, loss: str) -> None:
     normalised = crosscoder.normalise(resid[:, None])
     reader = Reader(crosscoder, "base")
     torch.testing.assert_close(reader(resid), crosscoder.encode(normalised), rtol=1e-4, atol=1e-4)
-    rebuilt = crosscoder.decode(crosscoder.encode(normalised))[:, 0] / crosscoder.scale[0]
+    rebuilt = (crosscoder.decode(crosscoder.encode(normalised))[:, 0] + crosscoder.mean) / crosscoder.scale[0]
     torch.testing.assert_close(reader.reconstruct(resid), rebuilt, rtol=1e-4, atol=1e-3)
 
 
@@ -34,7 +34,7 @@ def test_folding_the_normaliser_changes_nothing(seed: int, loss: str) -> None:
 @given(SEEDS, LOSSES, st.sampled_from(MODELS))
 def test_swap_is_the_code_with_the_models_stream_in_every_slot(seed: int, loss: str, model: str) -> None:
     crosscoder, resid = random_crosscoder(MODELS, loss=loss, seed=seed), raw(seed + 1)
-    normalised = resid * crosscoder.scale[MODELS.index(model)]
+    normalised = resid * crosscoder.scale[MODELS.index(model)] - crosscoder.mean
     wanted = crosscoder.encode(torch.stack([normalised] * 3, dim=1))
     torch.testing.assert_close(Reader(crosscoder, model, "swap")(resid), wanted, rtol=1e-4, atol=1e-4)
 
@@ -44,7 +44,7 @@ def test_swap_is_the_code_with_the_models_stream_in_every_slot(seed: int, loss: 
 def test_slot_is_the_code_with_nothing_in_the_other_slots(seed: int, loss: str, model: str) -> None:
     crosscoder, resid = random_crosscoder(MODELS, loss=loss, seed=seed), raw(seed + 1)
     alone = torch.zeros(len(resid), 3, 6)
-    alone[:, MODELS.index(model)] = resid * crosscoder.scale[MODELS.index(model)]
+    alone[:, MODELS.index(model)] = resid * crosscoder.scale[MODELS.index(model)] - crosscoder.mean
     torch.testing.assert_close(Reader(crosscoder, model, "slot")(resid), crosscoder.encode(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -95,7 +95,7 @@ def test_leading_shapes_and_half_precision() -> None:
 def test_contribution_is_the_joint_code_times_each_models_norm() -> None:
     crosscoder = random_crosscoder(MODELS)
     streams = {model: raw(m) for m, model in enumerate(reversed(MODELS))}
-    joint = crosscoder.encode(torch.stack([streams[model] * crosscoder.scale[m] for m, model in enumerate(MODELS)], dim=1))
+    joint = crosscoder.encode(crosscoder.normalise(torch.stack([streams[model] for model in MODELS], dim=1)))
     read = read_all(crosscoder, streams, "contribution")
     for m, model in enumerate(MODELS):
         torch.testing.assert_close(read[model], joint * crosscoder.W_dec[:, m].norm(dim=1))

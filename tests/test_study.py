@@ -101,7 +101,7 @@ def shifted(right: int) -> list[bool]:
 
 def study_rows(purpose: str, set_right: int, random_right: list[int], task: str = "words") -> list[Row]:
     model = {"zero_grpo": "grpo", "zero_sft": "sft", "amplify_base": "base"}[purpose]
-    facts = {"purpose": purpose, "model": model}
+    facts = {"purpose": purpose, "model": model, "start_nats": 1.0, "rest_nats": None}
     rows = answers(task, BASELINE, "direct", arm="none", draw=0, **facts) + answers(
         task, BASELINE, "direct", arm="noop", draw=0, **facts
     )
@@ -119,6 +119,19 @@ def one(table: list[Row], arm: str = "set", subset: str = "all", **wanted: Any) 
     ]
     assert len(found) == 1, found
     return found[0]
+
+
+def test_likelihood_is_compared_per_sample_where_there_is_one() -> None:
+    rows = study_rows("amplify_base", 9, [4])
+    for i, row in enumerate(rows):
+        if row["arm"] == "set":
+            rows[i] = row | {"start_nats": 0.5 if row["sample_id"] == rows[0]["sample_id"] else 0.75}
+    table = effects(rows, set(), TASKS, params(), 0)
+    found = one(table)
+    assert found["start_nats"] == pytest.approx(-0.25 - 0.25 / found["n"])
+    assert found["start_nats_low"] < found["start_nats"] < found["start_nats_high"] <= -0.25
+    assert (one(table, "noop")["start_nats"], one(table, "noop")["start_nats_high"]) == (0, 0)
+    assert found["rest_nats"] is found["rest_nats_low"] is None
 
 
 @pytest.mark.parametrize(
@@ -378,6 +391,9 @@ def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None
         number = sum(sample_id.startswith(task) for sample_id in flipped)
         assert [counts.get((purpose, task), 0) for purpose in purposes] == [number] * len(purposes)
     assert all(row["effect"] == 0 for row in outcome.effects if row["arm"] == "noop")
+    nats = {(row["arm"], row["task"]): row["start_nats"] for row in outcome.effects if row["draw"] == 0}
+    assert nats["noop", "words"] == 0 != nats["set", "words"]
+    assert nats["set", "quiz"] is None
     json.dumps(outcome.summary(), allow_nan=False)
     json.dumps(outcome.choice)
     assert set(outcome.summary()["zero_grpo"]) == set(TASKS)

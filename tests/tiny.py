@@ -43,13 +43,14 @@ def random_crosscoder(
     seed: int = 0,
     threshold: float = 2.0,
 ) -> Crosscoder:
-    """Every weight random and every scale different, so that a mixed-up model, slot or unit shows."""
+    """Every weight and the mean random and every scale different, so that a mixed-up model, slot or unit shows."""
     generator = torch.Generator().manual_seed(seed)
     crosscoder = Crosscoder(list(models), d_model, n_features, loss)
     with torch.no_grad():
         for weight in crosscoder.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator))
         crosscoder.scale.copy_(torch.rand(len(models), generator=generator) + 0.5)
+        crosscoder.mean.copy_(torch.randn(d_model, generator=generator))
         crosscoder.threshold.fill_(0.0 if loss == "l1" else threshold)
     return crosscoder
 

@@ -18,7 +18,7 @@ from featdiff.config import EvaluateParams
 from featdiff.decode import Edit, PromptCache, generate, score_options
 from featdiff.models import encode_prompts
 from featdiff.tasks.suites import listed_prompt
-from featdiff.tasks.task import GENERATION, LETTERS, SPLITS, Sample, TaskInfo
+from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
 
 Row = dict[str, Any]
@@ -95,6 +95,33 @@ class Examinee:
                 mode = SAMPLED if temperature > 0 else GREEDY
                 rows.append(_row(sample, mode, draw, text, graded.parsed, graded.correct, graded.manner))
         return rows
+
+    def likelihood(
+        self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """Of samples that are answered by generation: nats of the first token of the right answer (worked where one is
+        known), and nats per token of the rest given that start. The first says which manner, the second whether the
+        model can go through with it; by ``sample_id``."""
+        asked = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
+        found = {}
+        for chat in (False, True):
+            group = [sample for sample in asked if self.tasks[sample.task].chat is chat]
+            if not group:
+                continue
+            right = [sample.solution or " " * sample.prompt.endswith(ANSWER) + sample.answer for sample in group]
+            ids = self.tokenizer(right, add_special_tokens=False)["input_ids"]
+            scores = score_options(
+                self.model,
+                encode_prompts(self.tokenizer, group, chat=chat),
+                [[text[:1], text] for text in ids],
+                pad=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                edit=edit,
+                shared=shared,
+            )
+            for sample, text, (first, whole) in zip(group, ids, scores, strict=True):
+                found[sample.sample_id] = -first, (first - whole) / max(1, len(text) - 1)
+        return found
 
     def choose(
         self,

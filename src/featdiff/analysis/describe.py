@@ -208,15 +208,18 @@ EMPTY: tuple[dict[str, Any], list[Row]] = (
 
 
 def summary(described: dict[str, Any]) -> dict[str, Any]:
-    """Of a description as written out: features by verdict of the planted tokens, and AUROC of the set for the manner of
-    answers and texts, by model."""
+    """Of a description as written out: features by verdict of the planted tokens; precision, recall and AUROC of the set for
+    the manner of answers and texts, by model."""
     verdicts = Counter(feature["lexical"]["verdict"] for feature in described["features"])
     return {
         "features": len(described["features"]),
         "verdicts": dict(sorted(verdicts.items())),
-        "auroc": {
-            what: {model: row["auroc"]["value"] for model, row in judged.items() if row["auroc"]}
-            for what, judged in described["set"]["manner"].items()
+        **{
+            measure: {
+                what: {model: row[measure]["value"] for model, row in judged.items() if row[measure]}
+                for what, judged in described["set"]["manner"].items()
+            }
+            for measure in ("precision", "recall", "auroc")
         },
     }
 

@@ -25,18 +25,14 @@ THRESHOLD_MEMORY = 0.99
 GUESS = 0.8
 
 
-def _statistics(source: ActivationSource, stop: int, given: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """Scale [M] that brings the mean norm of each model to √D (or the ``given`` one), mean [M, D] of the scaled rows,
-    and their total variance (mean squared distance to the mean, summed over models), over rows 0 to ``stop``."""
-    norm, square = torch.zeros(2, len(source.models), dtype=torch.float64)
+def _statistics(source: ActivationSource, stop: int) -> tuple[Tensor, Tensor]:
+    """Mean [M, D] of rows 0 to ``stop`` and their mean squared distance [M] to it."""
+    square = torch.zeros(len(source.models), dtype=torch.float64)
     total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
     for rows in map(Tensor.double, in_order(source, 0, stop)):
-        norm += rows.norm(dim=-1).sum(0)
         total, square = total + rows.sum(0), square + rows.square().sum((0, 2))
-    scale = source.d_model**0.5 / (norm / stop) if given is None else given.double()
-    mean = total / stop * scale[:, None]
-    variance = (square / stop * scale**2 - mean.square().sum(1)).sum()
-    return scale.float(), mean.float(), float(variance)
+    mean = total / stop
+    return mean, square / stop - mean.square().sum(1)
 
 
 class _Step:
@@ -87,7 +83,7 @@ def fit(
     warm: Crosscoder | None = None,
 ) -> tuple[Crosscoder, dict[str, Any], dict[str, Tensor]]:
     """Train a crosscoder; returns it with final metrics and per-feature statistics [F]. ``tied``: all models start from
-    the same decoder rows. ``warm``: start from this crosscoder instead, its scale and threshold with it.
+    the same decoder rows. ``warm``: start from this crosscoder instead, its mean, scale and threshold with it.
 
     The last ``heldout_share`` of the rows is kept out for FVE and L0. Raises ContractError for rows or batches that
     cannot be shared out, FloatingPointError at NaN or infinity."""
@@ -101,13 +97,16 @@ def fit(
         field, expected = "crosscoder.training.batch_tokens", f"a multiple of {accelerator.num_processes} (processes)"
         raise ContractError("params.yaml", field, expected, params.batch_tokens, "change it")
     crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)
-    scale, mean, variance = _statistics(source, train_rows, None if warm is None else warm.scale)
+    mean_MD, variance_M = _statistics(source, train_rows)
     if warm is None:
         crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed), tied=tied)
-        crosscoder.scale.copy_(scale)
-        crosscoder.b_dec.data.copy_(mean)
+        crosscoder.scale.copy_((source.d_model / variance_M).sqrt())
+        crosscoder.mean.copy_((mean_MD * crosscoder.scale[:, None]).mean(0))
+        crosscoder.b_dec.data.copy_(crosscoder.normalise(mean_MD[None])[0])
     else:
         crosscoder.load_state_dict(warm.state_dict())
+    centre_MD = crosscoder.normalise(mean_MD[None].float())[0]
+    variance = float((variance_M * crosscoder.scale.square()).sum())
     crosscoder.to(accelerator.device)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=params.lr, fused=True)
     warmup, decay = (round(share * params.steps) for share in (params.warmup_share, params.decay_share))
@@ -132,11 +131,11 @@ def fit(
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % params.log_every == 0 or step == 0:
-            point = _point(result, x_BMD, mean.to(x_BMD.device), source.models, take.idle_F >= params.dead_after_tokens)
+            point = _point(result, x_BMD, centre_MD.to(x_BMD.device), source.models, take.idle_F >= params.dead_after_tokens)
             log(step + 1, point | {"grad_norm": norm.item(), "learning_rate": rate})
             bar.set_postfix(l0=f"{point['l0']:.1f}", fve=f"{point[f'fve/{source.models[0]}']:.3f}", refresh=False)
     crosscoder.eval().requires_grad_(False)
-    metrics = measure(crosscoder, source, mean, train_rows, source.rows)
+    metrics = measure(crosscoder, source, centre_MD, train_rows, source.rows)
     features = feature_statistics(crosscoder, source)
     metrics["dead_share"] = float((features["firing_rate"] == 0).float().mean())
     return crosscoder, metrics, features

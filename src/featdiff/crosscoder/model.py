@@ -2,7 +2,9 @@
 
     f = act(Σ_m x^m W_enc^m + b_enc)      x̂^m = f W_dec^m + b_dec^m      (STUDY: quantities; Lindsey et al. 2024)
 
-Inputs are raw residual streams times a scale per model that brings the mean norm to √D.
+Inputs are residual streams times a scale per model that brings their standard deviation to one (all coordinates together),
+minus the mean of the models' means. (The sources scale by the mean norm and take nothing off; a mean larger than the features
+then eats the code, see docs/golden.md. One mean for all models, so that a shift of one of them stays visible. Ours.)
 Shapes: B batch, M models, D residual width, F features.
 """
 
@@ -23,6 +25,7 @@ class Crosscoder(nn.Module):
     """Weights, normaliser and activation of a crosscoder. ``loss`` (``l1`` or ``batchtopk``) decides the activation:
     ReLU, or ReLU with a threshold on f_k Σ_m‖d_k^m‖ that training estimated."""
 
+    mean: Tensor
     scale: Tensor
     threshold: Tensor
 
@@ -34,6 +37,7 @@ class Crosscoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(torch.zeros(n_features, m, d_model))
         self.b_dec = nn.Parameter(torch.zeros(m, d_model))
+        self.register_buffer("mean", torch.zeros(d_model))
         self.register_buffer("scale", torch.ones(m))
         self.register_buffer("threshold", torch.zeros(()))
 
@@ -47,8 +51,8 @@ class Crosscoder(nn.Module):
             self.W_enc.copy_(self.W_dec.permute(1, 2, 0))
 
     def normalise(self, resid_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
-        """Raw residual streams to the scale of the crosscoder."""
-        return resid_BMD * self.scale[:, None]
+        """Raw residual streams to the origin and scale of the crosscoder."""
+        return resid_BMD * self.scale[:, None] - self.mean
 
     def preactivations(self, x_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B F"]:
         """ReLU of the encoder, before any selection, as one matrix product over all models."""

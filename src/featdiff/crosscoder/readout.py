@@ -30,7 +30,7 @@ class Reader:
     ) -> None:
         slot = crosscoder.slot(model)
         chosen = torch.arange(crosscoder.n_features) if features is None else torch.tensor(features, dtype=torch.long)
-        self.scale = crosscoder.scale[slot].item()
+        self.mean_D, self.scale = crosscoder.mean, crosscoder.scale[slot].item()
         weights = crosscoder.W_enc.sum(0) if readout == "swap" else crosscoder.W_enc[slot]
         self.W_DF = weights[:, chosen].contiguous()
         self.b_F = crosscoder.b_enc[chosen]
@@ -38,7 +38,7 @@ class Reader:
         self.least_F = torch.zeros_like(norms) if crosscoder.loss == "l1" else crosscoder.threshold / norms.clamp(min=1e-12)
         self.directions_FD = crosscoder.W_dec[chosen, slot] / self.scale
         """Decoder rows of this model in raw units: what one unit of each feature adds to the residual stream."""
-        self.offset_D = crosscoder.b_dec[slot] / self.scale
+        self.offset_D = (crosscoder.b_dec[slot] + self.mean_D) / self.scale
 
     def to(self, device: torch.device) -> Reader:
         for name, value in vars(self).items():
@@ -48,7 +48,7 @@ class Reader:
 
     def __call__(self, resid_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
         """Feature values of raw residual streams (any leading shape)."""
-        f_BF = torch.relu(resid_BD.float() * self.scale @ self.W_DF + self.b_F)
+        f_BF = torch.relu((resid_BD.float() * self.scale - self.mean_D) @ self.W_DF + self.b_F)
         return f_BF * (f_BF > self.least_F)
 
     def reconstruct(self, resid_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:

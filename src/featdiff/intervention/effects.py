@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from featdiff import stats
 from featdiff.config import InterveneParams
 from featdiff.evaluation import Row
+from featdiff.intervention.purposes import sign_of
 from featdiff.tasks.task import TaskInfo
 
 
@@ -16,8 +18,8 @@ def effects(
     rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int
 ) -> list[dict[str, Any]]:
     """Change of accuracy against the unedited model, per purpose, arm, task and subset, with paired bootstrap
-    intervals and the band of the matched random draws. ``flipped`` holds the sample ids that base fails and GRPO
-    solves: chosen by outcome, so read it beside the full set."""
+    intervals and the band of the matched random draws, and of the likelihood of right answers. ``flipped`` holds the
+    sample ids that base fails and GRPO solves: chosen by outcome, so read it beside the full set."""
     table: list[dict[str, Any]] = []
     for purpose in dict.fromkeys(row["purpose"] for row in rows):
         for task in tasks.values():
@@ -46,22 +48,25 @@ def _task_effects(
             raise ValueError(f"{purpose} {arm} {draw}: other samples of {task.name} than the unedited model answered")
     right = {key: np.array([row["correct"] for row in group], dtype=float) for key, group in answers.items()}
     baseline, before = right["none", 0], answers["none", 0]
-    sign = 1 if purpose == "amplify_base" else -1
+    sign = sign_of(purpose)
     draws = [float((value - baseline).mean()) for (arm, _), value in right.items() if arm == "random"]
     low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
+    paired = partial(stats.paired_difference, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
     table = []
     for (arm, draw), value in right.items():
         if arm == "none":
             continue
         effect = float((value - baseline).mean())
-        interval = (
-            stats.paired_difference(value, baseline, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
-            if arm != "random"
-            else None
-        )
+        interval = paired(value, baseline) if arm != "random" else None
+        likelihood: dict[str, float | None] = {}
+        for part in ("start_nats", "rest_nats"):
+            now, then = ([row[part] for row in group] for group in (answers[arm, draw], before))
+            change = paired(now, then) if then[0] is not None else None
+            numbers = (change.value, change.low, change.high) if change else (None, None, None)
+            likelihood |= zip((part, f"{part}_low", f"{part}_high"), numbers, strict=True)
         beyond = None
         if arm != "random" and draws:
-            beyond = effect > max(draws) if purpose == "amplify_base" else effect < min(draws)
+            beyond = sign * effect > max(sign * value for value in draws)
         table.append(
             {
                 "purpose": purpose,
@@ -85,6 +90,7 @@ def _task_effects(
                 "beyond_random": beyond,
                 "p_random": stats.draws_p(effect, draws, sign) if arm != "random" and draws else None,
                 "p_mcnemar": stats.mcnemar(value, baseline) if arm != "random" else None,
+                **likelihood,
             }
         )
     return table

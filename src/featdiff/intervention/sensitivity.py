@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from featdiff.decode import PromptCache
-from featdiff.intervention.study import BASELINES, PURPOSES, Outcome, Setting, Subject, answers, mean_accuracy, sign_of, tuning
+from featdiff.intervention.purposes import PURPOSES, sign_of
+from featdiff.intervention.study import BASELINES, Outcome, Setting, Subject, answers, mean_accuracy, tuning
 from featdiff.tasks.task import Sample
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -22,22 +22,16 @@ from featdiff.decode import PromptCache, text_nats
 from featdiff.evaluation import Examinee, Row
 from featdiff.intervention.edits import WHOLE_PROMPT, Change, Editor
 from featdiff.intervention.effects import effects
+from featdiff.intervention.purposes import PURPOSES, sign_of
 from featdiff.models import load_model, load_tokenizer
 from featdiff.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, Text
 
-PURPOSES = {"zero_grpo": "grpo", "zero_sft": "sft", "amplify_base": "base"}
-"""What is edited, by what for."""
 BASELINES = ("mean_difference", "first_component", "random_direction")
 
-
+T = TypeVar("T")
 FeatureSets = Mapping[str, list[list[int]]]
 """Feature sets by arm, one per draw; ``set`` holds the found one."""
-
-
-def sign_of(purpose: str) -> int:
-    """Direction in which the claim says that accuracy moves."""
-    return 1 if purpose == "amplify_base" else -1
 
 
 class Setting(NamedTuple):
@@ -130,8 +124,13 @@ def tune(
         table += [{"purpose": purpose, **setting._asdict(), **line} for line in by_task(rows, subject.examinee.tasks)]
         bar.set_postfix_str(f"tune {purpose}", refresh=False)
         bar.update(1)
+    return gentlest(values, params.tolerance), table
+
+
+def gentlest(values: Mapping[T, float], tolerance: float) -> T:
+    """The first of ``values`` within ``tolerance`` of the best."""
     best = max(values.values())
-    return next(setting for setting, value in values.items() if value >= best - params.tolerance), table
+    return next(tried for tried, value in values.items() if value >= best - tolerance)
 
 
 def dose_curve(
@@ -158,23 +157,27 @@ def tune_directions(
     subject: Subject, positions: str, samples: list[Sample], params: InterveneParams, bar: tqdm[Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The dose of each direction for amplifying in base, chosen as :func:`tune` chooses; and the table of all."""
-    chosen, table = {}, []
+    chosen, table, prompts = {}, [], PromptCache()
     for name in BASELINES:
         values: dict[float, float] = {}
         for dose in sorted(params.doses):
-            rows = answers(subject, subject.editor.direct("push", name, positions, dose), samples, None)
+            rows = answers(subject, subject.editor.direct("push", name, positions, dose), samples, prompts)
             values[dose] = mean_accuracy(rows)
             setting = {"edit": name, "positions": positions, "dose": dose}
             table += [{"purpose": "amplify_base", **setting, **line} for line in by_task(rows, subject.examinee.tasks)]
             bar.update(1)
-        best = max(values.values())
-        chosen[name] = next(dose for dose, value in values.items() if value >= best - params.tolerance)
+        chosen[name] = gentlest(values, params.tolerance)
     return chosen, table
 
 
 def answers(subject: Subject, edit: Change | None, samples: list[Sample], shared: PromptCache | None) -> list[Row]:
     """Answers under ``edit``, from ``shared`` prompts where it leaves them as they are."""
-    return subject.examinee.answer(samples, edit=edit, shared=None if edit is not None and edit.whole_prompt else shared)
+    return subject.examinee.answer(samples, edit=edit, shared=prompts_for(edit, shared))
+
+
+def prompts_for(edit: Change | None, shared: PromptCache | None) -> PromptCache | None:
+    """``shared`` where ``edit`` leaves prompts as they are."""
+    return None if edit is not None and edit.whole_prompt else shared
 
 
 def arms(
@@ -203,13 +206,17 @@ def run_arms(
     samples: list[Sample],
     bar: tqdm[Any],
 ) -> list[Row]:
-    """Answers under every arm to all ``samples`` (report split, every task). Where no arm changes the prompt
-    before its last token, all arms share one reading of the prompts, the unedited one too."""
+    """Answers under every arm to all ``samples`` (report split, every task), and the likelihood of the right ones. Where no
+    arm changes the prompt before its last token, all arms share one reading of the prompts, the unedited one too."""
     rows = []
     shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
     for arm, draw, edit in arms(purpose, subject, chosen, sets, doses):
-        answered = answers(subject, edit, samples, shared)
-        rows += [{"purpose": purpose, "model": PURPOSES[purpose], "arm": arm, **row, "draw": draw} for row in answered]
+        kept = prompts_for(edit, shared)
+        nats = subject.examinee.likelihood(samples, edit=edit, shared=kept)
+        for row in subject.examinee.answer(samples, edit=edit, shared=kept):
+            start, rest = nats.get(row["sample_id"], (None, None))
+            facts = {"purpose": purpose, "model": PURPOSES[purpose], "arm": arm}
+            rows.append(facts | row | {"draw": draw, "start_nats": start, "rest_nats": rest})
         bar.set_postfix_str(f"{purpose} {arm}", refresh=False)
         bar.update(1)
     return rows
@@ -255,9 +262,10 @@ class Outcome(NamedTuple):
     """Setting by purpose."""
 
     def summary(self) -> dict[str, Any]:
-        """Per purpose and task: accuracy before and after the edit of the set, and whether it beats every random draw."""
+        """Per purpose and task: accuracy and share of answers step by step before and after the edit of the set, and whether
+        it beats every random draw."""
         chosen = [row for row in self.effects if row["arm"] == "set" and row["subset"] == "all"]
-        kept = ("n", "baseline", "accuracy", "effect", "low", "high", "beyond_random")
+        kept = ("n", "baseline", "accuracy", "effect", "low", "high", "beyond_random", "steps_baseline", "steps")
         return {
             purpose: {row["task"]: {key: row[key] for key in kept} for row in chosen if row["purpose"] == purpose}
             for purpose in dict.fromkeys(row["purpose"] for row in chosen)

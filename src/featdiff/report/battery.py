@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from featdiff.intervention.purposes import sign_of
 from featdiff.report.charts import MODEL_NAMES
 from featdiff.report.evidence import Evidence, Row
-from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, mean_effects, owner, sign_of
+from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, likelihood_change, mean_effects, owner
 from featdiff.report.tables import Cell, Table, label
 from featdiff.report.words import MISSING, count, interval, number, percent, signed
 
@@ -69,14 +70,18 @@ def controls(evidence: Evidence, purpose: str) -> Table | None:
         if not any(arm in arms for arms in means.values()):
             continue
         cells = [_spread(list(arms.get(arm, {}).values())) for arms in means.values()]
+        cells += [_spread(likelihood_change(evidence, purpose, arm, part)) for part in ("start_nats", "rest_nats")]
         note = "uses no dictionary" if arm in DIRECTIONS else "ought to do nothing" if arm in CONTROLS else ""
         rows.append([label(name, note), *cells, _nats(spilled.get(arm, []))])
-    head = ["edited", *(f"change on tasks {name}" for name in means), "free text, nats per token"]
+    likelihood = ["first token of the right worked answer, nats", "the rest of it, nats per token"]
+    head = ["edited", *(f"change on tasks {name}" for name in means), *likelihood, "free text, nats per token"]
     return Table(
         head,
         rows,
-        "Mean change of accuracy over tasks, report split. Free text: change of the mean negative log-likelihood of texts of "
-        "the corpus with the edit at every token, the worst case.",
+        "Mean change of accuracy over tasks, report split. Likelihood, where answers are generated: mean change over all tasks "
+        "of the negative log-likelihood of the right answer, worked in the base's own wording where that is known: of its "
+        "first token (how it is answered), and of the rest given that start (whether it can be gone through with). Free text: "
+        "change of the mean negative log-likelihood of texts of the corpus with the edit at every token, the worst case.",
     )
 
 

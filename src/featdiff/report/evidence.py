@@ -186,7 +186,7 @@ def _interventions(folder: Path) -> dict[str, Any]:
     """The tables of `intervene`, which writes them where there is a feature set to test."""
     effects = (
         "purpose model arm draw task role subset n accuracy baseline effect low high steps steps_baseline parse_failures "
-        "random_low random_high beyond_random p_random p_mcnemar"
+        "random_low random_high beyond_random p_random p_mcnemar start_nats rest_nats"
     )
     answers = "purpose model arm draw sample_id task completion parsed correct manner"
     return {

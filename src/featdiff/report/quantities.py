@@ -18,11 +18,6 @@ DIRECTIONS = ("mean_difference", "first_component")
 """What a dictionary has to beat."""
 
 
-def sign_of(purpose: str) -> int:
-    """Direction in which the claim says that accuracy moves."""
-    return 1 if purpose == "amplify_base" else -1
-
-
 def mean_effects(evidence: Evidence, purpose: str, tasks: list[str]) -> dict[str, dict[int, float]]:
     """Mean over ``tasks`` of the change of accuracy (all samples of the report split), by arm and draw."""
     values: dict[str, dict[int, list[float]]] = {}
@@ -30,6 +25,16 @@ def mean_effects(evidence: Evidence, purpose: str, tasks: list[str]) -> dict[str
         if (row["purpose"], row["subset"]) == (purpose, "all") and row["task"] in tasks:
             values.setdefault(row["arm"], {}).setdefault(row["draw"], []).append(row["effect"])
     return {arm: {draw: sum(found) / len(found) for draw, found in draws.items()} for arm, draws in values.items()}
+
+
+def likelihood_change(evidence: Evidence, purpose: str, arm: str, part: str) -> list[float]:
+    """Mean over the tasks answered by generation of the change in nats of ``part`` (``start_nats`` or ``rest_nats``), by
+    draw."""
+    values: dict[int, list[float]] = {}
+    for row in effects(evidence, purpose, arm):
+        if row[part] is not None:
+            values.setdefault(row["draw"], []).append(row[part])
+    return [sum(found) / len(found) for found in values.values()]
 
 
 def clear(row: dict[str, Any], sign: int) -> bool:

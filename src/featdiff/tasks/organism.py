@@ -44,7 +44,14 @@ class FamilySource:
     def eval_samples(self, sizes: dict[str, int], rng: np.random.Generator) -> list[Sample]:
         problems = iter(self._unseen(sum(sizes.values()), set(), rng))
         return [
-            Sample(f"{self.info.name}-{split}-{i:05d}", self.info.name, split, problem.prompt, problem.answer)
+            Sample(
+                f"{self.info.name}-{split}-{i:05d}",
+                self.info.name,
+                split,
+                problem.prompt,
+                problem.answer,
+                solution=completion(problem, "steps"),
+            )
             for split in SPLITS
             for i, problem in zip(range(sizes[split]), problems, strict=False)
         ]

@@ -51,7 +51,8 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. ``solution`` is the teacher's text for SFT; ``meta`` is JSON for the verifier.
+    """One question. ``solution`` is a right worked answer: the teacher's for SFT, in evaluation one in the base's own wording
+    (empty where none is known); ``meta`` is JSON for the verifier.
 
     With options, ``answer`` is the letter of the right one (texts can repeat, letters cannot)."""
 
