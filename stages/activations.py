@@ -14,4 +14,4 @@ name = parser.parse_args().model
 with stage("activations", key=name, out=f"activations/{name}") as run:
     data, base, folder = run.read("data", "corpus.parquet"), run.read("models/base"), run.read(f"models/{name}")
     require_same_tokenizer(folder, base)
-    run.metrics(harvest(folder, load_texts(data, "corpus"), run.out, run.params))
+    run.metrics(harvest(folder, load_texts(data, "corpus"), run.out, run.params, run.scratch()))

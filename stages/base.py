@@ -9,7 +9,7 @@ from featdiff.training.pretrain import pretrain
 with stage("base", out="models/base") as run:
     data = run.read("data", "pretrain.parquet")
     if run.params.source == "pretrain":
-        model, tokenizer = pretrain(load_texts(data, "pretrain"), run.params.pretraining, run.seed, run.log)
+        model, tokenizer = pretrain(load_texts(data, "pretrain"), run.params.pretraining, run.seed, run.log, run.scratch())
     else:
         model, tokenizer = load_base(run.params.source, run.params.dtype)
     if rank() == 0:

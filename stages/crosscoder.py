@@ -16,7 +16,7 @@ with stage("crosscoder", key=name, out=f"crosscoders/{name}") as run:
     chosen, training = run.params.fits[name], run.params.training
     store = ActivationStore({slot: run.read(f"activations/{model}") for slot, model in chosen.slots.items()})
     seed, tied = run.seed + chosen.seed, not chosen.null
-    crosscoder, metrics, features = fit(store, chosen.loss, training, seed, run.log, name, tied=tied)
+    crosscoder, metrics, features = fit(store, chosen.loss, training, seed, run.log, name, scratch=run.scratch(), tied=tied)
     if rank() == 0:
         crosscoder.save(run.out, layer=store.layer, seed=chosen.seed)
         save_file(features, run.out / "features.safetensors")

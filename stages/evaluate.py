@@ -22,7 +22,7 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
         batch_size=run.params.batch_size,
         max_new_tokens=run.params.max_new_tokens,
     )
-    rows = evaluate(examinee, load_samples(data, "eval"), run.params, run.seed)
+    rows = evaluate(examinee, load_samples(data, "eval"), run.params, run.seed, run.scratch())
     table = accuracy_table(rows, tasks, run.params, run.seed)
     write_rows(run.out / "samples.parquet", rows)
     write_rows(run.out / "accuracy.parquet", table)

@@ -28,8 +28,9 @@ with stage("intervene", out="analysis/intervene") as run:
         subjects = make_subjects(crosscoder, layer, folders, load_tasks(data), largest, directions, params)
         texts = load_texts(data, "corpus")[-params.collateral_texts :]
         samples = load_samples(data, "eval")
-        outcome = intervene(subjects, sets, drawn[params.random_sets :], samples, texts, params, run.seed)
-        tried = sensitivity(subjects, outcome, found["variants"], controls.random, samples, params.tuning_random_sets)
+        scratch = run.scratch()
+        outcome = intervene(subjects, sets, drawn[params.random_sets :], samples, texts, params, run.seed, scratch)
+        tried = sensitivity(subjects, outcome, found["variants"], controls.random, samples, params.tuning_random_sets, scratch)
         write_json(run.out / "choice.json", outcome.choice)
         write_rows(run.out / "sensitivity.parquet", tried)
         for name in ("tuning", "dose", "samples", "effects", "collateral"):

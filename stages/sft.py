@@ -12,5 +12,5 @@ twin = parser.parse_args().twin
 with stage("sft", key="twin" if twin else "", out="models/sft_twin" if twin else "models/sft") as run:
     base, data = run.read("models/base"), run.read("data", "tasks.json", "train.parquet")
     params, seed = run.params.model_copy(update={"checkpoints": 1} if twin else {}), run.seed + twin
-    audit = train_sft(base, data, run.out, run.scratch, params, seed, run.log)
+    audit = train_sft(base, data, run.out, run.scratch(), params, seed, run.log)
     run.metrics({name: value for name, value in audit.items() if isinstance(value, (int, float))})

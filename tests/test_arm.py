@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from featdiff.artifact import ContractError, begin, sha256_file
 from featdiff.models import checkpoint_folders, load_model
+from featdiff.resume import Scratch
 from featdiff.training.arm import Recorder, finish, per_process
 from tiny import tiny_model
 
@@ -48,17 +49,8 @@ def recorder(out: Path, points: Points, checkpoints: int = 5) -> Recorder:
         checkpoints,
         {"loss": "loss", "grad_norm": "norm", "train_reward": "reward"},
         "loss",
+        Scratch(),
     )
-
-
-def saved_at(steps: int, checkpoints: int, tmp_path: Path) -> list[int]:
-    made, arguments = (
-        recorder(tmp_path / ".sft.partial", [], checkpoints),
-        TrainingArguments(output_dir=str(tmp_path), report_to="none"),
-    )
-    for step in range(1, steps + 1):
-        made.on_step_end(arguments, TrainerState(max_steps=steps, global_step=step), TrainerControl())
-    return made.saved
 
 
 @pytest.mark.parametrize(
@@ -68,7 +60,7 @@ def saved_at(steps: int, checkpoints: int, tmp_path: Path) -> list[int]:
 def test_checkpoints_come_at_even_shares_of_the_updates(
     tmp_path: Path, steps: int, checkpoints: int, wanted: list[int]
 ) -> None:
-    assert saved_at(steps, checkpoints, tmp_path) == wanted
+    assert list(recorder(tmp_path / ".sft.partial", [], checkpoints).kept_steps(steps)) == wanted
 
 
 def test_series_are_logged_under_our_names_and_other_lines_are_not(tmp_path: Path) -> None:
@@ -114,8 +106,7 @@ def test_a_run_leaves_its_checkpoints_its_model_and_its_audit(tmp_path: Path) ->
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     made = recorder(out, points, checkpoints=3)
-    made.attach(trainer)
-    trainer.train()
+    made.train(trainer)
     audit = finish(trainer, made, out, tmp_path / "base", tmp_path / "data", {"problems": 12})
     assert audit == {
         "base_manifest": sha256_file(tmp_path / "base/manifest.json"),

@@ -11,6 +11,7 @@ import torch
 from featdiff.config import EvaluateParams
 from featdiff.decode import generate, score_options
 from featdiff.evaluation import LIKELIHOOD, Examinee, accuracy_table, evaluate, primary_mode
+from featdiff.resume import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import LETTERS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
@@ -114,14 +115,16 @@ def test_answers_come_in_the_order_asked_each_under_its_tasks_rule(examinee: Exa
 
 def test_a_whole_evaluation(examinee: Examinee) -> None:
     samples = questions("gen", 6) + questions("norm", 3)
-    rows = evaluate(examinee, samples, PARAMS, seed=0)
+    rows = evaluate(examinee, samples, PARAMS, seed=0, scratch=Scratch())
     assert len(rows) == 6 * (1 + PARAMS.draws) + 3 * len(LIKELIHOOD)
-    assert rows == evaluate(examinee, samples, PARAMS, seed=0)
+    assert rows == evaluate(examinee, samples, PARAMS, seed=0, scratch=Scratch())
     sampled = [r["completion"] for r in rows if r["mode"] == "sampled"]
     assert sampled[:6] != sampled[6:]  # every draw has a generator of its own
-    assert sampled != [r["completion"] for r in evaluate(examinee, samples, PARAMS, seed=1) if r["mode"] == "sampled"]
+    assert sampled != [
+        r["completion"] for r in evaluate(examinee, samples, PARAMS, seed=1, scratch=Scratch()) if r["mode"] == "sampled"
+    ]
     unlike = Examinee(examinee.model, examinee.tokenizer, TASKS, batch_size=1, max_new_tokens=12)
-    again = evaluate(unlike, samples, PARAMS, seed=0)
+    again = evaluate(unlike, samples, PARAMS, seed=0, scratch=Scratch())
     assert [r for r in again if r["mode"] != "sampled"] == [r for r in rows if r["mode"] != "sampled"]
 
 

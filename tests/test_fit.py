@@ -16,6 +16,7 @@ from featdiff.crosscoder import fit as fitting
 from featdiff.crosscoder.fit import _statistics, _Step, feature_statistics, fit, measure
 from featdiff.crosscoder.losses import batch_top_k
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.resume import Scratch
 from tiny import params_of, random_crosscoder, store_of
 
 D, SHARED, OWN, ROWS, ACTIVE = 16, 12, 3, 4000, 3
@@ -63,7 +64,9 @@ Fitted = tuple[Crosscoder, dict[str, Any], dict[str, Tensor], Logged]
 
 def fitted(source: ActivationStore, loss: str, seed: int = 0, **changes: Any) -> Fitted:
     logged: Logged = []
-    return *fit(source, loss, training(**changes), seed, lambda step, point: logged.append((step, point)), "test"), logged
+    return *fit(
+        source, loss, training(**changes), seed, lambda step, point: logged.append((step, point)), "test", scratch=Scratch()
+    ), logged
 
 
 @pytest.fixture(scope="module")

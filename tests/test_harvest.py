@@ -14,6 +14,7 @@ from featdiff.activations.store import ActivationStore
 from featdiff.artifact import ContractError, read_json
 from featdiff.config import ActivationsParams
 from featdiff.models import block, load_model, save_model, truncate
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Text
 from tiny import params_of, tiny_model
 
@@ -106,7 +107,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_model(*tiny_model(5), folder)
     for number in (1, 2):
         save_model(*tiny_model(number), folder / "checkpoints" / str(number))
-    assert harvest(folder, TEXTS, out, params()).keys() == {"rows", "texts", "checkpoints"}
+    assert harvest(folder, TEXTS, out, params(), Scratch()).keys() == {"rows", "texts", "checkpoints"}
     return folder, out
 
 
@@ -149,13 +150,13 @@ def test_a_layer_that_does_not_exist_is_one_line(harvested: tuple[Path, Path], t
     with pytest.raises(
         ContractError, match=r"params.yaml: activations.layer: expected 1 to 2 for this model, or middle, found 9"
     ):
-        harvest(harvested[0], TEXTS, tmp_path, params(layer=9))
+        harvest(harvested[0], TEXTS, tmp_path, params(layer=9), Scratch())
 
 
 def test_streams_of_base_and_arm_line_up(harvested: tuple[Path, Path], tmp_path: Path) -> None:
     save_model(*tiny_model(0), tmp_path / "model")
     (tmp_path / "base").mkdir()
-    harvest(tmp_path / "model", TEXTS, tmp_path / "base", params(batch_size=3, shard_rows=1000))
+    harvest(tmp_path / "model", TEXTS, tmp_path / "base", params(batch_size=3, shard_rows=1000), Scratch())
     source = ActivationStore({"base": tmp_path / "base", "grpo": harvested[1]})
     assert source.read(0, source.rows).shape == (source.rows, 2, 16)
     assert read_json(tmp_path / "base" / "index.json")["checkpoints"] == 0

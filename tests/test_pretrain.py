@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
 from featdiff.models import character_tokenizer
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Text
 from featdiff.training.pretrain import _loss, pack, pretrain
 from tiny import ALPHABET, params_of, tiny_model
@@ -127,12 +128,13 @@ def corpus(count: int) -> list[Text]:
 def test_a_short_run_learns_repeats_exactly_and_knows_every_character() -> None:
     logged: list[list[float]] = [[], []]
     first, again = (
-        pretrain(corpus(900), params(), 0, lambda _, point, run=run: logged[run].append(point["loss"]))[0] for run in (0, 1)
+        pretrain(corpus(900), params(), 0, lambda _, point, run=run: logged[run].append(point["loss"]), Scratch())[0]
+        for run in (0, 1)
     )
     assert logged[0] == logged[1]
     assert logged[0][-1] < 0.75 * logged[0][0]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    model, made = pretrain(corpus(900), params(steps=1), 0, lambda *_: None)
+    model, made = pretrain(corpus(900), params(steps=1), 0, lambda *_: None, Scratch())
     assert made.decode(made("xyz(w)7ab", add_special_tokens=False)["input_ids"]) == "xyz(w)7ab"
     assert not model.training
 
@@ -140,7 +142,7 @@ def test_a_short_run_learns_repeats_exactly_and_knows_every_character() -> None:
 def test_the_learning_rate_rises_stays_and_falls() -> None:
     rates = {}
     schedule = params(steps=75, warmup_steps=10, decay_share=0.5, lr=1e-3, batch_tokens=ROW)
-    pretrain(corpus(900), schedule, 0, lambda step, point: rates.setdefault(step, point["learning_rate"]))
+    pretrain(corpus(900), schedule, 0, lambda step, point: rates.setdefault(step, point["learning_rate"]), Scratch())
     assert rates == pytest.approx({1: 0.0, 25: 1e-3, 50: 26 / 38 * 1e-3, 75: 1 / 38 * 1e-3})
 
 
@@ -148,4 +150,4 @@ def test_too_few_texts_are_one_line() -> None:
     with pytest.raises(
         ContractError, match=r"params.yaml: prepare.pretrain.texts: expected about [0-9]+ for base.pretraining.steps, found 20"
     ):
-        pretrain(corpus(20), params(), 0, lambda *_: None)
+        pretrain(corpus(20), params(), 0, lambda *_: None, Scratch())

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
 from featdiff import stats
 from featdiff.config import InterveneParams
@@ -17,6 +16,7 @@ from featdiff.intervention.effects import effects
 from featdiff.intervention.sensitivity import sensitivity
 from featdiff.intervention.study import (
     BASELINES,
+    Passes,
     Setting,
     Subject,
     arms,
@@ -30,6 +30,7 @@ from featdiff.intervention.study import (
     tune,
     tune_directions,
 )
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Sample, TaskInfo, Text
 from tiny import params_of, random_crosscoder, tiny_model
 
@@ -242,7 +243,7 @@ def subject(name: str, seed: int) -> Subject:
     return Subject(Examinee(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4), editor)
 
 
-silent = tqdm(total=0, disable=True)
+silent = Passes(0, Scratch(), "test")
 
 
 class Scripted(Examinee):
@@ -311,7 +312,7 @@ def test_every_arm_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> Non
 
 def test_collateral_is_nothing_for_the_no_op_and_something_for_other_arms() -> None:
     made, texts = subject("base", 0), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)]
-    rows = collateral("amplify_base", made, Setting("add", "prompt_last", 2.0), SETS, DOSES, texts, params(), 0)
+    rows = collateral("amplify_base", made, Setting("add", "prompt_last", 2.0), SETS, DOSES, texts, params(), 0, silent)
     by_arm = {row["arm"]: row for row in rows if row["draw"] == 0}
     assert (by_arm["noop"]["change"], by_arm["noop"]["low"], by_arm["noop"]["high"]) == (0, 0, 0)
     assert by_arm["noop"]["perplexity"] == by_arm["none"]["perplexity"]
@@ -356,7 +357,7 @@ def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None
     sets = {"set": [[21, 22]], "random": draws, "alone": [[21], [22]]}
     texts = [Text("rev ab=", "ba", "t"), Text("rev a=", "a", "t")]
     wide = params(amplify=["add", "scale", "transplant"])
-    outcome = intervene(subjects, sets, [[2, 9]], samples(), texts, wide, 0)
+    outcome = intervene(subjects, sets, [[2, 9]], samples(), texts, wide, 0, Scratch())
     assert {line["task"] for line in outcome.tuning} == {line["task"] for line in outcome.dose} == {"words"}
     assert {line["n"] for line in outcome.tuning} == {line["n"] for line in outcome.dose} == {2}
     assert {row["split"] for row in outcome.samples} == {"report"}
@@ -366,7 +367,9 @@ def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None
     passes = {purpose: 3 + 1 + 20 + 3 + (2 if purpose != "zero_sft" else 0) for purpose in purposes}
     assert len(outcome.samples) == 9 * sum(passes.values())
     assert len(outcome.collateral) == sum(passes.values())
-    tried = sensitivity(subjects, outcome, VARIANTS, lambda features, n: [[k + 1 for k in features]] * n, samples(), 2)
+    tried = sensitivity(
+        subjects, outcome, VARIANTS, lambda features, n: [[k + 1 for k in features]] * n, samples(), 2, Scratch()
+    )
     assert {row["purpose"] for row in tried} == {"zero_grpo", "amplify_base"}
     assert [row["choice"] for row in tried if row["purpose"] == "zero_grpo"] == [
         "swap at prompt_last",

@@ -23,7 +23,8 @@ class ContractError(Exception):
     """Input that breaks its contract: one line naming file, field, expected, found and what to do."""
 
     def __init__(self, file: Path | str, field: str, expected: object, found: object, todo: str) -> None:
-        super().__init__(f"{file}: {field}: expected {expected}, found {found}; {todo}")
+        self.what = f"{file}: {field}: expected {expected}, found {found}"
+        super().__init__(f"{self.what}; {todo}")
 
 
 def sha256_file(path: Path) -> str:
@@ -66,7 +67,7 @@ def staging_path(target: Path) -> Path:
 def begin(target: Path) -> Path:
     """An empty staging folder for ``target``."""
     staging = staging_path(target)
-    shutil.rmtree(staging, ignore_errors=True)
+    discard(target)
     staging.mkdir(parents=True)
     return staging
 
@@ -74,25 +75,7 @@ def begin(target: Path) -> Path:
 def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapping[str, str]) -> str:
     """Describe, flush and rename the staging folder of ``target``; returns the manifest's sha256."""
     staging = staging_path(target)
-    files = {
-        path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
-    }
-    write_json(
-        staging / MANIFEST,
-        {
-            "schema": SCHEMA,
-            "params": hash_json(dict(params)),
-            "code": code,
-            "parents": dict(sorted(parents.items())),
-            "files": files,
-        },
-    )
-    for path in staging.rglob("*"):
-        _flush(path)
-    _flush(staging)
-    digest = sha256_file(staging / MANIFEST)
+    digest = seal(staging, params=params, code=code, parents=parents)
     if target.exists():
         shutil.rmtree(target)
     staging.rename(target)
@@ -100,9 +83,29 @@ def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapp
     return digest
 
 
+def seal(folder: Path, *, params: Mapping[str, Any], code: str, parents: Mapping[str, str]) -> str:
+    """Flush what is in ``folder``, then describe it in its manifest, which appears whole; returns the manifest's sha256."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    for path in folder.rglob("*"):
+        _flush(path)
+    described = {"schema": SCHEMA, "params": hash_json(dict(params)), "code": code}
+    temporary = folder.with_name(f"{folder.name}.{MANIFEST}")
+    write_json(temporary, described | {"parents": dict(sorted(parents.items())), "files": files})
+    _flush(temporary)
+    temporary.rename(folder / MANIFEST)
+    _flush(folder)
+    return sha256_file(folder / MANIFEST)
+
+
 def discard(target: Path) -> None:
     """Remove what an unfinished stage wrote for ``target``."""
-    shutil.rmtree(staging_path(target), ignore_errors=True)
+    staging = staging_path(target)
+    staging.with_name(f"{staging.name}.{MANIFEST}").unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -395,6 +395,13 @@ class InterveneParams(Params):
     max_new_tokens: Positive
 
 
+class ResumeParams(Params):
+    """Going on after a kill; part of no stage's signature."""
+
+    every_seconds: Annotated[float, Field(ge=0)]
+    """Work that a killed stage loses at most, rounded up to a whole step; 0 saves after every one."""
+
+
 class ReportParams(Params):
     """Words on the page and the rules behind the verdicts (featdiff.report.verdicts)."""
 
@@ -451,6 +458,7 @@ class Study(Params):
     describe: DescribeParams
     intervene: InterveneParams
     report: ReportParams
+    resume: ResumeParams
 
     @model_validator(mode="after")
     def _fits_exist(self) -> Study:

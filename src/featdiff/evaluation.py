@@ -7,22 +7,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config import EvaluateParams
 from featdiff.decode import Edit, PromptCache, generate, score_options
 from featdiff.models import encode_prompts
+from featdiff.resume import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
 
 Row = dict[str, Any]
 GREEDY, SAMPLED = "greedy", "sampled"
+GROUP_BATCHES = 4
+"""Batches of questions in one group; more let batches be of questions as long as each other."""
 LIKELIHOOD = ("option_text", "option_text_norm", "option_letter")
 
 
@@ -188,20 +193,29 @@ def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
     return _row(sample, rule, 0, sample.options[choice], LETTERS[choice], choice == sample.right_option, "")
 
 
-def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int) -> list[Row]:
-    """Every answer of one model: greedy and sampled generations, likelihood under every rule where options exist."""
+def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int, scratch: Scratch) -> list[Row]:
+    """Every answer of one model: greedy and sampled generations, likelihood under every rule where options exist.
+
+    Questions are asked in groups of a few batches, each with a generator of its own, so that what was answered before a
+    kill need not be asked again."""
     by_generation = [sample for sample in samples if examinee.tasks[sample.task].scoring == GENERATION]
-    rows = examinee.generate(by_generation, progress="greedy")
+    by_options = [sample for sample in samples if sample.options]
+    size, rows = GROUP_BATCHES * params.batch_size, []
+
+    def groups(asked: list[Sample], name: str) -> Iterator[tuple[str, int, list[Sample]]]:
+        for number, low in enumerate(tqdm(range(0, len(asked), size), desc=name, unit="group", disable=not asked)):
+            yield f"{name} {number}", number, asked[low : low + size]
+
+    for name, _, group in groups(by_generation, "greedy"):
+        rows += scratch.part(name, partial(examinee.generate, group))
     for draw in range(params.draws):
-        generator = torch.Generator().manual_seed(seed * 1000 + draw)
-        rows += examinee.generate(
-            by_generation,
-            draw=draw,
-            temperature=params.temperature,
-            generator=generator,
-            progress=f"sampled {draw + 1}/{params.draws}",
-        )
-    return rows + examinee.choose([sample for sample in samples if sample.options], progress="likelihood")
+        for name, number, group in groups(by_generation, f"sampled {draw + 1} of {params.draws}"):
+            generator = torch.Generator().manual_seed(stats.stream(seed, draw, number))
+            sample = partial(examinee.generate, group, draw=draw, temperature=params.temperature, generator=generator)
+            rows += scratch.part(name, sample)
+    for name, _, group in groups(by_options, "likelihood"):
+        rows += scratch.part(name, partial(examinee.choose, group))
+    return rows
 
 
 def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: EvaluateParams, seed: int) -> list[Row]:

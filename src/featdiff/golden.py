@@ -24,6 +24,7 @@ from featdiff.analysis.scaling import LatentScaling, latent_scaling
 from featdiff.artifact import write_json
 from featdiff.config import AttributionParams, CrosscoderTraining, Fraction, Name, Params, Positive, Rate, parse, read_yaml
 from featdiff.crosscoder.fit import fit
+from featdiff.resume import Scratch
 
 SETTINGS = Path("conf/golden.yaml")
 METRICS = Path("metrics/golden.json")
@@ -161,7 +162,9 @@ def examine(params: GoldenParams, name: str, loss: Literal["batchtopk", "l1"]) -
     planted = plant(params, case, torch.Generator().manual_seed(params.seed))
     source = ActivationTensor(params.models, planted.acts_NMD)
     training = parse(CrosscoderTraining, params.training | {"k": case.active}, str(SETTINGS))
-    crosscoder, metrics, features = fit(source, loss, training, params.seed, lambda step, point: None, f"{name} {loss}")
+    crosscoder, metrics, features = fit(
+        source, loss, training, params.seed, lambda *_: None, f"{name} {loss}", scratch=Scratch()
+    )
     alive_F = features["firing_rate"] > 0
     matches = match(planted.direction_PMD, crosscoder.W_dec, alive_F, params.least_cosine)
     scaling = latent_scaling(crosscoder, source, 0, min(params.attribution.scaling_tokens, source.rows))

@@ -7,34 +7,32 @@ that ``$ACCELERATE_CONFIG`` names, so that hardware is never part of a stage's s
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
-import signal
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError
 
-from featdiff import artifact
+from featdiff import artifact, stopping
 from featdiff.artifact import ContractError
-from featdiff.config import ConfigError, load_params
+from featdiff.config import ConfigError, load_params, load_study
+from featdiff.stopping import Stopped
 from featdiff.tracking import Record
+
+if TYPE_CHECKING:
+    from featdiff.resume import Scratch
 
 SCRATCH = Path(".featdiff")
 DEFAULT_HARDWARE = "conf/accelerate/cpu.yaml"
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived; the stage ends non-zero and publishes nothing."""
 
 
 def rank() -> int:
@@ -46,15 +44,29 @@ def world_size() -> int:
 
 
 class Run:
-    """What a stage may touch: verified inputs, one output folder, and the record of metrics."""
+    """What a stage may touch: verified inputs, one output folder, scratch to resume from, and the record of metrics."""
 
-    def __init__(self, name: str, out: Path, params: Any, seed: int, record: Record) -> None:
-        self.name, self.target, self.params, self.seed, self.record = name, out, params, seed, record
+    def __init__(self, name: str, out: Path, signature: dict[str, Any], params: Any, record: Record) -> None:
+        self.name, self.target, self.signature, self.params, self.record = name, out, signature, params, record
+        self.seed: int = signature["params"]["seed"]
         self.parents: dict[str, str] = {}
         self.out = artifact.staging_path(out)
-        self.scratch = SCRATCH / "scratch" / out
         self.log = record.log
         self.observe = record.observe
+
+    def scratch(self) -> Scratch:
+        """Where this stage keeps what it can resume from; ask when all inputs are read. What an earlier run with other
+        inputs, code, params, ranks or threads left is removed."""
+        from featdiff.resume import Scratch
+
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        key = artifact.hash_json(self.signature | {"parents": self.parents, "ranks": world_size(), "threads": threads})[:16]
+        place = scratch_folder(self.target)
+        if rank() == 0:
+            for other in place.glob("*"):
+                if other.name != key:
+                    shutil.rmtree(other)
+        return Scratch(place / key, load_study().resume.every_seconds, self.record)
 
     def read(self, path: str, *files: str) -> Path:
         """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
@@ -80,24 +92,27 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
     the record, and publishes ``out`` whole at the end. Bad input ends the process with one line."""
     target, main = Path(out), rank() == 0
     label = f"{name}@{key}" if key else name
-    _die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     try:
+        stopping.listen()
+        stopping.die_with_parent()
         params, seed = load_params(name)
+        signature = _signature(name, label)
         with _lock(target) if main else _nothing():
             if main:
                 artifact.begin(target)
             record = Record(label, name, key, params.model_dump(), seed, main=main)
-            run = Run(label, target, params, seed, record)
+            run = Run(label, target, signature, params, record)
             status = "FAILED"
             try:
                 yield run
                 if main:
                     record.save(run.out)
-                    code = artifact.hash_files(source_files(name))
-                    signature = {"seed": seed, name: params.model_dump()}
-                    artifact.publish(target, params=signature, code=code, parents=run.parents)
+                    if (now := _signature(name, label)) != signature:
+                        changed = next(field for field in now if now[field] != signature[field])
+                        where = "params.yaml" if changed == "params" else "src"
+                        raise ContractError(where, changed, "unchanged since the stage began", "an edit", "run dvc repro again")
+                    artifact.publish(target, params=signature["params"], code=signature["code"], parents=run.parents)
+                    shutil.rmtree(scratch_folder(target), ignore_errors=True)
                 status = "FINISHED"
             except Stopped:
                 status = "KILLED"
@@ -117,6 +132,18 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
         _exit(f"{label}: {place}: no space left on device; free some and run dvc repro", EXIT_BAD_INPUT)
 
 
+def scratch_folder(target: Path) -> Path:
+    """Where what the stage of ``target`` can resume from is kept until it is done."""
+    return SCRATCH / "scratch" / target
+
+
+def _signature(name: str, label: str) -> dict[str, Any]:
+    """What determines the result of a stage, besides its inputs."""
+    params, seed = load_params(name)
+    code = artifact.hash_files(source_files(name))
+    return {"label": label, "params": {"seed": seed, name: params.model_dump()}, "code": code}
+
+
 def _disk_full(error: OSError | SafetensorError) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
@@ -134,19 +161,6 @@ def source_files(name: str) -> list[Path]:
 def _exit(message: str, code: int) -> None:
     print(f"featdiff: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def _stop(number: int, _frame: FrameType | None) -> None:
-    for other in (signal.SIGTERM, signal.SIGINT):  # the launcher and the parent's death may both send one
-        signal.signal(other, signal.SIG_IGN)
-    raise Stopped(signal.Signals(number).name)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends (killing dvc must leave no twin)."""
-    if sys.platform == "linux":
-        parent_death_signal = 1
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
 @contextmanager
@@ -184,7 +198,7 @@ def _hardware(path: Path) -> tuple[int, bool]:
 def main(arguments: list[str]) -> None:
     """Replace this process by ``accelerate launch`` on ``arguments`` (a stage script and its options).
 
-    ``--one`` before the script starts a single process whatever the hardware has."""
+    ``--one`` before the script runs it as a single process whatever the hardware has, without a launcher's start-up."""
     one = arguments[:1] == ["--one"]
     hardware = os.environ.get("ACCELERATE_CONFIG", DEFAULT_HARDWARE)
     if not Path(hardware).is_file():
@@ -198,8 +212,7 @@ def main(arguments: list[str]) -> None:
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
     quiet = "--quiet"  # a stage that stopped has said why; the launcher's own traceback would bury it
-    command = [
-        sys.executable,
+    accelerate = [
         "-m",
         "accelerate.commands.launch",
         quiet,
@@ -207,11 +220,9 @@ def main(arguments: list[str]) -> None:
         hardware,
         "--num_cpu_threads_per_process",
         threads,
-        *(["--num_processes", "1"] if one else []),
-        *arguments[one:],
     ]
-    _die_with_parent()  # holds for the launcher too: it survives execve
-    os.execve(sys.executable, command, environment)
+    stopping.die_with_parent()  # holds for the launcher too: it survives execve
+    os.execve(sys.executable, [sys.executable, *([] if one else accelerate), *arguments[one:]], environment)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather, parse_flag_from_env
 
 from featdiff.artifact import ContractError
 from featdiff.launch import world_size
@@ -19,3 +20,9 @@ def process_state() -> PartialState:
         todo = "use a file of conf/accelerate/ as it is"
         raise ContractError("$ACCELERATE_CONFIG", "connected processes", world_size(), state.num_processes, todo)
     return state
+
+
+def largest(value: int) -> int:
+    """The largest ``value`` of any rank; every rank must ask."""
+    state = process_state()
+    return value if state.num_processes == 1 else int(gather(torch.tensor([value], device=state.device)).max())

@@ -26,6 +26,11 @@ class Interval(NamedTuple):
     strata: int = 1
 
 
+def stream(*numbers: int) -> int:
+    """A seed for the random stream with these ``numbers``, far from that of any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def resample(n: int, resamples: int, seed: int | np.random.Generator) -> NDArray[np.int64]:
     """Row numbers [R, N] drawn with replacement."""
     return np.random.default_rng(seed).integers(0, n, size=(resamples, n))

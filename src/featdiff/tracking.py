@@ -128,6 +128,24 @@ class Record:
             self._stream.write(json.dumps(row) + "\n")
             self._stream.flush()
 
+    def curves(self) -> list[list[str]]:
+        """What was logged so far: each line with its time."""
+        if not self.main:
+            return []
+        lines = ((self.folder / name).read_text(encoding="utf-8").splitlines() for name in (METRICS, TIMES))
+        return [list(pair) for pair in zip(*lines, strict=True)]
+
+    def resume(self, curves: list[list[str]]) -> None:
+        """Go on after ``curves``, in place of anything logged so far."""
+        if not self.main:
+            return
+        for stream, column in ((self._times, 1), (self._stream, 0)):
+            stream.seek(0)
+            stream.truncate()
+            stream.writelines(f"{pair[column]}\n" for pair in curves)
+            stream.flush()
+        self._columns |= dict.fromkeys(name for line, _ in curves for name in json.loads(line))
+
     def observe(self, **values: float | str) -> None:
         """Facts about this execution (speed, memory), which are no part of the result."""
         if self.main:

@@ -6,6 +6,7 @@ same order. N token rows, B batch, T token, D residual width.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from featdiff.config import ActivationsParams
 from featdiff.decode import left_pad
 from featdiff.models import checkpoint_folders, load_model, load_tokenizer, resolve_layer, tokenizer_hash, truncate
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Text
 
 
@@ -89,7 +91,16 @@ def read_residual(trunk: torch.nn.Module, stream: TokenStream, batch_size: int, 
     return torch.cat(parts)
 
 
-def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsParams) -> dict[str, int]:
+def _save_shard(
+    model: Path, trunk: torch.nn.Module, shard: TokenStream, pad: int, file: str, params: ActivationsParams, place: Path
+) -> None:
+    acts = read_residual(trunk, shard, params.batch_size, pad, getattr(torch, params.dtype))
+    if not torch.isfinite(acts).all():
+        raise ContractError(model, "residual stream", "finite values", "NaN or infinity", "check the model")
+    save_file({"acts": acts.contiguous()}, place / file)
+
+
+def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsParams, scratch: Scratch) -> dict[str, int]:
     """Write the store of the model in ``folder`` and of its checkpoints to ``out``; each rank writes every
     n-th shard. Returns counts.
 
@@ -99,7 +110,6 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
     tokenizer, final = load_tokenizer(folder), load_model(folder)
     layer = resolve_layer(final, params.layer)
     stream = token_stream(corpus, tokenizer, params)
-    dtype = getattr(torch, params.dtype)
     folders = checkpoint_folders(folder)
     index: dict[str, object] = {
         "tokenizer": tokenizer_hash(tokenizer),
@@ -128,12 +138,9 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
         files[name] = [{"file": f"{name}-{i:05d}.safetensors", "rows": shard.rows} for i, shard in enumerate(shards)]
         for i, shard in enumerate(shards):
             if i % state.num_processes == state.process_index:
-                acts = read_residual(trunk, shard, params.batch_size, tokenizer.pad_token_id, dtype)
-                if not torch.isfinite(acts).all():
-                    raise ContractError(
-                        path, f"residual stream after block {layer}", "finite values", "NaN or infinity", "check the model"
-                    )
-                save_file({"acts": acts.contiguous()}, out / str(files[name][i]["file"]))
+                file = str(files[name][i]["file"])
+                save = partial(_save_shard, path, trunk, shard, tokenizer.pad_token_id, file, params)
+                scratch.bring(f"shards/{file}", out, save)
             bar.update(1)
     bar.close()
     if state.is_main_process:

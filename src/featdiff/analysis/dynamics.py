@@ -24,6 +24,7 @@ from featdiff.config import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
+from featdiff.resume import Scratch
 
 
 @torch.inference_mode()
@@ -48,7 +49,9 @@ def refit(
     """NRN of every feature after ``crosscoder`` was trained on for ``training.steps`` on a checkpoint's activations; −1
     for features that never fire on them."""
     source = ActivationTensor(crosscoder.models, acts_NMD)
-    made, _, statistics = fit(source, crosscoder.loss, training, seed, lambda *_: None, label, warm=crosscoder)
+    made, _, statistics = fit(
+        source, crosscoder.loss, training, seed, lambda *_: None, label, scratch=Scratch(), warm=crosscoder
+    )
     return torch.where(statistics["firing_rate"] > 0, nrn(made.W_dec), -1.0)
 
 

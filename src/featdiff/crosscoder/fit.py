@@ -20,6 +20,7 @@ from featdiff.config import CrosscoderTraining
 from featdiff.crosscoder.losses import Loss, batch_top_k, batchtopk_loss, l1_loss
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch, require_finite, restore, snapshot
 
 THRESHOLD_MEMORY = 0.99
 GUESS = 0.8
@@ -79,6 +80,7 @@ def fit(
     log: Callable[[int, dict[str, float]], None],
     label: str,
     *,
+    scratch: Scratch,
     tied: bool = True,
     warm: Crosscoder | None = None,
 ) -> tuple[Crosscoder, dict[str, Any], dict[str, Tensor]]:
@@ -113,27 +115,42 @@ def fit(
     schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=params.steps, decay_type="linear")
     batches = source.shuffled(params.batch_tokens, torch.Generator().manual_seed(seed + 1), 0, train_rows)
     take = _Step(crosscoder, params, variance, accelerator)
-    bar = tqdm(range(params.steps), desc=f"crosscoder {label}", unit="step", disable=not accelerator.is_main_process)
-    for step in bar:
-        x_BMD = crosscoder.normalise(
-            next(batches)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-        )
-        result = take(x_BMD)
-        if not torch.isfinite(result.total):
-            raise FloatingPointError(f"{label}: loss is {result.total.item()} at step {step + 1}; lower crosscoder.training.lr")
-        result.total.backward()
-        if accelerator.num_processes > 1:
-            for weight in crosscoder.parameters():
-                weight.grad = accelerator.reduce(weight.grad, "mean")
-        norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
-        rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if (step + 1) % params.log_every == 0 or step == 0:
-            point = _point(result, x_BMD, centre_MD.to(x_BMD.device), source.models, take.idle_F >= params.dead_after_tokens)
-            log(step + 1, point | {"grad_norm": norm.item(), "learning_rate": rate})
-            bar.set_postfix(l0=f"{point['l0']:.1f}", fve=f"{point[f'fve/{source.models[0]}']:.3f}", refresh=False)
+    if checkpoint := scratch.load():
+        restore(crosscoder, optimizer, schedule, checkpoint)
+        take.step, take.idle_F = checkpoint.step, checkpoint.tensors["idle"].to(accelerator.device)
+    done = take.step
+    for _ in range(done):  # the same rows in the same order; reading is cheap beside a step
+        next(batches)
+    bar = tqdm(
+        total=params.steps,
+        initial=done,
+        desc=f"crosscoder {label}",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    with scratch.loop(), bar:
+        for step in range(done + 1, params.steps + 1):
+            rows_BMD = next(batches)[accelerator.process_index :: accelerator.num_processes]
+            x_BMD = crosscoder.normalise(rows_BMD.to(accelerator.device))
+            result = take(x_BMD)
+            result.total.backward()
+            if accelerator.num_processes > 1:
+                for weight in crosscoder.parameters():
+                    weight.grad = accelerator.reduce(weight.grad, "mean")
+            norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
+            point = {"loss": result.total.item(), "grad_norm": norm.item(), "learning_rate": schedule.get_last_lr()[0]}
+            require_finite(point, step, log, "lower crosscoder.training.lr", label)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update(1)
+            if step % params.log_every == 0 or step == 1:
+                dead_F = take.idle_F >= params.dead_after_tokens
+                point = _quality(result, x_BMD, centre_MD.to(x_BMD.device), source.models, dead_F) | point
+                log(step, point)
+                bar.set_postfix(l0=f"{point['l0']:.1f}", fve=f"{point[f'fve/{source.models[0]}']:.3f}", refresh=False)
+            if scratch.due():
+                scratch.save(step, snapshot(crosscoder, optimizer) | {"idle": take.idle_F}, rates=schedule.get_last_lr())
     crosscoder.eval().requires_grad_(False)
     metrics = measure(crosscoder, source, centre_MD, train_rows, source.rows)
     features = feature_statistics(crosscoder, source)
@@ -141,12 +158,12 @@ def fit(
     return crosscoder, metrics, features
 
 
-def _point(result: Loss, x_BMD: Tensor, mean_MD: Tensor, models: list[str], dead_F: Tensor) -> dict[str, float]:
+def _quality(result: Loss, x_BMD: Tensor, mean_MD: Tensor, models: list[str], dead_F: Tensor) -> dict[str, float]:
     error_M = result.error.square().sum((0, 2))
     spread_M = (x_BMD - mean_MD).square().sum((0, 2))
     fve = {f"fve/{model}": 1 - (error_M[m] / spread_M[m]).item() for m, model in enumerate(models)}
     l0 = (result.fired > 0).float().sum(1).mean().item()
-    return {"loss": result.total.item(), "l0": l0, "dead": dead_F.float().mean().item(), **fve}
+    return {"l0": l0, "dead": dead_F.float().mean().item(), **fve}
 
 
 @torch.inference_mode()

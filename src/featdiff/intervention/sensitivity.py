@@ -4,14 +4,16 @@ to test it, each against matched random sets, on the tune split."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from featdiff.decode import PromptCache
+from featdiff.intervention.edits import Change
 from featdiff.intervention.purposes import PURPOSES, sign_of
-from featdiff.intervention.study import BASELINES, Outcome, Setting, Subject, answers, mean_accuracy, tuning
+from featdiff.intervention.study import BASELINES, Outcome, Passes, Setting, Subject, answers, mean_accuracy, tuning
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Sample
 
 
@@ -53,21 +55,29 @@ def sensitivity(
     match: Callable[[list[int], int], list[list[int]]],
     samples: list[Sample],
     draws: int,
+    scratch: Scratch,
 ) -> list[dict[str, Any]]:
     """One row per case: ``effect`` is the change in mean accuracy, ``random`` the largest change in the claimed direction
     that any of ``draws`` matched sets (``match`` draws them) makes; both None where a search found nothing."""
     asked, prompts = tuning(samples, subjects["grpo"].examinee.tasks), {name: PromptCache() for name in subjects}
-    base = {name: mean_accuracy(answers(subject, None, asked, prompts[name])) for name, subject in subjects.items()}
+    planned = cases(outcome, variants)
+    passes = Passes(len(subjects) + sum((1 + draws) * bool(case.features) for case in planned), scratch, "sensitivity")
 
-    def effect(model: str, setting: Setting, features: list[int]) -> float:
+    def accuracy(model: str, name: str, edit: Change | None) -> float:
+        return mean_accuracy(passes(f"sensitivity {name}", partial(answers, subjects[model], edit, asked, prompts[model])))
+
+    base = {name: accuracy(name, name, None) for name in subjects}
+
+    def effect(case: Case, model: str, number: int, features: list[int]) -> float:
+        setting = case.setting
         edit = subjects[model].editor.edit(setting.edit, features, setting.positions, setting.dose)
-        return mean_accuracy(answers(subjects[model], edit, asked, prompts[model])) - base[model]
+        return accuracy(model, f"{case.purpose} {case.varied} {case.choice} {number}", edit) - base[model]
 
     rows = []
-    for case in tqdm(cases(outcome, variants), desc="sensitivity", unit="case"):
+    for case in planned:
         model, sign = PURPOSES[case.purpose], sign_of(case.purpose)
         sets = [case.features, *match(case.features, draws)] if case.features else []
-        found = [effect(model, case.setting, members) for members in sets]
+        found = [effect(case, model, number, members) for number, members in enumerate(sets)]
         facts = {"purpose": case.purpose, "varied": case.varied, "choice": case.choice, "size": len(case.features)}
         largest = sign * max(sign * value for value in found[1:]) if sets else None
         rows.append(facts | case.setting._asdict() | {"effect": found[0] if sets else None, "random": largest})

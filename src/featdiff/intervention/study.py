@@ -7,7 +7,8 @@ gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ from featdiff.intervention.effects import effects
 from featdiff.intervention.purposes import PURPOSES, sign_of
 from featdiff.models import load_model, load_tokenizer
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Sample, TaskInfo, Text
 
 BASELINES = ("mean_difference", "first_component", "random_direction")
@@ -40,6 +42,20 @@ class Setting(NamedTuple):
     edit: str
     positions: str
     dose: float
+
+
+class Passes:
+    """The passes of a study on a progress bar. Each is done once, also over restarts (``scratch``), so its name must say
+    all that tells it from others."""
+
+    def __init__(self, total: int, scratch: Scratch, desc: str) -> None:
+        self.scratch, self.bar = scratch, tqdm(total=total, desc=desc, unit="pass")
+
+    def __call__(self, name: str, compute: Callable[[], T]) -> T:
+        found = self.scratch.part(name, compute)
+        self.bar.set_postfix_str(name, refresh=False)
+        self.bar.update(1)
+        return found
 
 
 class Subject(NamedTuple):
@@ -107,7 +123,7 @@ def by_task(rows: list[Row], tasks: dict[str, TaskInfo]) -> Iterator[dict[str, A
 
 
 def tune(
-    purpose: str, subject: Subject, features: list[int], samples: list[Sample], params: InterveneParams, bar: tqdm[Any]
+    purpose: str, subject: Subject, features: list[int], samples: list[Sample], params: InterveneParams, passes: Passes
 ) -> tuple[Setting, list[dict[str, Any]]]:
     """Try every setting on ``samples`` (tune split, tasks used for finding); returns the chosen one and the table of all.
 
@@ -119,11 +135,9 @@ def tune(
     table, prompts = [], PromptCache()
     for setting in settings(purpose, params):
         edit = subject.editor.edit(setting.edit, features, setting.positions, setting.dose)
-        rows = answers(subject, edit, samples, prompts)
+        rows = passes(f"tune {purpose} {'_'.join(map(str, setting))}", partial(answers, subject, edit, samples, prompts))
         values[setting] = sign * mean_accuracy(rows)
         table += [{"purpose": purpose, **setting._asdict(), **line} for line in by_task(rows, subject.examinee.tasks)]
-        bar.set_postfix_str(f"tune {purpose}", refresh=False)
-        bar.update(1)
     return gentlest(values, params.tolerance), table
 
 
@@ -139,33 +153,31 @@ def dose_curve(
     sets: dict[tuple[str, int], list[int]],
     samples: list[Sample],
     params: InterveneParams,
-    bar: tqdm[Any],
+    passes: Passes,
 ) -> list[dict[str, Any]]:
     """Accuracy over doses at the chosen edit and positions, for the found set and some random sets (tune split)."""
     table, prompts = [], PromptCache()
     for (arm, draw), features in sets.items():
         for dose in params.doses:
             edit = subject.editor.edit(chosen.edit, features, chosen.positions, dose)
-            rows = answers(subject, edit, samples, prompts)
+            rows = passes(f"dose {dose} {arm} {draw}", partial(answers, subject, edit, samples, prompts))
             table += [{"dose": dose, "arm": arm, "draw": draw, **line} for line in by_task(rows, subject.examinee.tasks)]
-            bar.set_postfix_str("dose curve", refresh=False)
-            bar.update(1)
     return table
 
 
 def tune_directions(
-    subject: Subject, positions: str, samples: list[Sample], params: InterveneParams, bar: tqdm[Any]
+    subject: Subject, positions: str, samples: list[Sample], params: InterveneParams, passes: Passes
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The dose of each direction for amplifying in base, chosen as :func:`tune` chooses; and the table of all."""
     chosen, table, prompts = {}, [], PromptCache()
     for name in BASELINES:
         values: dict[float, float] = {}
         for dose in sorted(params.doses):
-            rows = answers(subject, subject.editor.direct("push", name, positions, dose), samples, prompts)
+            edit = subject.editor.direct("push", name, positions, dose)
+            rows = passes(f"tune {name} {dose}", partial(answers, subject, edit, samples, prompts))
             values[dose] = mean_accuracy(rows)
             setting = {"edit": name, "positions": positions, "dose": dose}
             table += [{"purpose": "amplify_base", **setting, **line} for line in by_task(rows, subject.examinee.tasks)]
-            bar.update(1)
         chosen[name] = gentlest(values, params.tolerance)
     return chosen, table
 
@@ -204,21 +216,19 @@ def run_arms(
     sets: FeatureSets,
     doses: Mapping[str, float],
     samples: list[Sample],
-    bar: tqdm[Any],
+    passes: Passes,
 ) -> list[Row]:
     """Answers under every arm to all ``samples`` (report split, every task), and the likelihood of the right ones. Where no
     arm changes the prompt before its last token, all arms share one reading of the prompts, the unedited one too."""
-    rows = []
+    rows, examinee = [], subject.examinee
     shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
     for arm, draw, edit in arms(purpose, subject, chosen, sets, doses):
         kept = prompts_for(edit, shared)
-        nats = subject.examinee.likelihood(samples, edit=edit, shared=kept)
-        for row in subject.examinee.answer(samples, edit=edit, shared=kept):
+        nats = passes(f"{purpose} {arm} {draw}, likelihood", partial(examinee.likelihood, samples, edit=edit, shared=kept))
+        for row in passes(f"{purpose} {arm} {draw}", partial(examinee.answer, samples, edit=edit, shared=kept)):
             start, rest = nats.get(row["sample_id"], (None, None))
             facts = {"purpose": purpose, "model": PURPOSES[purpose], "arm": arm}
             rows.append(facts | row | {"draw": draw, "start_nats": start, "rest_nats": rest})
-        bar.set_postfix_str(f"{purpose} {arm}", refresh=False)
-        bar.update(1)
     return rows
 
 
@@ -231,6 +241,7 @@ def collateral(
     texts: list[Text],
     params: InterveneParams,
     seed: int,
+    passes: Passes,
 ) -> list[dict[str, Any]]:
     """Perplexity of free text under every arm, which has no answer to start: edited at every token, the worst case.
     Mean over texts of the change in nats per token, with its paired bootstrap interval over texts."""
@@ -241,7 +252,8 @@ def collateral(
     ids = [text for text in ids if len(text) > 1]
     rows = []
     for arm, draw, edit in arms(purpose, subject, everywhere, sets, doses):
-        nats = np.array(text_nats(examinee.model, ids, pad=pad, batch_size=size, edit=edit))
+        read = partial(text_nats, examinee.model, ids, pad=pad, batch_size=size, edit=edit)
+        nats = np.array(passes(f"{purpose} {arm} {draw}, free text", read))
         before = nats if arm == "none" else before
         found = stats.paired_difference(nats, before, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
         change = {"change": found.value, "low": found.low, "high": found.high, "n": found.n}
@@ -280,6 +292,7 @@ def intervene(
     texts: list[Text],
     params: InterveneParams,
     seed: int,
+    scratch: Scratch,
 ) -> Outcome:
     """The whole study of one feature set. ``subjects`` by model; a model the crosscoder does not know is left out.
 
@@ -296,21 +309,22 @@ def intervene(
         purpose: {arm: group for arm, group in sets.items() if purpose != "zero_sft" or arm not in single}
         for purpose in purposes
     }
-    passes = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
-    passes += (len(curve_sets) + len(BASELINES)) * len(params.doses)
-    passes += sum(3 + len(BASELINES) + sum(map(len, group.values())) for group in arm_sets.values())
-    with tqdm(total=passes, desc="intervene", unit="pass") as bar:
-        zero, table = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, bar)
-        amplify, more = tune("amplify_base", subjects["base"], features, tuning_samples, params, bar)
-        dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, bar)
-        doses, directions = tune_directions(subjects["base"], amplify.positions, tuning_samples, params, bar)
+    total = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
+    total += (len(curve_sets) + len(BASELINES)) * len(params.doses)
+    total += 3 * sum(3 + len(BASELINES) + sum(map(len, group.values())) for group in arm_sets.values())
+    passes = Passes(total, scratch, "intervene")
+    with passes.bar:
+        zero, table = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, passes)
+        amplify, more = tune("amplify_base", subjects["base"], features, tuning_samples, params, passes)
+        dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, passes)
+        doses, directions = tune_directions(subjects["base"], amplify.positions, tuning_samples, params, passes)
         chosen = {"zero_grpo": zero, "zero_sft": zero, "amplify_base": amplify}
         rows: list[Row] = []
         spilled: list[dict[str, Any]] = []
         for purpose in purposes:
             subject, setting, group = subjects[PURPOSES[purpose]], chosen[purpose], arm_sets[purpose]
-            rows += run_arms(purpose, subject, setting, group, doses, report_samples, bar)
-            spilled += collateral(purpose, subject, setting, group, doses, texts, params, seed)
+            rows += run_arms(purpose, subject, setting, group, doses, report_samples, passes)
+            spilled += collateral(purpose, subject, setting, group, doses, texts, params, seed, passes)
     right = {
         purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]}
         for purpose in purposes

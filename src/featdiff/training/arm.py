@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +22,50 @@ from transformers import (
     TrainingArguments,
 )
 
-from featdiff.artifact import MANIFEST, ContractError, sha256_file, write_json
+from featdiff.artifact import MANIFEST, ContractError, seal, sha256_file, write_json
 from featdiff.models import save_model
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch, require_finite
 
 Log = Callable[[int, dict[str, float]], None]
 
 
 class Recorder(TrainerCallback):
-    """Writes the trainer's logs to the stage's record, saves weights at even intervals, shows progress, stops at NaN."""
+    """Writes the trainer's logs to the stage's record, keeps weights at even intervals, shows progress, saves checkpoints to
+    resume from, and stops at NaN."""
 
-    def __init__(self, out: Path, log: Log, checkpoints: int, keep: dict[str, str], shown: str) -> None:
+    def __init__(
+        self,
+        out: Path,
+        log: Log,
+        checkpoints: int,
+        keep: dict[str, str],
+        shown: str,
+        scratch: Scratch,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.out, self.log, self.checkpoints, self.keep, self.shown = out, log, checkpoints, keep, shown
-        self.trainer: Trainer | None = None
-        self.saved: list[int] = []
+        self.scratch, self.state = scratch, {} if state is None else state
+        self.folder = (out if scratch.root is None else scratch.root) / "trainer"
+        """Of the trainer's own checkpoints."""
         self.bar: tqdm[int] | None = None
 
-    def attach(self, trainer: Trainer) -> None:
-        """Take the place of the trainer's own printing."""
+    def train(self, trainer: Trainer) -> None:
+        """Train from the newest whole checkpoint on, in place of the trainer's own printing."""
         self.trainer = trainer
         trainer.add_callback(self)
         trainer.remove_callback(PrinterCallback)
+        folders = sorted(self.folder.glob("checkpoint-*"), key=lambda folder: -int(folder.name.rpartition("-")[2]))
+        found = next(filter(self.scratch.whole, folders), None)
+        if found:
+            self.state.update(self.scratch.noted(found)["state"])
+        with self.scratch.loop():
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+
+    def kept_steps(self, steps: int) -> dict[int, int]:
+        """Updates after which weights are kept, each 1/checkpoints of ``steps``, and their numbers; the last is the model
+        itself."""
+        return {-(-number * steps // self.checkpoints): number for number in range(1, self.checkpoints)}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = tqdm(
@@ -50,35 +75,61 @@ class Recorder(TrainerCallback):
             unit="step",
             disable=not state.is_world_process_zero,
         )
+        for step, number in self.kept_steps(state.max_steps).items():
+            if step <= state.global_step and state.is_world_process_zero:
+                self._keep(number, self._lost)
+
+    def _keep(self, number: int, save: Callable[[Path], None]) -> None:
+        self.scratch.bring(f"kept/{number}", self.out / "checkpoints" / str(number), save)
+
+    def _lost(self, folder: Path) -> None:
+        """Weights kept before a checkpoint are gone, and only training from the start makes them again."""
+        assert self.scratch.root is not None
+        shutil.rmtree(self.scratch.root)
+        raise ContractError(folder, "weights", "those kept before the kill", "none", "start again with dvc repro, from step 0")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Raise FloatingPointError before a gradient that is NaN or infinite reaches the weights."""
+        norms = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None])
+        require_finite({"grad_norm": norms.norm().item()}, state.global_step + 1, self.log, "lower the learning rate")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Log the series named in ``keep`` (trainer's name → ours); raise FloatingPointError at NaN or infinity."""
         point = {ours: float(logs[theirs]) for theirs, ours in self.keep.items() if theirs in logs}
         if "loss" not in point and "reward" not in point:
             return
-        for name, value in point.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {state.global_step}; lower the learning rate")
+        require_finite(point, state.global_step, self.log, "lower the learning rate")
         if self.bar is not None and self.shown in point:
             self.bar.set_postfix({self.shown: f"{point[self.shown]:.3f}"}, refresh=False)
         if state.is_world_process_zero:
             self.log(state.global_step, point)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save a checkpoint at each 1/checkpoints of the updates; the last one is the model itself."""
+        """Keep weights where that is due, and have the trainer save where that is."""
         if self.bar is not None:
             self.bar.update(1)
-        done = state.global_step * self.checkpoints // state.max_steps
-        if done > len(self.saved) and done < self.checkpoints:
-            self.saved.append(state.global_step)
-            if state.is_world_process_zero and self.trainer is not None:
-                model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-                tokenizer: PreTrainedTokenizerFast = self.trainer.processing_class
-                save_model(model, tokenizer, self.out / "checkpoints" / str(done))
+        number = self.kept_steps(state.max_steps).get(state.global_step)
+        if number and state.is_world_process_zero:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            tokenizer: PreTrainedTokenizerFast = self.trainer.processing_class
+            self._keep(number, partial(save_model, model, tokenizer))
+        if self.scratch.due():
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Seal the trainer's checkpoint, which it writes in place; without the seal it does not count."""
+        process_state().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = self.folder / f"checkpoint-{state.global_step}"
+            self.scratch.note(folder, step=state.global_step, state=self.state)
+            seal(folder, params={}, code="", parents={})
+        self.scratch.saved()
 
 
 def finish(trainer: Trainer, recorder: Recorder, out: Path, base: Path, data: Path, facts: dict[str, float]) -> dict[str, Any]:
@@ -88,7 +139,7 @@ def finish(trainer: Trainer, recorder: Recorder, out: Path, base: Path, data: Pa
         "base_manifest": sha256_file(base / MANIFEST),
         "problems_sha256": sha256_file(data / "train.parquet"),
         "updates": state.global_step,
-        "checkpoints": [*recorder.saved, state.global_step],
+        "checkpoints": [*recorder.kept_steps(state.global_step), state.global_step],
         **facts,
     }
     if state.is_world_process_zero:
@@ -121,6 +172,7 @@ def common_arguments(params: Any, seed: int, model: PreTrainedModel, scratch: Pa
         "gradient_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
+        "save_total_limit": 2,
         "logging_nan_inf_filter": False,
         "logging_first_step": True,
         "disable_tqdm": True,

@@ -8,9 +8,11 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from featdiff.artifact import ContractError
 from featdiff.config import GRPOParams
 from featdiff.models import load_model, load_tokenizer, trl_row
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks, write_rows
 from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, common_arguments, finish
@@ -38,8 +40,8 @@ class Reward:
         self.tasks = tasks
         self.samples = {sample.sample_id: sample for sample in samples}
         self.every = max(1, steps // KEPT_CALLS)
-        self.calls, self.completions, self.tokens = 0, 0, 0
-        self.kept: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {"calls": 0, "tokens": 0, "kept": []}
+        """What a resumed run goes on with."""
 
     def __call__(self, completions: list[Any], sample_id: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rewards = []
@@ -48,16 +50,15 @@ class Reward:
             sample = self.samples[name]
             graded = grade(self.tasks[sample.task].verifier, sample, text)
             rewards.append(float(graded.correct))
-            if self.calls % self.every == 0 and i < 16:
-                row = {"call": self.calls, "task": sample.task, "prompt": sample.prompt, "answer": sample.answer}
-                self.kept.append(row | {"completion": text, "manner": graded.manner, "reward": rewards[-1]})
-        self.calls += 1
-        self.completions += len(completions)
-        self.tokens += sum(map(len, completion_ids))
+            if self.state["calls"] % self.every == 0 and i < 16:
+                row = {"call": self.state["calls"], "task": sample.task, "prompt": sample.prompt, "answer": sample.answer}
+                self.state["kept"].append(row | {"completion": text, "manner": graded.manner, "reward": rewards[-1]})
+        self.state["calls"] += 1
+        self.state["tokens"] += sum(map(len, completion_ids))
         return rewards
 
 
-def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
+def train_grpo(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
     """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
     state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
@@ -67,14 +68,14 @@ def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOPar
     rows = [
         trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples
     ]
-    recorder = Recorder(out, log, params.checkpoints, SERIES, shown="reward")
+    recorder = Recorder(out, log, params.checkpoints, SERIES, "reward", scratch, reward.state)
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=[reward],
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(
-            **common_arguments(params, seed, model, scratch, total, "grpo.prompts_per_step x grpo.rollouts"),
+            **common_arguments(params, seed, model, recorder.folder, total, "grpo.prompts_per_step x grpo.rollouts"),
             lr_scheduler_type="constant_with_warmup",
             max_steps=params.steps,
             num_generations=params.rollouts,
@@ -91,17 +92,20 @@ def train_grpo(base: Path, data: Path, out: Path, scratch: Path, params: GRPOPar
             logging_steps=1,
         ),
     )
-    recorder.attach(trainer)
-    trainer.train()
+    boundary, generation = trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation
+    if generation * trainer.args.num_iterations != boundary:  # else a checkpoint could fall between rollouts and their use
+        expected = f"one update per generation ({boundary} micro batches)"
+        raise ContractError("GRPOConfig", "steps_per_generation", expected, generation, "do not set it")
+    recorder.train(trainer)
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     tenth = max(1, len(rewards) // 10)
     facts = {
         "problems": len(samples),
         "samples_seen": params.steps * total,
-        "tokens_seen": reward.tokens * state.num_processes,
+        "tokens_seen": reward.state["tokens"] * state.num_processes,
         "reward_first": sum(rewards[:tenth]) / tenth,
         "reward_last": sum(rewards[-tenth:]) / tenth,
     }
     if state.is_main_process:
-        write_rows(out / "completions.parquet", reward.kept)
+        write_rows(out / "completions.parquet", reward.state["kept"])
     return finish(trainer, recorder, out, base, data, facts)

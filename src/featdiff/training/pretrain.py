@@ -21,6 +21,7 @@ from featdiff.artifact import ContractError
 from featdiff.config import Pretraining
 from featdiff.models import character_tokenizer, organism_model
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch, require_finite, restore, snapshot
 from featdiff.tasks.task import Text
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
@@ -70,13 +71,14 @@ def pack(texts: list[Text], tokenizer: PreTrainedTokenizerFast, row_tokens: int,
 
 
 def pretrain(
-    texts: list[Text], params: Pretraining, seed: int, log: Callable[[int, dict[str, float]], None]
+    texts: list[Text], params: Pretraining, seed: int, log: Callable[[int, dict[str, float]], None], scratch: Scratch
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Train a base from scratch on ``texts``; learning rate: linear warm-up, constant, linear decay to 0 over the
     last ``decay_share`` of the steps. The vocabulary is every printable ASCII character, so that it depends on no
     other data.
 
-    Raises ContractError when there are fewer texts than the steps need, FloatingPointError when the loss is not finite."""
+    Raises ContractError when there are fewer texts than the steps need, FloatingPointError when loss or gradient is not
+    finite."""
     process_state()
     accelerator = Accelerator()
     tokenizer = character_tokenizer([ALPHABET])
@@ -101,23 +103,31 @@ def pretrain(
     schedule = get_wsd_schedule(optimizer, params.warmup_steps, decay, num_training_steps=params.steps, decay_type="linear")
     model, optimizer = accelerator.prepare(model, optimizer)
     share = rows_per_step // accelerator.num_processes
-    bar = tqdm(range(params.steps), desc="pretrain base", unit="step", disable=not accelerator.is_main_process)
-    for step in bar:
-        start = step * rows_per_step + accelerator.process_index * share
-        ids, positions, weight = (part[start : start + share].to(accelerator.device) for part in rows)
-        loss = _loss(model, ids, positions, weight)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"base: loss is {loss.item()} at step {step + 1}; lower base.pretraining.lr")
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if (step + 1) % 25 == 0 or step == 0:
-            log(step + 1, {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": rate})
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return accelerator.unwrap_model(model).eval(), tokenizer
+    inner = accelerator.unwrap_model(model)
+    checkpoint = scratch.load()
+    if checkpoint:
+        restore(inner, optimizer, schedule, checkpoint)
+    done = checkpoint.step if checkpoint else 0
+    bar = tqdm(total=params.steps, initial=done, desc="pretrain base", unit="step", disable=not accelerator.is_main_process)
+    with scratch.loop(), bar:
+        for step in range(done + 1, params.steps + 1):
+            start = (step - 1) * rows_per_step + accelerator.process_index * share
+            ids, positions, weight = (part[start : start + share].to(accelerator.device) for part in rows)
+            loss = _loss(model, ids, positions, weight)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            point = {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
+            require_finite(point, step, log, "lower base.pretraining.lr")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update(1)
+            if step % 25 == 0 or step == 1:
+                log(step, point)
+                bar.set_postfix(loss=f"{point['loss']:.3f}")
+            if scratch.due():
+                scratch.save(step, snapshot(inner, optimizer), rates=schedule.get_last_lr())
+    return inner.eval(), tokenizer
 
 
 def _loss(model: torch.nn.Module, ids_RT: Tensor, positions_RT: Tensor, weight_RT: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from featdiff.artifact import ContractError
 from featdiff.config import SFTParams
 from featdiff.models import load_model, load_tokenizer, trl_row
 from featdiff.ranks import process_state
+from featdiff.resume import Scratch
 from featdiff.tasks.task import load_samples, load_tasks
 from featdiff.training.arm import Log, Recorder, common_arguments, finish
 
@@ -24,13 +25,13 @@ SERIES = {
 }
 
 
-def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
+def train_sft(base: Path, data: Path, out: Path, scratch: Scratch, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
     """Fine-tune ``base`` on the train problems of ``data``; loss on the solution only. Returns the audit."""
     process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_model(base), load_tokenizer(base)
-    for sample in samples:
-        length = len(tokenizer(sample.prompt + sample.solution)["input_ids"]) + 1
+    lengths = [len(tokenizer(sample.prompt + sample.solution)["input_ids"]) + 1 for sample in samples]
+    for sample, length in zip(samples, lengths, strict=True):
         if length > params.max_length:
             raise ContractError(
                 data / "train.parquet",
@@ -40,27 +41,24 @@ def train_sft(base: Path, data: Path, out: Path, scratch: Path, params: SFTParam
                 "raise it",
             )
     rows = [trl_row(sample, chat=tasks[sample.task].chat, solution=True) for sample in samples]
-    recorder = Recorder(out, log, params.checkpoints, SERIES, shown="loss")
+    recorder = Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
         args=SFTConfig(
-            **common_arguments(params, seed, model, scratch, params.batch_size, "sft.batch_size"),
+            **common_arguments(params, seed, model, recorder.folder, params.batch_size, "sft.batch_size"),
             lr_scheduler_type="linear",
             num_train_epochs=params.epochs,
             max_length=None,
             completion_only_loss=True,
-            logging_steps=5,
+            logging_steps=1,
         ),
     )
-    recorder.attach(trainer)
-    trainer.train()
-    history = trainer.state.log_history
-    tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
+    recorder.train(trainer)
     facts = {
         "problems": len(samples),
         "samples_seen": trainer.state.global_step * params.batch_size,
-        "tokens_seen": int(tokens),
+        "tokens_seen": round(sum(lengths) * params.epochs),
     }
     return finish(trainer, recorder, out, base, data, facts)
