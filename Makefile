@@ -32,11 +32,17 @@ repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whol
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
+verify: $(STAMP)  ## hash every artifact against its manifest and every object of DVC's cache against its name
+	@$(BIN)/python -m featdiff.integrity
+
+faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about 20 minutes on two cores
+	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist loadscope
+
 golden: $(STAMP)  ## attribution methods against planted features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.golden
 
 check: $(STAMP)  ## format, lint, types, quick tests
-	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph"
+	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults"
 
 format: $(STAMP)  ## format and mend what the linter can
 	@ruff format . && ruff check --fix .
@@ -44,4 +50,4 @@ format: $(STAMP)  ## format and mend what the linter can
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.mirror ui $(PORT)
 
-.PHONY: help install profile repro test golden check format ui
+.PHONY: help install profile repro test verify faults golden check format ui

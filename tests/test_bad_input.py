@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from conftest import ALPHABET, ROOT, Project
+from conftest import ALPHABET
 from featdiff import artifact
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text, read_rows, write_rows
+from project import ROOT, Project
 
 FORKS = """
 import json, os, runpy, sys, traceback

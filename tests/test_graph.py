@@ -20,7 +20,21 @@ import yaml
 from featdiff.config import PROFILES, Study, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
-PLUMBING = {"featdiff", "config", "profiles", "artifact", "tracking", "launch", "mirror", "mlflow_view", "restore", "ranks"}
+PLUMBING = {
+    "featdiff",
+    "config",
+    "profiles",
+    "artifact",
+    "tracking",
+    "launch",
+    "mirror",
+    "mlflow_view",
+    "restore",
+    "ranks",
+    "resume",
+    "stopping",
+    "integrity",
+}
 """Modules that know nothing of the science: a change of them cannot change a result."""
 
 

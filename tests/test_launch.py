@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Project
 from featdiff import artifact
+from project import ROOT, Project
 
 GRAPH = """
 stages:

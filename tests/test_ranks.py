@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import Project
+from project import Project
 
 STAGES = [
     ("stages/sft.py",),

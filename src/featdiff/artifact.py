@@ -143,3 +143,18 @@ def verify(folder: Path, *names: str) -> dict[str, str]:
     if names:
         return {(folder / name).as_posix(): listed[name]["sha256"] for name in names}
     return {folder.as_posix(): sha256_file(folder / MANIFEST)}
+
+
+def require_parents(folder: Path, root: Path) -> None:
+    """Raise ContractError where a parent of the artifact ``folder`` that lies under ``root`` is no longer the one that it
+    was made from: each may be sound, and the two do not belong together."""
+    for name, digest in read_json(folder / MANIFEST)["parents"].items():
+        parent = root / name
+        home, file = (parent, None) if parent.is_dir() else (parent.parent, parent.name)
+        if not (home / MANIFEST).is_file():
+            continue  # not at hand: nothing to compare with
+        listed = read_json(home / MANIFEST)["files"]
+        now = sha256_file(home / MANIFEST) if file is None else listed.get(file, {}).get("sha256", "nothing")
+        if now != digest:
+            todo = "it was made from another version; run dvc repro (or dvc checkout)"
+            raise ContractError(folder / MANIFEST, f"parent {name}", digest[:12], now[:12], todo)

@@ -7,6 +7,7 @@ that no class knows is an error that names it. Importing this module must stay c
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -556,9 +557,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{16,}|://[^/\s:@]+:[^/\s@]+@")
+
+
+def refuse_secrets(data: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for a value that looks like a key or a password, without repeating it: params go to git, to every
+    record and to the report."""
+    for key, value in flatten(data).items():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if any(map(SECRET_VALUE.search, texts)) or (texts and SECRET_NAME.search(key.rpartition(".")[2])):
+            raise ConfigError(f"{source}: {key}: looks like a key or a password (not shown); set it in the environment instead")
+
+
 def load_study(path: Path = PARAMS) -> Study:
     """Every parameter in force."""
-    return parse(Study, read_yaml(path), str(path))
+    data = read_yaml(path)
+    refuse_secrets(data, str(path))
+    return parse(Study, data, str(path))
 
 
 def load_params(section: str, path: Path = PARAMS) -> tuple[Any, int]:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ class Run:
         self.name, self.target, self.signature, self.params, self.record = name, out, signature, params, record
         self.seed: int = signature["params"]["seed"]
         self.parents: dict[str, str] = {}
+        self.door_seconds = 0.0
+        """Spent on verifying what is read and publishing what is written."""
         self.out = artifact.staging_path(out)
         self.log = record.log
         self.observe = record.observe
@@ -70,8 +73,10 @@ class Run:
 
     def read(self, path: str, *files: str) -> Path:
         """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
-        folder = Path(path)
+        folder, began = Path(path), time.monotonic()
         self.parents |= artifact.verify(folder, *files)
+        artifact.require_parents(folder, Path())
+        self.door_seconds += time.monotonic() - began
         self.record.input(folder.as_posix())
         return folder
 
@@ -111,7 +116,9 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
                         changed = next(field for field in now if now[field] != signature[field])
                         where = "params.yaml" if changed == "params" else "src"
                         raise ContractError(where, changed, "unchanged since the stage began", "an edit", "run dvc repro again")
+                    began = time.monotonic()
                     artifact.publish(target, params=signature["params"], code=signature["code"], parents=run.parents)
+                    record.observe(door_seconds=round(run.door_seconds + time.monotonic() - began, 3))
                     shutil.rmtree(scratch_folder(target), ignore_errors=True)
                 status = "FINISHED"
             except Stopped:

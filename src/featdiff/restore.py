@@ -35,7 +35,7 @@ def restore(root: Path) -> list[str]:
     ]
     if not entries:
         return ["dvc.lock: no results; run dvc repro, or git pull and dvc pull"]
-    cache = _cache(root)
+    cache = cache_folder(root)
     commit, committed = _commit_of(root / "dvc.lock")
     recorded = list(_finished())
     profile = str(read_yaml(root / "params.yaml").get("profile", ""))
@@ -61,7 +61,8 @@ def restore(root: Path) -> list[str]:
     return lines
 
 
-def _cache(root: Path) -> Path:
+def cache_folder(root: Path) -> Path:
+    """Where DVC keeps objects of the repository ``root`` by md5."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return root / shown.stdout.strip() / "files" / "md5"

@@ -1,0 +1,124 @@
+"""Real stages in forked processes whose libraries are imported already, so that a hundred kills take minutes, not hours.
+
+Nothing of a stage is replaced. A ``sabotage`` (a picklable function) runs in the forked process before the stage: to kill
+it at an exact place, or to take a guard away and see that its test then fails.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from featdiff.artifact import sha256_file
+from project import Project
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["preload"])
+
+LONG = {
+    "models/base": ["base"],
+    "models/sft": ["sft"],
+    "models/grpo": ["grpo"],
+    "evals/grpo": ["evaluate", "--model", "grpo"],
+    "activations/grpo": ["activations", "--model", "grpo"],
+    "crosscoders/joint_topk": ["crosscoder", "--fit", "joint_topk"],
+    "crosscoders/joint_l1": ["crosscoder", "--fit", "joint_l1"],
+    "analysis/intervene": ["intervene"],
+}
+"""Long stages by output: what has to go on after a kill."""
+SHORT = {"analysis/attribution": ["attribution"], "analysis/dynamics": ["dynamics"], "analysis/describe": ["describe"]}
+FITS = ("joint_topk_1", "base_sft", "base_grpo", "null_base", "null_sft")
+MODELS = ("base", "sft", "grpo", "sft_twin")
+GRAPH = [
+    ("data", ["prepare"]),
+    *((out, LONG[out]) for out in ("models/base", "models/sft", "models/grpo")),
+    ("models/sft_twin", ["sft", "--twin"]),
+    *((f"evals/{name}", ["evaluate", "--model", name]) for name in MODELS[:3]),
+    *((f"activations/{name}", ["activations", "--model", name]) for name in MODELS),
+    *((out, LONG[out]) for out in LONG if out.startswith("crosscoders")),
+    *((f"crosscoders/{name}", ["crosscoder", "--fit", name]) for name in FITS),
+    ("analysis/localize", ["localize"]),
+    *SHORT.items(),
+    ("analysis/intervene", LONG["analysis/intervene"]),
+]
+
+
+def _child(
+    folder: Path, command: list[str], environment: dict[str, str], log: Path, sabotage: Callable[[], None] | None
+) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.argv = [f"stages/{command[0]}.py", *command[1:]]
+    if sabotage is not None:
+        sabotage()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Study(Project):
+    """The nano study with every artifact, saving at every opportunity."""
+
+    took: dict[str, float]
+
+    def start(self, command: list[str], sabotage: Callable[[], None] | None = None) -> BaseProcess:  # type: ignore[override]
+        environment = self.environment | {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+        process = CONTEXT.Process(target=_child, args=(self.path, command, environment, self.log, sabotage))
+        process.start()
+        return process
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def said(self) -> str:
+        """What stages have printed since the last call."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        self.log.unlink(missing_ok=True)
+        return text
+
+    def finish(self, command: list[str], sabotage: Callable[[], None] | None = None) -> int:
+        """Exit status of a stage that is left alone."""
+        process = self.start(command, sabotage)
+        process.join(300)
+        assert process.exitcode is not None, self.said()[-2000:]
+        return process.exitcode
+
+    def compute(self) -> None:
+        self.took = {}
+        for out, command in GRAPH:
+            began = time.monotonic()
+            assert self.finish(command) == 0, f"{out}: {self.said()[-3000:]}"
+            self.took[out] = time.monotonic() - began
+
+    def files(self, out: str) -> dict[str, str]:
+        """sha256 of every file of an artifact, read anew."""
+        folder = self.path / out
+        return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def scratch(self, out: str) -> Path:
+        return self.path / ".featdiff/scratch" / out
+
+    def clear(self, out: str) -> None:
+        """As DVC does before it runs a stage; and forget what could be resumed."""
+        shutil.rmtree(self.path / out, ignore_errors=True)
+        shutil.rmtree(self.scratch(out), ignore_errors=True)
+        self.said()
+
+
+def nano(path: Path) -> Study:
+    study = Study(path)
+    study.fill()
+    subprocess.run([sys.executable, "-m", "featdiff.profiles", "use", "nano"], cwd=path, check=True, capture_output=True)
+    study.set({"resume.every_seconds": 0.0})
+    return study

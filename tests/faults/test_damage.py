@@ -1,0 +1,187 @@
+"""Damaged, exchanged and stale artifacts: every stage refuses them in one line before it computes anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from forge import LONG, Study
+
+READERS = {
+    "data": ("eval.parquet", "evals/base", ["evaluate", "--model", "base"]),
+    "models/base": ("model.safetensors", "models/sft", LONG["models/sft"]),
+    "models/grpo": ("checkpoints/1/model.safetensors", "activations/grpo", LONG["activations/grpo"]),
+    "evals/grpo": ("samples.parquet", "analysis/localize", ["localize"]),
+    "activations/sft": ("acts-00000.safetensors", "crosscoders/joint_topk", LONG["crosscoders/joint_topk"]),
+    "crosscoders/joint_topk": ("weights.safetensors", "analysis/attribution", ["attribution"]),
+    "analysis/localize": ("features.json", "analysis/describe", ["describe"]),
+    "analysis/intervene": ("effects.parquet", "report", ["report"]),
+}
+"""For every kind of artifact: a file, and a stage that reads it."""
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def zero_tail(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: -len(data) // 4] + bytes(len(data) - len(data[: -len(data) // 4])))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def add(path: Path) -> None:
+    path.with_name("extra.bin").write_bytes(b"x")
+
+
+def exchange(path: Path) -> None:
+    """Two files of the artifact swap their contents."""
+    others = (file for file in sorted(path.parent.iterdir()) if file.is_file() and file.name != "manifest.json")
+    other = next(file for file in others if file != path)
+    mine, theirs = path.read_bytes(), other.read_bytes()
+    path.write_bytes(theirs)
+    other.write_bytes(mine)
+
+
+@contextmanager
+def put_back(study: Study, artifact: str) -> Iterator[None]:
+    kept = study.path / "kept"
+    shutil.copytree(study.path / artifact, kept)
+    try:
+        yield
+    finally:
+        shutil.rmtree(study.path / artifact, ignore_errors=True)
+        kept.rename(study.path / artifact)
+
+
+@pytest.mark.parametrize("damage", [flip, zero_tail, truncate, delete, add, exchange])
+@pytest.mark.parametrize("artifact", READERS)
+def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_computed(
+    study: Study, artifact: str, damage: Callable[[Path], None]
+) -> None:
+    file, out, command = READERS[artifact]
+    if artifact == "data" and damage is add:
+        pytest.skip("stages name the tables that they read; others do not concern them")
+    before = study.files(out) if (study.path / out).exists() else {}
+    with put_back(study, artifact):
+        damage(study.path / artifact / file)
+        study.said()
+        assert study.finish(command) == 2
+    said = study.said()
+    lines = [line for line in said.splitlines() if line.startswith("featdiff:")]
+    assert len(lines) == 1, said
+    assert f"{artifact}/" in lines[0]
+    assert "Traceback" not in said
+    assert "%|" not in said, "no progress bar: nothing was computed"
+    assert (study.files(out) if (study.path / out).exists() else {}) == before
+
+
+def test_sound_artifacts_of_different_runs_are_not_mixed(study: Study) -> None:
+    with put_back(study, "models/sft"):
+        study.set({"sft.lr": 0.002})
+        try:
+            assert study.finish(LONG["models/sft"]) == 0
+            study.said()
+            assert study.finish(LONG["crosscoders/joint_topk"]) == 2
+        finally:
+            study.set({"sft.lr": 0.001})
+    assert "activations/sft/manifest.json: parent models/sft: expected" in study.said()
+
+
+@pytest.mark.parametrize("edited", ["params.yaml", "src"])
+def test_an_edit_while_a_stage_runs_makes_it_fail(study: Study, edited: str) -> None:
+    out = "crosscoders/joint_topk"
+    wanted = study.files(out)
+    if edited == "src":  # a copy of the sources, so that nothing else sees the edit
+        source = (study.path / "src").resolve()
+        (study.path / "src").unlink()
+        shutil.copytree(source, study.path / "src")
+    process = study.start(LONG[out])
+    while process.is_alive() and not list(study.scratch(out).glob("*/checkpoints/0*")):
+        pass
+    try:
+        if edited == "src":
+            with (study.path / "src/featdiff/crosscoder/losses.py").open("a", encoding="utf-8") as stream:
+                stream.write("# edited\n")
+        else:
+            study.set({"crosscoder.training.lr": 0.002})
+        process.join(120)
+    finally:
+        if edited == "src":
+            shutil.rmtree(study.path / "src")
+            (study.path / "src").symlink_to(source)
+        else:
+            study.set({"crosscoder.training.lr": 0.001})
+    said = study.said()
+    assert process.exitcode == 2, said[-2000:]
+    assert "unchanged since the stage began" in said
+    assert study.files(out) == wanted, "the artifact of the last good run stays"
+    study.clear(out)
+    assert study.finish(LONG[out]) == 0
+    assert study.files(out) == wanted
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, study: Study) -> tuple[Path, dict[str, str]]:
+    """`prepare` and `base` of the nano study under DVC."""
+    folder = tmp_path_factory.mktemp("dvc")
+    for name in ("conf", "stages", "dvc.yaml", "params.yaml"):
+        source = study.path / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder)
+    shutil.copytree((study.path / "src").resolve(), folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = study.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    environment["PYTHONPATH"] = str(folder / "src")
+    for command in (["git", "init", "--quiet"], ["dvc", "init", "--quiet"], ["dvc", "repro", "base"]):
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+    return folder, environment
+
+
+def verified(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "featdiff.integrity"]
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=120)
+
+
+def test_a_damaged_cache_object_that_keeps_its_mode_is_found_and_never_read_as_good(
+    repository: tuple[Path, dict[str, str]],
+) -> None:
+    folder, environment = repository
+    assert verified(folder, environment).returncode == 0
+    weights = folder / "models/base/model.safetensors"
+    digest = subprocess.run(["md5sum", weights], capture_output=True, text=True, check=True).stdout[:32]
+    stored = folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    sound, mode = stored.read_bytes(), stored.stat().st_mode
+    stored.chmod(0o644)
+    stored.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    stored.chmod(mode)
+    try:
+        found = verified(folder, environment)
+        assert found.returncode == 1
+        assert f"cache object {Path('.dvc/cache/files/md5') / digest[:2] / digest[2:]} is damaged" in found.stderr
+        shutil.rmtree(folder / "models/base")
+        subprocess.run(["dvc", "checkout", "models/base"], cwd=folder, env=environment, capture_output=True, check=False)
+        refused = subprocess.run(
+            [sys.executable, "stages/sft.py"], cwd=folder, env=environment, text=True, capture_output=True, check=False
+        )
+        assert refused.returncode == 2
+        assert "featdiff: sft: models/base" in refused.stderr
+    finally:
+        stored.chmod(0o644)
+        stored.write_bytes(sound)
+        shutil.rmtree(folder / "models/base", ignore_errors=True)
+        subprocess.run(["dvc", "checkout"], cwd=folder, env=environment, capture_output=True, check=True)
+    assert verified(folder, environment).returncode == 0

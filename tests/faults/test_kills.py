@@ -1,0 +1,217 @@
+"""SIGKILL and SIGTERM at any moment: the stage goes on and ends in the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from forge import LONG, Study
+
+KILLS = 13
+"""Of each long stage."""
+
+
+def kill_at(place: str, count: int) -> None:
+    """End this process for good when it comes to ``place`` for the ``count``-th time."""
+    from featdiff import artifact
+
+    owner, name = {
+        "written, not yet described": (artifact, "seal"),
+        "described, not yet renamed": (artifact.Path, "rename"),
+        "old one removed, new one not yet in place": (artifact.shutil, "rmtree"),
+    }[place]
+    original, calls = getattr(owner, name), 0
+
+    def fatal(*given: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            if place.startswith("old one"):
+                original(*given, **named)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given, **named)
+
+    setattr(owner, name, fatal)
+
+
+@pytest.mark.parametrize("out", LONG)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(study: Study, out: str) -> None:
+    wanted, rng = study.files(out), random.Random(out)
+    study.clear(out)
+    kills = went_on = 0
+    while kills < KILLS:
+        process = study.start(LONG[out])
+        process.join(rng.uniform(0, study.took[out]))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0, study.said()[-3000:]
+            assert study.files(out) == wanted
+        if (study.path / out).exists():  # finished: from the start again
+            assert study.files(out) == wanted
+            went_on += "going on" in study.said()
+            study.clear(out)
+    assert study.finish(LONG[out]) == 0, study.said()[-3000:]
+    assert study.files(out) == wanted
+    went_on += "going on" in study.said()
+    assert not study.scratch(out).exists(), "scratch is cleaned after success"
+    if out.startswith(("models", "crosscoders")):
+        assert went_on
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("place", ["written, not yet described", "described, not yet renamed"])
+@pytest.mark.parametrize("out", ["models/sft", "crosscoders/joint_topk"])
+def test_killed_inside_of_publishing_nothing_half_written_is_taken_up(study: Study, out: str, place: str, count: int) -> None:
+    wanted = study.files(out)
+    study.clear(out)
+    assert study.finish(LONG[out], partial(kill_at, place, count)) == -signal.SIGKILL
+    assert not (study.path / out).exists()
+    assert study.finish(LONG[out]) == 0, study.said()[-3000:]
+    assert study.files(out) == wanted
+
+
+def test_killed_between_removing_the_old_artifact_and_placing_the_new_one(study: Study) -> None:
+    wanted = study.files("models/base")
+    removals = 2  # begin() clears an empty staging folder first; then comes publish()
+    status = study.finish(LONG["models/base"], partial(kill_at, "old one removed, new one not yet in place", removals))
+    assert status in (-signal.SIGKILL, 0)
+    study.clear("models/base") if status == 0 else None
+    assert study.finish(LONG["models/base"]) == 0
+    assert study.files("models/base") == wanted
+
+
+@pytest.mark.parametrize("out", [out for out in LONG if out.startswith(("models", "crosscoders"))])
+def test_a_request_to_stop_writes_a_checkpoint_and_is_no_success(study: Study, out: str) -> None:
+    wanted = study.files(out)
+    study.clear(out)
+    study.set({"resume.every_seconds": 3600.0})  # only the request leads to a checkpoint
+    try:
+        process = study.start(LONG[out])
+        logged = study.path / ".featdiff/runs"
+        while process.is_alive() and not _steps(logged, out):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(120)
+        said = study.said()
+        assert process.exitcode == 75, said[-2000:]
+        assert not (study.path / out).exists()
+        assert "nothing was published; start it again" in said
+        assert study.finish(LONG[out]) == 0
+        assert "going on from step" in study.said()
+        assert study.files(out) == wanted
+    finally:
+        study.set({"resume.every_seconds": 0.0})
+
+
+def _steps(runs: object, out: str) -> int:
+    """Lines logged by the run in progress."""
+    newest = max(runs.iterdir(), key=lambda folder: folder.stat().st_mtime)  # type: ignore[attr-defined]
+    info = json.loads((newest / "run.json").read_text(encoding="utf-8"))
+    logged = newest / "metrics.jsonl"
+    return logged.read_text().count("\n") if info["status"] == "RUNNING" and logged.exists() else 0
+
+
+def test_other_params_do_not_go_on_from_old_checkpoints(study: Study) -> None:
+    out = "crosscoders/joint_topk"
+    wanted = study.files(out)
+    study.clear(out)
+    process = study.start(LONG[out])
+    while process.is_alive() and not list(study.scratch(out).glob("*/checkpoints/0*")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    study.set({"crosscoder.training.lr": 0.002})
+    try:
+        assert study.finish(LONG[out]) == 0
+        assert "going on" not in study.said()
+        assert study.files(out) != wanted
+    finally:
+        study.set({"crosscoder.training.lr": 0.001})
+    study.clear(out)
+    assert study.finish(LONG[out]) == 0
+    assert study.files(out) == wanted
+
+
+def damage_newest(study: Study, out: str, how: Callable[[object], None]) -> int:
+    """Kill a stage after three checkpoints and damage the newest; returns its step."""
+    study.clear(out)
+    process = study.start(LONG[out])
+    while process.is_alive() and len(list(study.scratch(out).glob("*/checkpoints/0*"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    newest = max(study.scratch(out).glob("*/checkpoints/0*"))
+    how(newest)
+    study.said()
+    return int(newest.name)
+
+
+def cut(folder: object) -> None:
+    path = folder / "tensors.safetensors"  # type: ignore[operator]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder: object) -> None:
+    path = folder / "tensors.safetensors"  # type: ignore[operator]
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+def unseal(folder: object) -> None:
+    (folder / "manifest.json").unlink()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("how", [cut, flip, unseal])
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(study: Study, how: Callable[[object], None]) -> None:
+    out = "crosscoders/joint_topk"
+    wanted = study.files(out)
+    step = damage_newest(study, out, how)
+    assert study.finish(LONG[out]) == 0
+    said = study.said()
+    assert f"not taken up: " in said and f"{step:08d}" in said  # noqa: F541, PT018
+    assert study.files(out) == wanted
+
+
+def trust_anything() -> None:
+    """Take the guard of resuming away: what lies in scratch is believed."""
+    from featdiff.resume import Scratch
+
+    Scratch._whole = lambda self, folder, read: read(folder)  # type: ignore[method-assign]
+
+
+def test_without_the_guard_a_flipped_bit_gets_into_the_result(study: Study) -> None:
+    out = "crosscoders/joint_topk"
+    wanted = study.files(out)
+    damage_newest(study, out, flip)
+    status = study.finish(LONG[out], trust_anything)
+    assert status != 0 or study.files(out) != wanted, "the test above would not notice that the guard is gone"
+    study.clear(out)
+    assert study.finish(LONG[out]) == 0
+    assert study.files(out) == wanted
+
+
+def test_restarted_scratch_is_kept_small(study: Study) -> None:
+    out = "models/grpo"
+    wanted = study.files(out)
+    study.clear(out)
+    process = study.start(LONG[out])
+    while process.is_alive() and not list(study.scratch(out).glob("*/trainer/checkpoint-4/manifest.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    kept = list(study.scratch(out).glob("*/trainer/checkpoint-*"))
+    assert len(kept) <= 3, kept
+    assert study.finish(LONG[out]) == 0
+    assert study.files(out) == wanted
+    shutil.rmtree(study.scratch(out), ignore_errors=True)

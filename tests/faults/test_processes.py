@@ -1,0 +1,207 @@
+"""Twins, a killed dvc, a lost rank, numbers that are not finite; and what happens where a guard is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forge import LONG, Study
+from safetensors.torch import load_file
+
+OUT = "crosscoders/joint_topk"
+
+
+def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+def twins(study: Study, sabotage: Callable[[], None] | None = None) -> tuple[int, int]:
+    """Exit status of a stage and of a second one started while it works."""
+    study.clear(OUT)
+    first = study.start(LONG[OUT], sabotage)
+    wait_for(lambda: list(study.scratch(OUT).glob("*/checkpoints/0*")))
+    os.kill(first.pid, signal.SIGSTOP)  # so that both are alive for certain
+    try:
+        second = study.start(LONG[OUT], sabotage)
+        second.join(60)
+        if second.exitcode is None:
+            second.kill()
+            second.join()
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    first.join(120)
+    return first.exitcode, second.exitcode
+
+
+def no_lock() -> None:
+    from featdiff import launch
+
+    launch._lock = lambda target: contextlib.nullcontext()  # type: ignore[assignment]
+
+
+def test_a_twin_is_refused_and_the_first_goes_on(study: Study) -> None:
+    wanted = study.files(OUT)
+    assert twins(study) == (0, 2)
+    assert "no other process writing it, found process" in study.said()
+    assert study.files(OUT) == wanted
+
+
+def test_without_the_lock_the_twin_would_not_be_refused(study: Study) -> None:
+    wanted = study.files(OUT)
+    assert twins(study, no_lock)[1] != 2
+    study.clear(OUT)
+    assert study.finish(LONG[OUT]) == 0
+    assert study.files(OUT) == wanted
+
+
+EXPLODING = {
+    "models/base": ({"base.pretraining.lr": 1e30}, {"base.pretraining.lr": 0.003}),
+    "models/sft": ({"sft.lr": 1e30}, {"sft.lr": 0.001}),
+    "models/grpo": ({"grpo.lr": 1e30}, {"grpo.lr": 0.01}),
+    OUT: ({"crosscoder.training.lr": 1e30}, {"crosscoder.training.lr": 0.001}),
+}  # fmt: skip
+"""A learning rate that ends in infinity within a few steps, and the one to go back to."""
+
+
+@pytest.mark.parametrize("out", EXPLODING)
+def test_what_is_not_finite_stops_the_stage_before_the_step_and_shows(study: Study, out: str, tmp_path: Path) -> None:
+    wrong, right = EXPLODING[out]
+    kept = tmp_path / "kept"
+    shutil.move(study.path / out, kept)
+    study.clear(out)
+    study.set(wrong)
+    try:
+        assert study.finish(LONG[out]) != 0, study.said()[-2000:]
+        said = study.said()
+        assert not (study.path / out).exists()
+        assert "Traceback" not in said
+        assert " at step " in said or "NaN or infinity" in said
+        for path in study.scratch(out).rglob("*.safetensors"):
+            assert all(torch.isfinite(tensor.float()).all() for tensor in load_file(path).values()), path
+        newest = max((study.path / ".featdiff/runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+        last = json.loads((newest / "metrics.jsonl").read_text().splitlines()[-1])
+        assert {"nan", "inf"} & set(map(str, last.values())), last
+    finally:
+        study.set(right)
+        study.clear(out)
+        shutil.move(kept, study.path / out)
+
+
+def believe_any_number() -> None:
+    from featdiff.crosscoder import fit
+
+    fit.require_finite = lambda *_: None  # type: ignore[assignment]
+
+
+def test_without_the_guard_numbers_that_are_not_finite_reach_the_weights(study: Study, tmp_path: Path) -> None:
+    wrong, right = EXPLODING[OUT]
+    kept = tmp_path / "kept"
+    shutil.move(study.path / OUT, kept)
+    study.clear(OUT)
+    study.set(wrong)
+    try:
+        status = study.finish(LONG[OUT], believe_any_number)
+        weights = [file for place in (study.path / OUT, study.scratch(OUT)) for file in place.rglob("*.safetensors")]
+        finite = all(torch.isfinite(tensor.float()).all() for path in weights for tensor in load_file(path).values())
+        assert not (status != 0 and finite), "the test above would not notice that the guard is gone"
+    finally:
+        study.set(right)
+        study.clear(OUT)
+        shutil.move(kept, study.path / OUT)
+
+
+def running(folder: Path) -> dict[int, dict[str, str]]:
+    """Environment of every process that works in ``folder``, by pid."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if (entry / "cwd").resolve() == folder and b"Z" not in (entry / "stat").read_bytes().rpartition(b")")[2][:3]:
+                pairs = (entry / "environ").read_bytes().split(b"\0")
+                found[int(entry.name)] = dict(pair.decode().partition("=")[::2] for pair in pairs if b"=" in pair)
+    return found
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_two_ranks_lost_ends_all_in_bounded_time_without_orphans(study: Study, lost: int, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(study.path, folder, symlinks=True, ignore=shutil.ignore_patterns("joint_*", ".featdiff"))
+    environment = study.environment | {"ACCELERATE_CONFIG": "conf/accelerate/cpu_2ranks.yaml"}
+    command = [sys.executable, "-m", "featdiff.launch", "stages/crosscoder.py", "--fit", "joint_topk"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    scratch = folder / ".featdiff/scratch" / OUT
+    wait_for(lambda: list(scratch.glob("*/checkpoints/0*")))
+    victims = [pid for pid, values in running(folder).items() if values.get("RANK") == str(lost)]
+    began = time.monotonic()
+    os.kill(max(victims), signal.SIGKILL)
+    assert process.wait(90) != 0
+    wait_for(lambda: not running(folder), 30)
+    assert time.monotonic() - began < 90
+    assert not (folder / OUT).exists()
+
+
+def test_killing_dvc_leaves_no_orphan_and_the_next_repro_finishes(study: Study, tmp_path: Path) -> None:
+    folder = tmp_path / "dvc"
+    folder.mkdir()
+    for name in ("conf", "stages", "dvc.yaml", "params.yaml"):
+        source = study.path / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder)
+    (folder / "src").symlink_to((study.path / "src").resolve())
+    environment = study.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    for command in (["git", "init", "--quiet"], ["dvc", "init", "--quiet"]):
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(["dvc", "repro", "base"], cwd=folder, env=environment, stdout=-3, stderr=-3)
+    wait_for(lambda: list((folder / ".featdiff/scratch/models/base").glob("*/checkpoints/0*")))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not running(folder), 30)
+    again = subprocess.run(["dvc", "repro", "base"], cwd=folder, env=environment, text=True, capture_output=True, check=False)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "going on from step" in again.stderr
+    weights = "models/base/model.safetensors"
+    assert (folder / weights).read_bytes() == (study.path / weights).read_bytes()
+
+
+@pytest.mark.parametrize("out", ["models/base", "evals/grpo", "activations/grpo", OUT, "analysis/intervene"])
+def test_a_full_disk_is_one_line_and_nothing_half_written(study: Study, out: str, tmp_path: Path) -> None:
+    disk = study.path / ".featdiff"
+    runs = tmp_path / "featdiff"
+    if not shutil.which("mount"):
+        pytest.skip("mounting a small file system needs root")
+    kept = tmp_path / "kept"
+    shutil.move(study.path / out, kept)
+    shutil.move(disk, runs)
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        disk.rmdir()
+        shutil.move(runs, disk)
+        shutil.move(kept, study.path / out)
+        pytest.skip("mounting a small file system needs root")
+    try:
+        study.said()
+        status, said = study.finish(LONG[out]), study.said()
+        assert status == 2, said[-2000:]
+        assert "no space left on device" in said
+        assert "Traceback" not in said
+        assert not (study.path / out).exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+        disk.rmdir()
+        shutil.move(runs, disk)
+        shutil.move(kept, study.path / out)
