@@ -271,3 +271,29 @@ def test_reading_params_needs_no_torch() -> None:
         "import sys, featdiff.config; print([name for name in ('torch', 'numpy', 'mlflow', 'ruamel') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("base.source", "https://me:hunter2@models.example/x"),
+        ("report.title", "hf_abcdefghijklmnopqrstuv"),
+        ("prepare.tasks.add.api_key", "anything"),
+        ("report.about", "AKIAABCDEFGHIJKLMNOP is mine"),
+    ],
+)
+def test_what_looks_like_a_key_is_refused_and_not_repeated(tmp_path: Path, key: str, value: str) -> None:
+    params = yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))
+    place = params
+    for part in key.split(".")[:-1]:
+        place = place[part]
+    place[key.rpartition(".")[2]] = value
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(params), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{key}: looks like a key or a password") as refused:
+        load_study(path)
+    assert value not in str(refused.value)
+
+
+def test_numbers_of_tokens_are_no_secrets() -> None:
+    load_study(ROOT / "params.yaml")  # row_tokens, max_new_tokens and others

@@ -20,7 +20,7 @@ READERS = {
     "evals/grpo": ("samples.parquet", "analysis/localize", ["localize"]),
     "activations/sft": ("acts-00000.safetensors", "crosscoders/joint_topk", LONG["crosscoders/joint_topk"]),
     "crosscoders/joint_topk": ("weights.safetensors", "analysis/attribution", ["attribution"]),
-    "analysis/localize": ("features.json", "analysis/describe", ["describe"]),
+    "analysis/localize": ("features.json", "analysis/intervene", LONG["analysis/intervene"]),
     "analysis/intervene": ("effects.parquet", "report", ["report"]),
 }
 """For every kind of artifact: a file, and a stage that reads it."""
@@ -171,7 +171,7 @@ def test_a_damaged_cache_object_that_keeps_its_mode_is_found_and_never_read_as_g
     try:
         found = verified(folder, environment)
         assert found.returncode == 1
-        assert f"cache object {Path('.dvc/cache/files/md5') / digest[:2] / digest[2:]} is damaged" in found.stderr
+        assert f"{Path('.dvc/cache/files/md5') / digest[:2] / digest[2:]} is damaged" in found.stderr
         shutil.rmtree(folder / "models/base")
         subprocess.run(["dvc", "checkout", "models/base"], cwd=folder, env=environment, capture_output=True, check=False)
         refused = subprocess.run(
@@ -183,5 +183,5 @@ def test_a_damaged_cache_object_that_keeps_its_mode_is_found_and_never_read_as_g
         stored.chmod(0o644)
         stored.write_bytes(sound)
         shutil.rmtree(folder / "models/base", ignore_errors=True)
-        subprocess.run(["dvc", "checkout"], cwd=folder, env=environment, capture_output=True, check=True)
+        subprocess.run(["dvc", "checkout", "models/base"], cwd=folder, env=environment, capture_output=True, check=True)
     assert verified(folder, environment).returncode == 0

@@ -47,8 +47,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(study: Study, out: s
     study.clear(out)
     kills = went_on = 0
     while kills < KILLS:
-        process = study.start(LONG[out])
-        process.join(rng.uniform(0, study.took[out]))
+        process, progress = study.start(LONG[out]), set(study.scratch(out).rglob("manifest.json"))
+        if rng.random() < 0.5:  # at any moment, or soon after it has got somewhere
+            process.join(rng.uniform(0, study.took[out]))
+        else:
+            while process.is_alive() and set(study.scratch(out).rglob("manifest.json")) <= progress:
+                time.sleep(0.01)
+            process.join(rng.uniform(0, study.took[out] / 5))
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -72,21 +72,34 @@ def test_without_the_lock_the_twin_would_not_be_refused(study: Study) -> None:
 EXPLODING = {
     "models/base": ({"base.pretraining.lr": 1e30}, {"base.pretraining.lr": 0.003}),
     "models/sft": ({"sft.lr": 1e30}, {"sft.lr": 0.001}),
-    "models/grpo": ({"grpo.lr": 1e30}, {"grpo.lr": 0.01}),
     OUT: ({"crosscoder.training.lr": 1e30}, {"crosscoder.training.lr": 0.001}),
 }  # fmt: skip
 """A learning rate that ends in infinity within a few steps, and the one to go back to."""
 
 
-@pytest.mark.parametrize("out", EXPLODING)
+def poison() -> None:
+    """Make GRPO's third loss NaN: where rollouts earn nothing there is no gradient that a learning rate could blow up."""
+    from trl import GRPOTrainer
+
+    original, calls = GRPOTrainer._compute_loss, 0
+
+    def poisoned(self: Any, *given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, *given) * (float("nan") if calls == 3 else 1.0)
+
+    GRPOTrainer._compute_loss = poisoned
+
+
+@pytest.mark.parametrize("out", [*EXPLODING, "models/grpo"])
 def test_what_is_not_finite_stops_the_stage_before_the_step_and_shows(study: Study, out: str, tmp_path: Path) -> None:
-    wrong, right = EXPLODING[out]
+    wrong, right = EXPLODING.get(out, ({}, {}))
     kept = tmp_path / "kept"
     shutil.move(study.path / out, kept)
     study.clear(out)
     study.set(wrong)
     try:
-        assert study.finish(LONG[out]) != 0, study.said()[-2000:]
+        assert study.finish(LONG[out], None if wrong else poison) == 2, study.said()[-2000:]
         said = study.said()
         assert not (study.path / out).exists()
         assert "Traceback" not in said

@@ -1,0 +1,96 @@
+"""Whether everything on disk is what it says: artifacts, their parents, and DVC's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featdiff import artifact
+from featdiff.artifact import ContractError
+from featdiff.integrity import problems
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Two artifacts, the second made from the first, as DVC keeps them."""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    subprocess.run(["dvc", "init", "--quiet"], cwd=tmp_path, check=True)
+    cache, stages, parents = tmp_path / ".dvc/cache/files/md5", {}, {}
+
+    def store(data: bytes, suffix: str = "") -> str:
+        name = md5(data) + suffix
+        (cache / name[:2]).mkdir(parents=True, exist_ok=True)
+        (cache / name[:2] / name[2:]).write_bytes(data)
+        return name
+
+    for name in ("one", "two"):
+        target = tmp_path / name
+        (artifact.begin(target) / "x.bin").write_bytes(name.encode())
+        digest = artifact.publish(target, params={}, code="", parents=parents)
+        parents = {name: digest}
+        listed = [{"md5": store(path.read_bytes()), "relpath": path.name} for path in sorted(target.iterdir())]
+        stages[name] = {"outs": [{"path": name, "md5": store(json.dumps(listed).encode(), ".dir")}]}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    return tmp_path
+
+
+def found(root: Path) -> list[str]:
+    return [line for line in problems(root) if line is not None]
+
+
+def test_sound_things_are_counted(repository: Path) -> None:
+    assert found(repository) == []
+    assert len(list(problems(repository))) == 2 + 2 * 3  # artifacts, and in the cache each one's listing and two files
+
+
+def test_a_damaged_artifact_is_named(repository: Path) -> None:
+    (repository / "one/x.bin").write_bytes(b"onE")
+    assert len(found(repository)) == 1
+    assert "one/x.bin: sha256" in found(repository)[0]
+
+
+def test_a_damaged_and_a_missing_object_are_named_with_what_to_do(repository: Path) -> None:
+    stored = repository / ".dvc/cache/files/md5" / md5(b"two")[:2] / md5(b"two")[2:]
+    stored.write_bytes(b"tw0")
+    (line,) = found(repository)
+    assert str(stored.relative_to(repository)) in line
+    assert "delete it, then dvc pull" in line
+    stored.unlink()
+    assert "is missing; run dvc pull" in found(repository)[0]
+
+
+def test_an_artifact_that_is_not_checked_out_is_named(repository: Path) -> None:
+    shutil.rmtree(repository / "two")
+    assert found(repository) == ["two: not in the workspace; run dvc pull or dvc checkout"]
+
+
+def test_sound_artifacts_that_do_not_belong_together_are_told_apart(repository: Path) -> None:
+    (artifact.begin(repository / "one") / "x.bin").write_bytes(b"another")
+    artifact.publish(repository / "one", params={}, code="", parents={})
+    with pytest.raises(ContractError, match=r"parent .*one: expected .*made from another version"):
+        artifact.require_parents(repository / "two", repository)
+    assert any("parent" in line for line in found(repository))
+
+
+def test_a_parent_that_is_one_file_is_held_against_its_folders_manifest(tmp_path: Path) -> None:
+    (artifact.begin(tmp_path / "data") / "a.bin").write_bytes(b"a")
+    artifact.publish(tmp_path / "data", params={}, code="", parents={})
+    parents = artifact.verify(tmp_path / "data", "a.bin")
+    relative = {Path(name).relative_to(tmp_path).as_posix(): digest for name, digest in parents.items()}
+    artifact.begin(tmp_path / "model")
+    artifact.publish(tmp_path / "model", params={}, code="", parents=relative)
+    artifact.require_parents(tmp_path / "model", tmp_path)
+    (artifact.begin(tmp_path / "data") / "a.bin").write_bytes(b"b")
+    artifact.publish(tmp_path / "data", params={}, code="", parents={})
+    with pytest.raises(ContractError, match=r"parent data/a\.bin"):
+        artifact.require_parents(tmp_path / "model", tmp_path)
