@@ -198,6 +198,15 @@ def test_the_weakest_link_names_an_unstable_set_and_a_simple_direction_that_does
     )
 
 
+def test_without_an_earlier_checkpoint_nothing_is_said_of_when_features_were_set(full: Evidence) -> None:
+    alone = [row | {"a": min(row["a"], 1), "b": min(row["b"], 1), "overlap": 1.0} for row in full.overlap]
+    verdict = judged(replace(full, overlap=alone))["features"]
+    assert verdict.status == "undecided"
+    assert "No checkpoint before the last was kept" in verdict.evidence
+    frozen = next(criterion for criterion in verdict.criteria if "set early" in criterion.text)
+    assert frozen.holds is None
+
+
 def test_a_null_pair_with_features_of_its_own_discredits_the_counts(full: Evidence) -> None:
     assert null_rates(full, "both") == {"null_base": 0.0, "null_sft": 0.0}
     assert judged(full)["features"].status == "supported"

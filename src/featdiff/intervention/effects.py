@@ -61,7 +61,7 @@ def _task_effects(
         likelihood: dict[str, float | None] = {}
         for part in ("start_nats", "rest_nats"):
             now, then = ([row[part] for row in group] for group in (answers[arm, draw], before))
-            change = paired(now, then) if then[0] is not None else None
+            change = paired(now, then) if None not in (now[0], then[0]) else None
             numbers = (change.value, change.low, change.high) if change else (None, None, None)
             likelihood |= zip((part, f"{part}_low", f"{part}_high"), numbers, strict=True)
         beyond = None

@@ -31,6 +31,10 @@ from featdiff.tasks.task import Sample, TaskInfo, Text
 
 BASELINES = ("mean_difference", "first_component", "random_direction")
 
+SINGLE = ("alone", "without")
+"""Arms that edit one feature of the set, or all but one."""
+LIKELIHOOD_DRAWS = 5
+"""Random sets under which the likelihood of right answers is measured."""
 T = TypeVar("T")
 FeatureSets = Mapping[str, list[list[int]]]
 """Feature sets by arm, one per draw; ``set`` holds the found one."""
@@ -218,13 +222,15 @@ def run_arms(
     samples: list[Sample],
     passes: Passes,
 ) -> list[Row]:
-    """Answers under every arm to all ``samples`` (report split, every task), and the likelihood of the right ones. Where no
-    arm changes the prompt before its last token, all arms share one reading of the prompts, the unedited one too."""
+    """Answers under every arm to all ``samples`` (report split, every task), with the likelihood of the right ones under
+    most. Where no arm changes the prompt before its last token, all arms share one reading of the prompts, the unedited
+    one too."""
     rows, examinee = [], subject.examinee
     shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
     for arm, draw, edit in arms(purpose, subject, chosen, sets, doses):
         kept = prompts_for(edit, shared)
-        nats = passes(f"{purpose} {arm} {draw}, likelihood", partial(examinee.likelihood, samples, edit=edit, shared=kept))
+        asked = samples if arm not in SINGLE and draw < LIKELIHOOD_DRAWS else []
+        nats = passes(f"{purpose} {arm} {draw}, likelihood", partial(examinee.likelihood, asked, edit=edit, shared=kept))
         for row in passes(f"{purpose} {arm} {draw}", partial(examinee.answer, samples, edit=edit, shared=kept)):
             start, rest = nats.get(row["sample_id"], (None, None))
             facts = {"purpose": purpose, "model": PURPOSES[purpose], "arm": arm}
@@ -304,9 +310,8 @@ def intervene(
     report_samples = [sample for sample in samples if sample.split == "report"]
     curve_sets = {("set", 0): features} | {("random", i): members for i, members in enumerate(tuning_sets)}
     purposes = [purpose for purpose, model in PURPOSES.items() if model in subjects]
-    single = {"alone", "without"}
     arm_sets = {
-        purpose: {arm: group for arm, group in sets.items() if purpose != "zero_sft" or arm not in single}
+        purpose: {arm: group for arm, group in sets.items() if purpose != "zero_sft" or arm not in SINGLE}
         for purpose in purposes
     }
     total = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
@@ -335,7 +340,7 @@ def intervene(
         "amplify": amplify._asdict(),
         "directions": doses,
         "features": features,
-        "sets": {arm: group for arm, group in sets.items() if arm not in single},
+        "sets": {arm: group for arm, group in sets.items() if arm not in SINGLE},
     }
     measured = effects(rows, flipped, tasks, params, seed)
     return Outcome(choice, table + more + directions, dose, rows, measured, spilled, chosen)

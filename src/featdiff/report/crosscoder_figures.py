@@ -150,6 +150,8 @@ def overlaps(evidence: Evidence) -> list[tuple[str, Panel]]:
 def overlap_against_size(evidence: Evidence, early_share: float) -> Panel | None:
     """Overlap of an early checkpoint with the last one against n, one figure per method, with the floor of each arm."""
     early, last = early_checkpoint(evidence, early_share)
+    if not early:
+        return None
     names = {"fixed": "In one dictionary", "refit": "Crosscoder trained on per checkpoint"}
     figures = []
     for method, name in names.items():

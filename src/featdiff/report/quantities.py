@@ -92,9 +92,9 @@ def null_rates(evidence: Evidence, rule: str) -> dict[str, float]:
 
 
 def early_checkpoint(evidence: Evidence, early_share: float) -> tuple[int, int]:
-    """The last checkpoint within the first ``early_share`` of training, and the last of all (0, 0 without any)."""
+    """The last checkpoint within the first ``early_share`` of training (0 where there are not two), and the last of all."""
     last = max((row["b"] for row in evidence.overlap), default=0)
-    return (max(1, int(early_share * last + 1e-9)) if last else 0), last
+    return (max(1, int(early_share * last + 1e-9)) if last > 1 else 0), last
 
 
 def early_overlap(evidence: Evidence, arm: str, early: int, last: int, method: str = "fixed") -> dict[int, float]:

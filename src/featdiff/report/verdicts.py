@@ -237,7 +237,7 @@ class Judge:
                 None if not errors else not any(errors.values()),
             ),
             Criterion(
-                f"SFT's top features are set early: overlap of checkpoint {early} with the last at least "
+                f"SFT's top features are set early: overlap of checkpoint {early or 'none'} with the last at least "
                 f"{number(p.frozen_overlap)}: {number(frozen)}",
                 None if frozen is None else frozen >= p.frozen_overlap,
             ),
@@ -258,9 +258,13 @@ class Judge:
             "SFT adds many specialised features that freeze early; RL changes few and keeps changing them",
             decide(criteria),
             f"Features of one arm alone, SFT against GRPO: {words}; where latent scaling has to agree: {full_words}. "
-            f"Overlap of checkpoint {early} with the last "
-            f"(top-n sets, mean over n): SFT {number(frozen)}, GRPO {number(moving)}; "
-            f"total change SFT {short(moved['sft'])}, GRPO {short(moved['grpo'])}.",
+            + (
+                f"Overlap of checkpoint {early} with the last (top-n sets, mean over n): SFT {number(frozen)}, "
+                f"GRPO {number(moving)}; "
+                if early
+                else "No checkpoint before the last was kept: when features were set cannot be told; "
+            )
+            + f"total change SFT {short(moved['sft'])}, GRPO {short(moved['grpo'])}.",
             (f"It fails or stays open at this: {open_one.text}. " if open_one else "") + "One training run per arm.",
             criteria,
         )
