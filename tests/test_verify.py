@@ -1,6 +1,7 @@
 """Grading of generated text: what is read from it, how it was answered, and that hostile text does no harm."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
@@ -180,6 +181,27 @@ def test_megabytes_are_graded_in_bounded_time(rule: str, piece: str) -> None:
     graded = grade(rule, sample, piece * 2_000_000)
     assert time.perf_counter() - start < 5
     assert not graded.correct or (piece == "60 " and graded.parsed == "60")
+
+
+HOSTILE_ANSWERS = [
+    "9^{9^{9}}",
+    "\\boxed{9^{9^{9}}}",
+    "1" * 1_000_000,
+    "\\frac{" * 100_000 + "60",
+    "__import__('os').system('touch /tmp/hostile')",
+    "lambda: 60",
+    "٦٠",
+    "",
+    "\\boxed{60} \\boxed{61}",
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hostile_answers_score_nothing_off_the_main_thread_too(rule: str) -> None:
+    sample = {"letter": LETTER, "reasoning_gym": GYM}.get(rule, SIXTY)
+    with ThreadPoolExecutor(1) as thread:  # where no alarm signal could end a verifier that hangs
+        grades = thread.submit(lambda: [grade(rule, sample, text) for text in HOSTILE_ANSWERS]).result(timeout=30)
+    assert [graded.correct for graded in grades] == [False] * len(HOSTILE_ANSWERS)
 
 
 def test_a_number_cut_by_the_length_cap_is_no_number() -> None:
