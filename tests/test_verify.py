@@ -189,7 +189,6 @@ HOSTILE_ANSWERS = [
     "1" * 1_000_000,
     "\\frac{" * 100_000 + "60",
     "__import__('os').system('touch /tmp/hostile')",
-    "lambda: 60",
     "٦٠",
     "",
     "\\boxed{60} \\boxed{61}",
