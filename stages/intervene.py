@@ -27,8 +27,7 @@ with stage("intervene", out="analysis/intervene") as run:
         layer, directions = read_json(fit / "config.json")["layer"], load_file(localized / "directions.safetensors")
         subjects = make_subjects(crosscoder, layer, folders, load_tasks(data), largest, directions, params)
         texts = load_texts(data, "corpus")[-params.collateral_texts :]
-        samples = load_samples(data, "eval")
-        scratch = run.scratch()
+        samples, scratch = load_samples(data, "eval"), run.scratch()
         outcome = intervene(subjects, sets, drawn[params.random_sets :], samples, texts, params, run.seed, scratch)
         tried = sensitivity(subjects, outcome, found["variants"], controls.random, samples, params.tuning_random_sets, scratch)
         write_json(run.out / "choice.json", outcome.choice)

@@ -14,12 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 import pytest
 from hypothesis import settings
 
-from project import Project
+from project import ALPHABET, Project
 
 settings.register_profile("featdiff", deadline=None)  # a busy machine is no failure
 settings.load_profile("featdiff")
-
-ALPHABET = "abcdef =."
 
 
 @pytest.fixture

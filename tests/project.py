@@ -16,6 +16,7 @@ import yaml
 
 from featdiff import artifact
 
+ALPHABET = "abcdef =."
 ROOT = Path(__file__).resolve().parents[1]
 PROGRESS = re.compile(r"[^\n\r]*?\d+%\|.*?\|.*?\[.*?\]")
 

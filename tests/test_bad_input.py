@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from conftest import ALPHABET
 from featdiff import artifact
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text, read_rows, write_rows
-from project import ROOT, Project
+from project import ALPHABET, ROOT, Project
 
 FORKS = """
 import json, os, runpy, sys, traceback
