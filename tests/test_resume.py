@@ -62,6 +62,16 @@ def test_a_damaged_part_is_said_removed_and_computed_again(tmp_path: Path, capsy
     assert scratch.part("a", lambda: 3) == 3
 
 
+def test_after_a_damaged_part_was_removed_later_ones_are_still_written(tmp_path: Path) -> None:
+    scratch = eager(tmp_path)
+    for name in "abc":
+        scratch.part(name, lambda name=name: name)
+    (tmp_path / "parts/000001/manifest.json").unlink()
+    again = eager(tmp_path)
+    assert [again.part(name, lambda name=name: name.upper()) for name in "abc"] == ["a", "B", "c"]
+    assert eager(tmp_path).part("b", lambda: pytest.fail("was not written")) == "B"
+
+
 def training(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))

@@ -100,19 +100,19 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
     try:
         stopping.listen()
         stopping.die_with_parent()
-        params, seed = load_params(name)
-        signature = _signature(name, label)
+        params, signature = _signature(name, label)
         with _lock(target) if main else _nothing():
             if main:
                 artifact.begin(target)
-            record = Record(label, name, key, params.model_dump(), seed, main=main)
+            record = Record(label, name, key, params.model_dump(), signature["params"]["seed"], main=main)
             run = Run(label, target, signature, params, record)
             status = "FAILED"
             try:
                 yield run
                 if main:
                     record.save(run.out)
-                    if (now := _signature(name, label)) != signature:
+                    _, now = _signature(name, label)
+                    if now != signature:
                         changed = next(field for field in now if now[field] != signature[field])
                         where = "params.yaml" if changed == "params" else "src"
                         raise ContractError(where, changed, "unchanged since the stage began", "an edit", "run dvc repro again")
@@ -144,11 +144,11 @@ def scratch_folder(target: Path) -> Path:
     return SCRATCH / "scratch" / target
 
 
-def _signature(name: str, label: str) -> dict[str, Any]:
-    """What determines the result of a stage, besides its inputs."""
+def _signature(name: str, label: str) -> tuple[Any, dict[str, Any]]:
+    """The stage's section of params.yaml, and what determines its result besides its inputs."""
     params, seed = load_params(name)
     code = artifact.hash_files(source_files(name))
-    return {"label": label, "params": {"seed": seed, name: params.model_dump()}, "code": code}
+    return params, {"label": label, "params": {"seed": seed, name: params.model_dump()}, "code": code}
 
 
 def _disk_full(error: OSError | SafetensorError) -> bool:

@@ -96,7 +96,7 @@ class Scratch:
         if name not in self._parts:
             self._parts[name] = self._pending[name] = compute()
             if time.monotonic() - self._saved >= self.seconds:
-                number = len(list((self.root / "parts").glob("[0-9]*")))
+                number = 1 + max((int(path.name) for path in (self.root / "parts").glob("[0-9]*")), default=-1)
                 values, self._pending = self._pending, {}
                 self.folder(f"parts/{number:06d}", lambda folder: _write(folder, values))
                 self._saved = time.monotonic()

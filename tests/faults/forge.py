@@ -34,6 +34,8 @@ LONG = {
     "analysis/intervene": ["intervene"],
 }
 """Long stages by output: what has to go on after a kill."""
+CHECKPOINT = "checkpoints/0*"
+"""Checkpoints of base and crosscoders in their scratch."""
 SHORT = {"analysis/attribution": ["attribution"], "analysis/dynamics": ["dynamics"], "analysis/describe": ["describe"]}
 FITS = ("joint_topk_1", "base_sft", "base_grpo", "null_base", "null_sft")
 MODELS = ("base", "sft", "grpo", "sft_twin")
@@ -86,6 +88,21 @@ class Study(Project):
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         self.log.unlink(missing_ok=True)
         return text
+
+    def reached(self, out: str, pattern: str, count: int = 1) -> BaseProcess:
+        """The long stage of ``out`` from nothing, running, when ``count`` paths of its scratch match ``pattern``."""
+        self.clear(out)
+        process = self.start(LONG[out])
+        while process.is_alive() and len(list(self.scratch(out).glob(f"*/{pattern}"))) < count:
+            time.sleep(0.01)
+        assert process.is_alive(), f"{out} ended before it could be disturbed: {self.said()[-2000:]}"
+        return process
+
+    def killed(self, out: str, pattern: str, count: int = 1) -> None:
+        """The same, killed there."""
+        process = self.reached(out, pattern, count)
+        process.kill()
+        process.join()
 
     def finish(self, command: list[str], sabotage: Callable[[], None] | None = None) -> int:
         """Exit status of a stage that is left alone."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forge import LONG, Study
+from forge import CHECKPOINT, LONG, Study
 
 READERS = {
     "data": ("eval.parquet", "evals/base", ["evaluate", "--model", "base"]),
@@ -111,9 +111,10 @@ def test_an_edit_while_a_stage_runs_makes_it_fail(study: Study, edited: str) -> 
         source = (study.path / "src").resolve()
         (study.path / "src").unlink()
         shutil.copytree(source, study.path / "src")
-    process = study.start(LONG[out])
-    while process.is_alive() and not list(study.scratch(out).glob("*/checkpoints/0*")):
-        pass
+    kept = study.path / "kept"
+    shutil.copytree(study.path / out, kept)
+    process = study.reached(out, CHECKPOINT)
+    kept.rename(study.path / out)
     try:
         if edited == "src":
             with (study.path / "src/featdiff/crosscoder/losses.py").open("a", encoding="utf-8") as stream:
