@@ -20,6 +20,7 @@ from featdiff.stats import (
     paired_difference,
     resample,
     samples_to_detect,
+    unseen,
 )
 
 HOW = {"resamples": 400, "confidence": 0.95, "seed": 3}
@@ -128,6 +129,42 @@ def test_the_interval_narrows_with_samples_as_statistics_says() -> None:
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.15)
 
 
+@pytest.mark.parametrize("n", [1, 10, 120])
+def test_what_was_never_seen_has_the_bound_of_the_exact_binomial_interval(n: int) -> None:
+    exact = scipy.stats.binomtest(0, n).proportion_ci(0.95, method="exact")
+    assert unseen(n, 0.95) == pytest.approx(exact.high)
+
+
+def test_ten_samples_alike_do_not_make_an_interval_of_nothing() -> None:
+    bound = unseen(10, 0.95)
+    assert bootstrap_mean(np.zeros(10), **HOW)[:3] == (0, 0, 0)
+    assert bootstrap_mean(np.zeros(10), within=(-1, 1), **HOW)[:3] == pytest.approx((0, -bound, bound))
+    assert bootstrap_mean(np.ones(10), within=(0, 1), **HOW)[:3] == pytest.approx((1, 1 - bound, 1))
+    strata = {"a": np.zeros(5), "b": np.zeros(5)}
+    assert mean_over_strata(strata, within=(-1, 1), **HOW)[:3] == pytest.approx((0, -bound, bound))
+    uneven = strata | {"b": np.zeros(500)}
+    assert mean_over_strata(uneven, within=(-1, 1), **HOW)[:3] == pytest.approx((0, -bound, bound)), "the smallest counts"
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_a_known_range_only_widens_and_is_never_left(values: list[float]) -> None:
+    plain, wide = bootstrap_mean(values, **HOW), bootstrap_mean(values, within=(0, 1), **HOW)
+    assert 0 <= wide.low <= plain.low <= plain.high <= wide.high <= 1
+    assert (wide.value, wide.n) == (plain.value, plain.n)
+
+
+def test_rare_changes_are_covered_where_a_bootstrap_misses_them() -> None:
+    rng, covered = np.random.default_rng(0), {None: 0, (0.0, 1.0): 0}
+    for seed in range(400):
+        values = rng.random(30) < 0.03
+        for within in covered:
+            found = bootstrap_mean(values, within=within, **HOW | {"seed": seed})
+            covered[within] += found.low <= 0.03 <= found.high
+    assert covered[None] / 400 < 0.7
+    assert covered[0.0, 1.0] / 400 >= 0.95
+
+
 def test_no_samples_no_estimate() -> None:
     assert mean_over_strata({"a": np.array([])}, **HOW) is None
 
@@ -178,5 +215,7 @@ def test_a_detectable_effect_is_detected_as_often_as_promised() -> None:
     assert samples_to_detect(effect, 0.5, confidence=0.95, power=0.8) in (80, 81)
     assert detectable(0.0, 80, confidence=0.95, power=0.8) == 0.0
     assert np.isnan(detectable(0.5, 1, confidence=0.95, power=0.8))
+    alike = samples_to_detect(0.05, 0, confidence=0.95, power=0.8)
+    assert unseen(alike, 0.95) <= 0.05 < unseen(alike - 1, 0.95)
     with pytest.raises(ValueError, match="no number of samples"):
         samples_to_detect(0.0, 0.5, confidence=0.95, power=0.8)

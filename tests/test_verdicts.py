@@ -91,6 +91,20 @@ def test_a_set_that_does_nothing_is_not_supported_and_never_called_causal(tmp_pa
         assert "causal" not in verdicts[key].evidence
 
 
+def test_a_set_that_changes_none_of_a_few_answers_is_undecided(tmp_path: Path) -> None:
+    """Ten questions a task of which none changed leave an effect that counts possible; enough of them exclude it."""
+    found = {}
+    for n in (10, 60):
+        made = study(tmp_path / str(n), Plan(n=n, set_works=False))
+        plain = {(row["purpose"], row["sample_id"]): row["correct"] for row in made.edited if row["arm"] == "none"}
+        edited = [row | {"correct": plain[row["purpose"], row["sample_id"]]} for row in made.edited]
+        found[n] = judged(replace(made, edited=edited))["necessary"]
+    assert {n: verdict.status for n, verdict in found.items()} == {10: "undecided", 60: "not supported"}
+    assert not any(criterion.holds is False for criterion in found[10].criteria)
+    words = found[10].evidence.replace("\u00a0", " ").replace("\u202f", " ")
+    assert "No answer changed; 72 questions of which none changed would exclude a change of 0.05" in words
+
+
 def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(tmp_path: Path) -> None:
     verdicts = judged(study(tmp_path, Plan(n=60, find=("reverse",))))
     assert verdicts["necessary"].status == "undecided"

@@ -17,6 +17,8 @@ from typing import Any
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+DESCRIBING = f".{MANIFEST}"
+"""A manifest not yet whole."""
 
 
 class ContractError(Exception):
@@ -88,12 +90,12 @@ def seal(folder: Path, *, params: Mapping[str, Any], code: str, parents: Mapping
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != DESCRIBING
     }
     for path in folder.rglob("*"):
         _flush(path)
     described = {"schema": SCHEMA, "params": hash_json(dict(params)), "code": code}
-    temporary = folder.with_name(f"{folder.name}.{MANIFEST}")
+    temporary = folder / DESCRIBING
     write_json(temporary, described | {"parents": dict(sorted(parents.items())), "files": files})
     _flush(temporary)
     temporary.rename(folder / MANIFEST)
@@ -103,9 +105,7 @@ def seal(folder: Path, *, params: Mapping[str, Any], code: str, parents: Mapping
 
 def discard(target: Path) -> None:
     """Remove what an unfinished stage wrote for ``target``."""
-    staging = staging_path(target)
-    staging.with_name(f"{staging.name}.{MANIFEST}").unlink(missing_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(staging_path(target), ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -233,7 +233,9 @@ def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: Evaluate
                     for row in group:
                         questions[row["sample_id"]].append(row["correct"])
                     means = np.array([np.mean(right) for right in questions.values()])
-                    interval = stats.bootstrap_mean(means, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+                    interval = stats.bootstrap_mean(
+                        means, resamples=params.bootstrap, confidence=params.confidence, seed=seed, within=stats.SHARES
+                    )
                     shares = {
                         manner: float(np.mean([row["manner"] == manner for row in group]))
                         for manner in ("steps", "foreign", "direct")

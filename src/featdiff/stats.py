@@ -13,6 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
+Range = tuple[float, float]
+
+SHARES: Range = (0.0, 1.0)
+"""Between which every sample's share of right answers lies."""
+CHANGES: Range = (-1.0, 1.0)
+"""Between which every paired difference of two shares lies."""
 
 
 class Interval(NamedTuple):
@@ -36,9 +42,21 @@ def resample(n: int, resamples: int, seed: int | np.random.Generator) -> NDArray
     return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
 
 
-def mean_over_strata(values: Mapping[str, ArrayLike], *, resamples: int, confidence: float, seed: int) -> Interval | None:
+def unseen(n: int, confidence: float) -> float:
+    """Largest share of a kind of sample of which ``n`` samples show none: the upper end of the exact two-sided binomial
+    interval (Clopper and Pearson 1934), near 3.7 / n at 95 %."""
+    return float(1 - ((1 - confidence) / 2) ** (1 / n))
+
+
+def mean_over_strata(
+    values: Mapping[str, ArrayLike], *, resamples: int, confidence: float, seed: int, within: Range | None = None
+) -> Interval | None:
     """Mean of the means of each stratum (a task: each counts the same) with its percentile bootstrap interval, samples
-    resampled within their stratum. ``values`` holds one number per sample; None where no stratum has samples."""
+    resampled within their stratum. ``values`` holds one number per sample; None where no stratum has samples.
+
+    A bootstrap knows only what was seen: of ten samples that are all zero it makes [0, 0]. Where every sample lies
+    ``within`` two numbers, the interval is therefore never narrower than :func:`unseen` samples at either end leave
+    possible (ours; for strata of different size, as if all were as small as the smallest)."""
     held = [array for array in (np.asarray(numbers, dtype=float) for numbers in values.values()) if len(array)]
     if not held:
         return None
@@ -46,12 +64,17 @@ def mean_over_strata(values: Mapping[str, ArrayLike], *, resamples: int, confide
     means_R = np.mean([array[resample(len(array), resamples, rng)].mean(axis=1) for array in held], axis=0)
     low, high = np.quantile(means_R, [tail, 1 - tail])
     value = float(np.mean([array.mean() for array in held]))
+    if within is not None:
+        share = unseen(min(map(len, held)) * len(held), confidence)
+        low, high = min(low, value + share * (within[0] - value)), max(high, value + share * (within[1] - value))
     return Interval(value, float(low), float(high), sum(map(len, held)), len(held))
 
 
-def bootstrap_mean(values_N: ArrayLike, *, resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of ``values_N`` with its percentile bootstrap interval; NaN where there is no sample."""
-    found = mean_over_strata({"": values_N}, resamples=resamples, confidence=confidence, seed=seed)
+def bootstrap_mean(
+    values_N: ArrayLike, *, resamples: int, confidence: float, seed: int, within: Range | None = None
+) -> Interval:
+    """:func:`mean_over_strata` of one stratum; NaN where there is no sample."""
+    found = mean_over_strata({"": values_N}, resamples=resamples, confidence=confidence, seed=seed, within=within)
     return found or Interval(float("nan"), float("nan"), float("nan"), 0)
 
 
@@ -63,9 +86,12 @@ def paired(after_N: ArrayLike, before_N: ArrayLike) -> Floats:
     return after_N - before_N
 
 
-def paired_difference(after_N: ArrayLike, before_N: ArrayLike, *, resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of ``after_N − before_N`` over the same samples, with its paired bootstrap interval."""
-    return bootstrap_mean(paired(after_N, before_N), resamples=resamples, confidence=confidence, seed=seed)
+def paired_difference(
+    after_N: ArrayLike, before_N: ArrayLike, *, resamples: int, confidence: float, seed: int, within: Range | None = None
+) -> Interval:
+    """:func:`bootstrap_mean` of ``after_N − before_N`` over the same samples."""
+    values_N = paired(after_N, before_N)
+    return bootstrap_mean(values_N, resamples=resamples, confidence=confidence, seed=seed, within=within)
 
 
 def mcnemar(after_N: ArrayLike, before_N: ArrayLike) -> float:
@@ -102,11 +128,12 @@ def detectable(spread: float, n: int, *, confidence: float, power: float) -> flo
 
 
 def samples_to_detect(effect: float, spread: float, *, confidence: float, power: float) -> int:
-    """Samples that a t-test needs to find a mean paired difference of ``effect`` with probability ``power``."""
+    """Samples that a t-test needs to find a mean paired difference of ``effect`` with probability ``power``; where samples
+    so far have no ``spread``, those whose never seen change could be no larger than ``effect`` (:func:`unseen`)."""
     from statsmodels.stats.power import TTestPower
 
     if effect == 0:
         raise ValueError("no number of samples finds an effect of zero")
     if spread == 0:
-        return 2
+        return int(np.ceil(np.log((1 - confidence) / 2) / np.log(1 - min(abs(effect), 1 - 1e-9))))
     return int(np.ceil(TTestPower().solve_power(effect_size=abs(effect) / spread, alpha=1 - confidence, power=power)))

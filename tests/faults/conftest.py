@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Every artifact of the nano study, computed once; a test that damages one puts it back."""
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Every artifact of the nano study, computed once."""
     made = nano(tmp_path_factory.mktemp("study"))
     made.compute()
+    made.keep(tmp_path_factory.mktemp("kept"))
     return made
+
+
+@pytest.fixture
+def study(computed: Study) -> Iterator[Study]:
+    """The nano study, whole; whatever a test does to it is put right after it."""
+    yield computed
+    computed.mend()

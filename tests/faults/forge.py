@@ -21,7 +21,18 @@ from featdiff.artifact import sha256_file
 from project import Project
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preload"])
+CONTEXT.set_forkserver_preload(
+    [
+        "featdiff.analysis.dynamics",
+        "featdiff.analysis.describe",
+        "featdiff.intervention.sensitivity",
+        "featdiff.training.grpo",
+        "featdiff.training.imported",
+        "featdiff.training.pretrain",
+        "featdiff.training.sft",
+    ]
+)
+"""What stages import; of installed modules, as the server does not know this process's path."""
 
 LONG = {
     "models/base": ["base"],
@@ -53,6 +64,22 @@ GRAPH = [
 ]
 
 
+CHANGEABLE = ("params.yaml", "src", *sorted({out.split("/")[0] for out, _ in GRAPH}))
+
+
+def copy(source: Path, target: Path) -> None:
+    """A file, a folder or a link in place of what is there."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    if source.is_symlink():
+        target.symlink_to(source.resolve())
+    elif source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
+
+
 def _child(
     folder: Path, command: list[str], environment: dict[str, str], log: Path, sabotage: Callable[[], None] | None
 ) -> None:
@@ -72,6 +99,7 @@ class Study(Project):
     """The nano study with every artifact, saving at every opportunity."""
 
     took: dict[str, float]
+    kept: Path
 
     def start(self, command: list[str], sabotage: Callable[[], None] | None = None) -> BaseProcess:  # type: ignore[override]
         environment = self.environment | {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
@@ -117,6 +145,19 @@ class Study(Project):
             began = time.monotonic()
             assert self.finish(command) == 0, f"{out}: {self.said()[-3000:]}"
             self.took[out] = time.monotonic() - began
+
+    def keep(self, place: Path) -> None:
+        """Copy everything that a test may change to ``place``, for :meth:`mend`."""
+        self.kept = place
+        for name in CHANGEABLE:
+            copy(self.path / name, place / name)
+
+    def mend(self) -> None:
+        """Everything as it was when it was kept, and nothing to go on from."""
+        for name in CHANGEABLE:
+            copy(self.kept / name, self.path / name)
+        shutil.rmtree(self.path / ".featdiff/scratch", ignore_errors=True)
+        self.said()
 
     def files(self, out: str) -> dict[str, str]:
         """sha256 of every file of an artifact, read anew."""

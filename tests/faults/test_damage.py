@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,17 +57,6 @@ def exchange(path: Path) -> None:
     other.write_bytes(mine)
 
 
-@contextmanager
-def put_back(study: Study, artifact: str) -> Iterator[None]:
-    kept = study.path / "kept"
-    shutil.copytree(study.path / artifact, kept)
-    try:
-        yield
-    finally:
-        shutil.rmtree(study.path / artifact, ignore_errors=True)
-        kept.rename(study.path / artifact)
-
-
 @pytest.mark.parametrize("damage", [flip, zero_tail, truncate, delete, add, exchange])
 @pytest.mark.parametrize("artifact", READERS)
 def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_computed(
@@ -78,10 +66,8 @@ def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_compu
     if artifact == "data" and damage is add:
         pytest.skip("stages name the tables that they read; others do not concern them")
     before = study.files(out) if (study.path / out).exists() else {}
-    with put_back(study, artifact):
-        damage(study.path / artifact / file)
-        study.said()
-        assert study.finish(command) == 2
+    damage(study.path / artifact / file)
+    assert study.finish(command) == 2
     said = study.said()
     lines = [line for line in said.splitlines() if line.startswith("featdiff:")]
     assert len(lines) == 1, said
@@ -92,14 +78,10 @@ def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_compu
 
 
 def test_sound_artifacts_of_different_runs_are_not_mixed(study: Study) -> None:
-    with put_back(study, "models/sft"):
-        study.set({"sft.lr": 0.002})
-        try:
-            assert study.finish(LONG["models/sft"]) == 0
-            study.said()
-            assert study.finish(LONG["crosscoders/joint_topk"]) == 2
-        finally:
-            study.set({"sft.lr": 0.001})
+    study.set({"sft.lr": 0.002})
+    assert study.finish(LONG["models/sft"]) == 0
+    study.said()
+    assert study.finish(LONG["crosscoders/joint_topk"]) == 2
     assert "activations/sft/manifest.json: parent models/sft: expected" in study.said()
 
 
@@ -111,41 +93,32 @@ def test_an_edit_while_a_stage_runs_makes_it_fail(study: Study, edited: str) -> 
         source = (study.path / "src").resolve()
         (study.path / "src").unlink()
         shutil.copytree(source, study.path / "src")
-    kept = study.path / "kept"
-    shutil.copytree(study.path / out, kept)
     process = study.reached(out, CHECKPOINT)
-    kept.rename(study.path / out)
-    try:
-        if edited == "src":
-            with (study.path / "src/featdiff/crosscoder/losses.py").open("a", encoding="utf-8") as stream:
-                stream.write("# edited\n")
-        else:
-            study.set({"crosscoder.training.lr": 0.002})
-        process.join(120)
-    finally:
-        if edited == "src":
-            shutil.rmtree(study.path / "src")
-            (study.path / "src").symlink_to(source)
-        else:
-            study.set({"crosscoder.training.lr": 0.001})
+    shutil.copytree(study.kept / out, study.path / out)  # of the last good run
+    if edited == "src":
+        with (study.path / "src/featdiff/crosscoder/losses.py").open("a", encoding="utf-8") as stream:
+            stream.write("# edited\n")
+    else:
+        study.set({"crosscoder.training.lr": 0.002})
+    process.join(120)
     said = study.said()
     assert process.exitcode == 2, said[-2000:]
     assert "unchanged since the stage began" in said
     assert study.files(out) == wanted, "the artifact of the last good run stays"
-    study.clear(out)
-    assert study.finish(LONG[out]) == 0
-    assert study.files(out) == wanted
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory, study: Study) -> tuple[Path, dict[str, str]]:
+def repository(tmp_path_factory: pytest.TempPathFactory, computed: Study) -> tuple[Path, dict[str, str]]:
     """`prepare` and `base` of the nano study under DVC."""
     folder = tmp_path_factory.mktemp("dvc")
     for name in ("conf", "stages", "dvc.yaml", "params.yaml"):
-        source = study.path / name
+        source = computed.path / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder)
-    shutil.copytree((study.path / "src").resolve(), folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = study.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    shutil.copytree((computed.path / "src").resolve(), folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = computed.environment | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+    }
     environment["PYTHONPATH"] = str(folder / "src")
     for command in (["git", "init", "--quiet"], ["dvc", "init", "--quiet"], ["dvc", "repro", "base"]):
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=300)

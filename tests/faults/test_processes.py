@@ -62,19 +62,11 @@ def test_a_twin_is_refused_and_the_first_goes_on(study: Study) -> None:
 
 
 def test_without_the_lock_the_twin_would_not_be_refused(study: Study) -> None:
-    wanted = study.files(OUT)
     assert twins(study, no_lock)[1] != 2
-    study.clear(OUT)
-    assert study.finish(LONG[OUT]) == 0
-    assert study.files(OUT) == wanted
 
 
-EXPLODING = {
-    "models/base": ({"base.pretraining.lr": 1e30}, {"base.pretraining.lr": 0.003}),
-    "models/sft": ({"sft.lr": 1e30}, {"sft.lr": 0.001}),
-    OUT: ({"crosscoder.training.lr": 1e30}, {"crosscoder.training.lr": 0.001}),
-}  # fmt: skip
-"""A learning rate that ends in infinity within a few steps, and the one to go back to."""
+EXPLODING = {"models/base": "base.pretraining.lr", "models/sft": "sft.lr", OUT: "crosscoder.training.lr"}
+"""Learning rates: of 1e30, one ends in infinity within a few steps."""
 
 
 def poison() -> None:
@@ -92,27 +84,20 @@ def poison() -> None:
 
 
 @pytest.mark.parametrize("out", [*EXPLODING, "models/grpo"])
-def test_what_is_not_finite_stops_the_stage_before_the_step_and_shows(study: Study, out: str, tmp_path: Path) -> None:
-    wrong, right = EXPLODING.get(out, ({}, {}))
-    kept = tmp_path / "kept"
-    shutil.move(study.path / out, kept)
+def test_what_is_not_finite_stops_the_stage_before_the_step_and_shows(study: Study, out: str) -> None:
     study.clear(out)
-    study.set(wrong)
-    try:
-        assert study.finish(LONG[out], None if wrong else poison) == 2, study.said()[-2000:]
-        said = study.said()
-        assert not (study.path / out).exists()
-        assert "Traceback" not in said
-        assert " at step " in said or "NaN or infinity" in said
-        for path in study.scratch(out).rglob("*.safetensors"):
-            assert all(torch.isfinite(tensor.float()).all() for tensor in load_file(path).values()), path
-        newest = max((study.path / ".featdiff/runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
-        last = json.loads((newest / "metrics.jsonl").read_text().splitlines()[-1])
-        assert {"nan", "inf"} & set(map(str, last.values())), last
-    finally:
-        study.set(right)
-        study.clear(out)
-        shutil.move(kept, study.path / out)
+    if rate := EXPLODING.get(out):
+        study.set({rate: 1e30})
+    assert study.finish(LONG[out], None if rate else poison) == 2, study.said()[-2000:]
+    said = study.said()
+    assert not (study.path / out).exists()
+    assert "Traceback" not in said
+    assert " at step " in said or "NaN or infinity" in said
+    for path in study.scratch(out).rglob("*.safetensors"):
+        assert all(torch.isfinite(tensor.float()).all() for tensor in load_file(path).values()), path
+    newest = max((study.path / ".featdiff/runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    last = json.loads((newest / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"nan", "inf"} & set(map(str, last.values())), last
 
 
 def believe_any_number() -> None:
@@ -121,21 +106,13 @@ def believe_any_number() -> None:
     fit.require_finite = lambda *_: None  # type: ignore[assignment]
 
 
-def test_without_the_guard_numbers_that_are_not_finite_reach_the_weights(study: Study, tmp_path: Path) -> None:
-    wrong, right = EXPLODING[OUT]
-    kept = tmp_path / "kept"
-    shutil.move(study.path / OUT, kept)
+def test_without_the_guard_numbers_that_are_not_finite_reach_the_weights(study: Study) -> None:
     study.clear(OUT)
-    study.set(wrong)
-    try:
-        status = study.finish(LONG[OUT], believe_any_number)
-        weights = [file for place in (study.path / OUT, study.scratch(OUT)) for file in place.rglob("*.safetensors")]
-        finite = all(torch.isfinite(tensor.float()).all() for path in weights for tensor in load_file(path).values())
-        assert not (status != 0 and finite), "the test above would not notice that the guard is gone"
-    finally:
-        study.set(right)
-        study.clear(OUT)
-        shutil.move(kept, study.path / OUT)
+    study.set({EXPLODING[OUT]: 1e30})
+    status = study.finish(LONG[OUT], believe_any_number)
+    weights = [file for place in (study.path / OUT, study.scratch(OUT)) for file in place.rglob("*.safetensors")]
+    finite = all(torch.isfinite(tensor.float()).all() for path in weights for tensor in load_file(path).values())
+    assert not (status != 0 and finite), "the test above would not notice that the guard is gone"
 
 
 def running(folder: Path) -> dict[int, dict[str, str]]:
@@ -191,30 +168,19 @@ def test_killing_dvc_leaves_no_orphan_and_the_next_repro_finishes(study: Study, 
 
 
 @pytest.mark.parametrize("out", ["models/base", "evals/grpo", "activations/grpo", OUT, "analysis/intervene"])
-def test_a_full_disk_is_one_line_and_nothing_half_written(study: Study, out: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_nothing_half_written(study: Study, out: str) -> None:
+    study.clear(out)
     disk = study.path / ".featdiff"
-    runs = tmp_path / "featdiff"
-    if not shutil.which("mount"):
-        pytest.skip("mounting a small file system needs root")
-    kept = tmp_path / "kept"
-    shutil.move(study.path / out, kept)
-    shutil.move(disk, runs)
+    shutil.rmtree(disk)
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        disk.rmdir()
-        shutil.move(runs, disk)
-        shutil.move(kept, study.path / out)
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        study.said()
         status, said = study.finish(LONG[out]), study.said()
-        assert status == 2, said[-2000:]
-        assert "no space left on device" in said
-        assert "Traceback" not in said
-        assert not (study.path / out).exists()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-        disk.rmdir()
-        shutil.move(runs, disk)
-        shutil.move(kept, study.path / out)
+    assert status == 2, said[-2000:]
+    assert "no space left on device" in said
+    assert "Traceback" not in said
+    assert not (study.path / out).exists()

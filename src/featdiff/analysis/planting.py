@@ -96,8 +96,8 @@ def _natural(corpus: Reading, s: int, token: int) -> Floats:
 
 def _token_row(token: int, original_P: Floats, planted_P: Floats, natural_P: Floats, params: DescribeParams, seed: int) -> Row:
     def mean(values: Floats) -> Interval | None:
-        how = {"resamples": params.bootstrap, "seed": seed}
-        return stats.bootstrap_mean(values, confidence=params.confidence, **how) if len(values) else None
+        found = stats.bootstrap_mean(values, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+        return found if found.n else None
 
     row: Row = {"token_id": token, "original": mean(original_P), "planted": mean(planted_P), "natural": mean(natural_P)}
     if not len(planted_P):

@@ -57,7 +57,7 @@ def _task_effects(
         if arm == "none":
             continue
         effect = float((value - baseline).mean())
-        interval = paired(value, baseline) if arm != "random" else None
+        interval = paired(value, baseline, within=stats.CHANGES) if arm != "random" else None
         likelihood: dict[str, float | None] = {}
         for part in ("start_nats", "rest_nats"):
             now, then = ([row[part] for row in group] for group in (answers[arm, draw], before))

@@ -1,7 +1,8 @@
 """A verdict per claim: rules written before the numbers, applied to tables.
 
 A claim is a conjunction of criteria; each holds, fails, or stays open where the data cannot tell. All hold:
-supported. One fails: not supported. Otherwise: undecided. Thresholds are in the section ``report`` of
+supported. One fails: not supported. Otherwise: undecided. That an effect was not seen is no failure where one of
+the size that counts could have been missed (:func:`told`). Thresholds are in the section ``report`` of
 params.yaml. The word causal is used of an effect only where it lies beyond the 95th percentile of matched random sets.
 """
 
@@ -30,7 +31,7 @@ from featdiff.report.quantities import (
     total_change,
 )
 from featdiff.report.words import change, interval, listed, number, percent, short, signed, things
-from featdiff.stats import Interval, detectable, draws_p, holm, mean_over_strata
+from featdiff.stats import CHANGES, SHARES, Interval, detectable, draws_p, holm, mean_over_strata, samples_to_detect
 
 Status = Literal["supported", "not supported", "undecided"]
 
@@ -64,14 +65,23 @@ def decide(criteria: Sequence[Criterion]) -> Status:
     return "supported" if criteria and all(criterion.holds for criterion in criteria) else "undecided"
 
 
+def settled(yes: bool, no: bool) -> bool | None:
+    """True, False, or open."""
+    return True if yes else False if no else None
+
+
 def at_least(estimate: Interval | None, bound: float) -> bool | None:
     """Whether an effect is ``bound`` or more and not zero: True if the mean reaches it and the interval is above
     zero, False if the interval ends below ``bound``, None between."""
     if estimate is None:
         return None
-    if estimate.value >= bound and estimate.low > 0:
-        return True
-    return False if estimate.high < bound else None
+    return settled(estimate.value >= bound and estimate.low > 0, estimate.high < bound)
+
+
+def told(estimate: Interval | None, bound: float) -> bool:
+    """Whether the questions tell of an effect at all: that there is one, or that it is less than ``bound``. Where they do
+    not, a comparison with controls that comes out against a claim is noise, and leaves it open."""
+    return estimate is not None and (estimate.low > 0 or estimate.high < bound)
 
 
 class Judge:
@@ -86,7 +96,8 @@ class Judge:
     ) -> Interval | None:
         """Mean over ``tasks`` of a level, or of a paired difference."""
         numbers, p = self.outcomes.by_task(tasks, after, before), self.params
-        return mean_over_strata(numbers, resamples=p.bootstrap, confidence=p.confidence, seed=self.seed)
+        within = SHARES if before is None else CHANGES
+        return mean_over_strata(numbers, resamples=p.bootstrap, confidence=p.confidence, seed=self.seed, within=within)
 
     def edit_effect(self, purpose: str, tasks: Sequence[str]) -> Interval | None:
         """Mean paired change under the feature set, all samples of the report split."""
@@ -295,7 +306,8 @@ class Judge:
         draws = len({row["draw"] for row in effects(evidence, purpose, "random")})
         share = evidence.set_size / evidence.n_features
         noop = [row["effect"] for row in effects(evidence, purpose, "noop")]
-        tested = on_found if sign > 0 else _reversed(on_found)
+        tested, held = (estimate if sign > 0 else _reversed(estimate) for estimate in (on_found, on_heldout))
+        seen = told(tested, p.min_effect)
         criteria = (
             Criterion(
                 f"mean effect on the tasks it was found on at least {number(p.min_effect)}: {change(on_found)}",
@@ -304,18 +316,18 @@ class Judge:
             Criterion(
                 f"beyond each of {draws} matched random sets on all tasks it was found on: "
                 f"{len(beyond['found'])} of {len(found)}",
-                True if len(beyond["found"]) == len(found) else (False if 2 * len(beyond["found"]) < len(found) else None),
+                settled(len(beyond["found"]) == len(found), seen and 2 * len(beyond["found"]) < len(found)),
             ),
             Criterion(
                 f"the same on at least {p.min_heldout} held out from the selection: {len(beyond['heldout'])} of {len(heldout)}",
-                None if not heldout else len(beyond["heldout"]) >= p.min_heldout,
+                settled(bool(heldout) and len(beyond["heldout"]) >= p.min_heldout, told(held, p.min_effect)),
             ),
             Criterion(
                 f"at least {FEWEST_DRAWS} different matched random sets: {draws}", True if draws >= FEWEST_DRAWS else None
             ),
-            self._chance(purpose, sign),
+            self._chance(purpose, sign, seen),
             self._per_task(rows, found, sign),
-            self._does_nothing(purpose, sign),
+            self._does_nothing(purpose, sign, seen),
             Criterion(f"found on more than one task: {things(len(found), 'task')}", True if len(found) > 1 else None),
             Criterion(
                 f"small, at most {percent(p.small_set)} of the features: {evidence.set_size} of {evidence.n_features}",
@@ -341,13 +353,13 @@ class Judge:
         weakest = self._weakest(criteria, purpose, sign) or _weakest_effect(rows, [*found, *heldout], sign)
         return Verdict(key, claim, status, said, weakest, criteria)
 
-    def _chance(self, purpose: str, sign: int) -> Criterion:
+    def _chance(self, purpose: str, sign: int, seen: bool) -> Criterion:
         means = mean_effects(self.evidence, purpose, self.evidence.found_on)
         if "random" not in means:
             return Criterion("mean effect against matched random sets: none drawn", None)
         p = draws_p(means["set"][0], list(means["random"].values()), sign)
         text = f"mean effect against matched random sets, p at most {number(self.params.alpha)}: p = {number(p, 3)}"
-        return Criterion(text, True if p <= self.params.alpha else False if p > 0.5 else None)
+        return Criterion(text, settled(p <= self.params.alpha, seen and p > 0.5))
 
     def _per_task(self, rows: dict[str, dict[str, Any]], tasks: list[str], sign: int) -> Criterion:
         adjusted = holm({task: rows[task]["p_mcnemar"] for task in tasks if task in rows})
@@ -358,25 +370,31 @@ class Judge:
         )
         return Criterion(text, True if adjusted and len(sure) == len(adjusted) else None)
 
-    def _does_nothing(self, purpose: str, sign: int) -> Criterion:
+    def _does_nothing(self, purpose: str, sign: int, seen: bool) -> Criterion:
         """Shared and base-specific sets must not do what the set does."""
         means, share = mean_effects(self.evidence, purpose, self.evidence.found_on), self.params.control_share
         held = {name.replace("_", "-"): means[name][0] for name in CONTROLS if name in means}
         words = listed([f"{name} {signed(value)}" for name, value in held.items()])
         text = f"as many shared or base-specific features do at most {percent(share)} of it: {words}"
         within = [sign * value <= share * sign * means["set"][0] for value in held.values()]
-        return Criterion(text, None if not held else all(within))
+        return Criterion(text, all(within) if held and seen else None)
 
     def _resolution(self, purpose: str, tasks: Sequence[str]) -> str:
-        """What effect the questions at hand could have shown."""
+        """What effect the questions at hand could have shown, or how many would show one."""
+        p = self.params
         numbers = self.outcomes.by_task(tasks, self.outcomes.edited(purpose, "set"), self.outcomes.edited(purpose, "none"))
         pooled = np.concatenate([*numbers.values(), np.empty(0)])
-        if len(pooled) < 2 or pooled.std(ddof=1) == 0:
+        if len(pooled) < 2:
             return ""
-        least = detectable(float(pooled.std(ddof=1)), len(pooled), confidence=self.params.confidence, power=self.params.power)
+        spread = float(pooled.std(ddof=1))
+        enough = things(samples_to_detect(p.min_effect, spread, confidence=p.confidence, power=p.power), "question")
+        if spread == 0:
+            alike = "All answers changed alike" if pooled.any() else "No answer changed"
+            return f" {alike}; {enough} of which none changed would exclude a change of {number(p.min_effect)}."
+        least = detectable(spread, len(pooled), confidence=p.confidence, power=p.power)
         return (
             f" With {things(len(pooled), 'question')} of this spread, a change of {number(least)} is found with "
-            f"{percent(self.params.power)} probability."
+            f"{percent(p.power)} probability; {number(p.min_effect)} takes {enough}."
         )
 
     def _weakest(self, criteria: Sequence[Criterion], purpose: str, sign: int) -> str:

@@ -119,7 +119,7 @@ class Recorder(TrainerCallback):
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             tokenizer: PreTrainedTokenizerFast = self.trainer.processing_class
             self._keep(number, partial(save_model, model, tokenizer))
-        if self.scratch.due():
+        if state.global_step < state.max_steps and self.scratch.due():  # the trainer takes one step more after the last
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
