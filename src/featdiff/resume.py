@@ -52,6 +52,7 @@ class Scratch:
         self._parts: dict[str, Any] = {}
         self._pending: dict[str, Any] = {}
         self._asked: set[str] = set()
+        self._said = False
         if root is not None:
             for folder in sorted((root / "parts").glob("[0-9]*")):
                 self._parts |= self._whole(folder, _read) or {}
@@ -71,10 +72,18 @@ class Scratch:
         """The folder ``name`` as ``write`` made it, now or before. Needs a ``root``."""
         assert self.root is not None
         path = self.root / name
-        if not self.whole(path):
+        if self.whole(path):
+            self._say("finished parts")
+        else:
             write(artifact.begin(path))
             artifact.publish(path, params={}, code="", parents={})
         return path
+
+    def _say(self, source: str) -> None:
+        """Tell once what is gone on from."""
+        if not self._said and process_state().is_main_process:
+            print(f"featdiff: going on from {source}", file=sys.stderr, flush=True)
+        self._said = True
 
     def bring(self, name: str, out: Path, write: Callable[[Path], None]) -> None:
         """Put the files that ``write`` makes in a folder into ``out``: those of folder ``name`` where it was made before."""
@@ -86,22 +95,32 @@ class Scratch:
             shutil.copytree(self.folder(name, write), out, copy_function=os.link, ignore=skip, dirs_exist_ok=True)
 
     def part(self, name: str, compute: Callable[[], T]) -> T:
-        """The JSON value ``name``, computed now or before; values are written together, every ``seconds``. Raises ValueError
-        for a name asked for twice: it must say all that tells one value from the others."""
+        """The JSON value ``name``, computed now or before; values are written together, every ``seconds`` and where a signal
+        asks to stop. Raises ValueError for a name asked for twice: it must say all that tells one value from the others."""
         if self.root is None:
             return compute()
         if name in self._asked:
             raise ValueError(f"part {name}: asked for twice")
         self._asked.add(name)
-        if name not in self._parts:
-            self._parts[name] = self._pending[name] = compute()
-            if time.monotonic() - self._saved >= self.seconds:
-                number = 1 + max((int(path.name) for path in (self.root / "parts").glob("[0-9]*")), default=-1)
-                values, self._pending = self._pending, {}
-                self.folder(f"parts/{number:06d}", lambda folder: _write(folder, values))
-                self._saved = time.monotonic()
-        value: T = self._parts.pop(name)
+        if name in self._parts:
+            self._say("finished parts")
+            value: T = self._parts.pop(name)
+            return value
+        try:
+            self._pending[name] = value = compute()
+        except stopping.Stopped:
+            self._write_pending()
+            raise
+        if time.monotonic() - self._saved >= self.seconds:
+            self._write_pending()
         return value
+
+    def _write_pending(self) -> None:
+        assert self.root is not None
+        values, self._pending, self._saved = self._pending, {}, time.monotonic()
+        if values:
+            number = 1 + max((int(path.name) for path in (self.root / "parts").glob("[0-9]*")), default=-1)
+            self.folder(f"parts/{number:06d}", lambda folder: _write(folder, values))
 
     @contextmanager
     def loop(self) -> Iterator[None]:
@@ -145,8 +164,7 @@ class Scratch:
         if self.record is not None:
             self.record.resume(state["curves"])
         facts: dict[str, Any] = state["facts"]
-        if process_state().is_main_process:
-            print(f"featdiff: going on from step {facts['step']}", file=sys.stderr, flush=True)
+        self._say(f"step {facts['step']}")
         return facts
 
     def saved(self) -> None:

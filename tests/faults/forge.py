@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from featdiff.artifact import sha256_file
+from featdiff.artifact import MANIFEST, sha256_file
 from project import Project
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -33,6 +33,8 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 """What stages import; of installed modules, as the server does not know this process's path."""
+
+os.environ["TQDM_MININTERVAL"] = "0"  # for the server: progress is what tests wait for
 
 LONG = {
     "models/base": ["base"],
@@ -151,6 +153,7 @@ class Study(Project):
         self.kept = place
         for name in CHANGEABLE:
             copy(self.path / name, place / name)
+        self.said()
 
     def mend(self) -> None:
         """Everything as it was when it was kept, and nothing to go on from."""
@@ -166,6 +169,10 @@ class Study(Project):
 
     def scratch(self, out: str) -> Path:
         return self.path / ".featdiff/scratch" / out
+
+    def published(self, out: str) -> set[str]:
+        """Folders in the scratch of ``out`` that are complete; a stage may be adding and removing some."""
+        return {folder for folder, _, files in os.walk(self.scratch(out)) if MANIFEST in files}
 
     def clear(self, out: str) -> None:
         """As DVC does before it runs a stage; and forget what could be resumed."""
