@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.analysis.next_token import NextToken, direct_logits, effects_of, next_token_effects
+from featdiff.analysis.next_token import direct_logits, effects_of, final_stream, next_token_effects
 from featdiff.config import DescribeParams
+from featdiff.decode import PromptCache, next_token_probabilities
 from featdiff.intervention.edits import Editor
 from featdiff.models import block
 from tiny import params_of, random_crosscoder, tiny_model
@@ -67,24 +68,25 @@ def test_direct_attribution_is_the_slope_of_the_head_where_the_norm_keeps_its_sc
 def test_probabilities_are_those_of_each_prompt_alone_every_time() -> None:
     model, tokenizer = tiny_model(0)
     prompts = prompts_of(tokenizer)
-    wanted = torch.stack([alone(model, ids) for ids in sorted(prompts, key=len)])
-    after = NextToken(model, prompts, tokenizer.pad_token_id, 3)
-    for _ in range(2):
-        torch.testing.assert_close(after.probabilities(), wanted, rtol=1e-3, atol=1e-5)
+    wanted, shared = torch.stack([alone(model, ids) for ids in prompts]), PromptCache()
+    for kept in (None, shared, shared):
+        found = next_token_probabilities(model, prompts, pad=tokenizer.pad_token_id, batch_size=3, shared=kept)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_a_prompt_of_one_token_has_nothing_to_read_first() -> None:
     model, tokenizer = tiny_model(0)
-    made = NextToken(model, [[7]], tokenizer.pad_token_id, 3).probabilities()
+    made = next_token_probabilities(model, [[7]], pad=tokenizer.pad_token_id, batch_size=3, shared=PromptCache())
     torch.testing.assert_close(made[0], alone(model, [7]), rtol=1e-3, atol=1e-5)
 
 
 def test_what_enters_the_norm_gives_the_probabilities() -> None:
     model, tokenizer = uneven_norm(1)
-    after = NextToken(model, prompts_of(tokenizer), tokenizer.pad_token_id, 3)
+    prompts, pad = sorted(prompts_of(tokenizer), key=len, reverse=True), tokenizer.pad_token_id
     with torch.no_grad():
-        logits = model.lm_head(model.model.norm(after.final_stream()))
-    torch.testing.assert_close(logits.softmax(-1), after.probabilities(), rtol=1e-3, atol=1e-5)
+        logits = model.lm_head(model.model.norm(final_stream(model, prompts, pad, 3)))
+    found = next_token_probabilities(model, prompts, pad=pad, batch_size=3)
+    torch.testing.assert_close(logits.softmax(-1), found, rtol=1e-3, atol=1e-5)
 
 
 def test_measured_effects_are_those_of_one_feature_at_its_largest_value_at_the_last_token_of_the_base() -> None:
@@ -95,7 +97,7 @@ def test_measured_effects_are_those_of_one_feature_at_its_largest_value_at_the_l
     prompts, written = prompts_of(tokenizer), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     made = next_token_effects({"base": base, "grpo": grpo}, prompts, written, edits, tokenizer.pad_token_id, params(), 0)
     before = torch.stack([alone(base, ids) for ids in prompts])
-    final = NextToken(grpo, prompts, tokenizer.pad_token_id, 4).final_stream()
+    final = final_stream(grpo, prompts, tokenizer.pad_token_id, 4)
     for k, direct_V in zip((5, 2), direct_logits(grpo, written, final), strict=True):
         direction = coder.W_dec[k, coder.slot("base")] / coder.scale[coder.slot("base")]
         after = torch.stack([alone(base, ids, largest[k] * direction) for ids in prompts])

@@ -281,6 +281,28 @@ def _follow(
 
 
 @torch.inference_mode()
+def next_token_probabilities(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    pad: int,
+    batch_size: int,
+    edit: Edit | None = None,
+    shared: PromptCache | None = None,
+) -> Tensor:
+    """Probabilities [prompts, V] of the token after each prompt; ``shared`` as for :func:`generate`."""
+    found: dict[int, Tensor] = {}
+    for rows in _batches([len(prompt) for prompt in prompts], batch_size):
+        session = _Session(model, edit)
+        ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
+        ids, positions = session.start(shared, ids, mask, positions)
+        with session.hooked():
+            logits_BV = session.feed(ids, mask, positions, prompt=True)[:, -1].float()
+        found |= zip(rows, logits_BV.softmax(-1).cpu(), strict=True)
+    return torch.stack([found[row] for row in range(len(prompts))])
+
+
+@torch.inference_mode()
 def text_nats(
     model: PreTrainedModel, texts: list[list[int]], *, pad: int, batch_size: int, edit: Edit | None = None
 ) -> list[float]:

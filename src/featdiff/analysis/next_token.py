@@ -5,19 +5,18 @@ P prompts, S features of the set, V vocabulary, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from featdiff import stats
 from featdiff.config import DescribeParams
-from featdiff.decode import Edit, left_pad
-from featdiff.models import block
+from featdiff.decode import Edit, PromptCache, next_token_probabilities
 
 
 @torch.inference_mode()
@@ -37,65 +36,15 @@ def direct_logits(
     return (logits_SV - logits_SV.mean(-1, keepdim=True)).cpu()
 
 
-class NextToken:
-    """Next-token probabilities of one model after fixed prompts. All but their last token is read once, for any number
-    of edits of that last token."""
-
-    @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], pad: int, batch_size: int) -> None:
-        self.model = model
-        self._batches = []
-        ordered = sorted(prompts, key=len)  # like lengths together: little padding
-        for low in range(0, len(ordered), batch_size):
-            ids, mask, places = left_pad(ordered[low : low + batch_size], pad, model.device)
-            cache = DynamicCache(config=model.config)
-            if ids.shape[1] > 1:
-                self._feed(ids[:, :-1], mask[:, :-1], places[:, :-1], cache)
-            self._batches.append((ids[:, -1:], mask, places[:, -1:], cache))
-
-    def _feed(self, ids_BT: Tensor, mask_BT: Tensor, places_BT: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [B, V] of the last position."""
-        output = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=places_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def final_stream(self) -> Float[Tensor, "P D"]:
-        """The residual stream that enters the final norm at every prompt's last token."""
-        found: list[Tensor] = []
-        hook = self.model.model.norm.register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0][:, -1].float()))
-        try:
-            self.probabilities()
-        finally:
-            hook.remove()
-        return torch.cat(found)
-
-    @torch.inference_mode()
-    def probabilities(self, edit: Edit | None = None) -> Float[Tensor, "P V"]:
-        """Probabilities after every prompt (shortest prompt first), with ``edit`` at its last token."""
-        found = []
-        with self._edited(edit):
-            for ids, mask, places, cache in self._batches:
-                found.append(self._feed(ids, mask, places, cache).float().softmax(-1).cpu())
-                cache.crop(-1)
-        return torch.cat(found)
-
-    @contextmanager
-    def _edited(self, edit: Edit | None) -> Iterator[None]:
-        if edit is None:
-            yield
-            return
-        hook = block(self.model, edit.layer).register_forward_hook(lambda _m, _i, resid: edit(resid, None, prompt=True))
-        try:
-            yield
-        finally:
-            hook.remove()
+def final_stream(model: PreTrainedModel, prompts: list[list[int]], pad: int, batch_size: int) -> Float[Tensor, "P D"]:
+    """The residual stream that enters the final norm at every prompt's last token, longest prompt first."""
+    found: list[Tensor] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0][:, -1].float()))
+    try:
+        next_token_probabilities(model, prompts, pad=pad, batch_size=batch_size)
+    finally:
+        hook.remove()
+    return torch.cat(found)
 
 
 class Effects(NamedTuple):
@@ -151,9 +100,11 @@ def next_token_effects(
 ) -> dict[int, Effects]:
     """Effects of every feature of ``edits`` (feature id → the edit of the base that adds it alone) after ``prompts``: measured
     in the base, and by direct attribution of ``written_SD``, what each feature writes in GRPO at its largest value."""
-    base, grpo = (NextToken(models[name], prompts, pad, params.batch_size) for name in ("base", "grpo"))
-    direct_SV, before_PV = direct_logits(models["grpo"], written_SD, grpo.final_stream()), base.probabilities()
+    size = params.batch_size
+    direct_SV = direct_logits(models["grpo"], written_SD, final_stream(models["grpo"], prompts, pad, size))
+    read = partial(next_token_probabilities, models["base"], prompts, pad=pad, batch_size=size, shared=PromptCache())
+    before_PV = read()
     return {
-        k: effects_of(direct_V, before_PV, base.probabilities(edit), params, seed)
+        k: effects_of(direct_V, before_PV, read(edit=edit), params, seed)
         for direct_V, (k, edit) in zip(direct_SV, edits.items(), strict=True)
     }
