@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.crosscoder.fit import fit
-from featdiff.launch import rank, stage
+from featdiff.launch import stage
+from featdiff.ranks import rank
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--fit", required=True, help="a key of crosscoder.fits in params.yaml")

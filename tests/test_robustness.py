@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdiff.analysis.flipped import Reading
+from featdiff.analysis.flipped import FlippedStreams
 from featdiff.analysis.robustness import common, mutual_matches, seed_stability, shuffled_identities, strongest, sweep
 from featdiff.analysis.search import Search
 from featdiff.config import LocalizeParams
@@ -88,8 +88,8 @@ def test_directions_come_from_the_positions_of_the_search() -> None:
     base = torch.randn(30, 6, generator=generator)
     owner = torch.arange(30) // 2
     strength = torch.rand(30, 1, generator=generator) + 1
-    reading = Reading({"base": base, "grpo": base + strength * v}, owner, 15)
-    other = Reading({"base": base, "grpo": base * 0}, owner, 15)
+    reading = FlippedStreams({"base": base, "grpo": base + strength * v}, owner, 15)
+    other = FlippedStreams({"base": base, "grpo": base * 0}, owner, 15)
     params = params_of(LocalizeParams, "localize", positions="answer")
     search = Search({}, {"task": {"prompt_last": other, "answer": reading}}, params)
     found = search.directions(3)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from featdiff import artifact, stopping
 from featdiff.artifact import ContractError
 from featdiff.config import ConfigError, load_params, load_study
+from featdiff.ranks import rank, world_size
 from featdiff.stopping import Stopped
 from featdiff.tracking import Record
 
@@ -34,14 +35,6 @@ SCRATCH = Path(".featdiff")
 DEFAULT_HARDWARE = "conf/accelerate/cpu.yaml"
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Run:

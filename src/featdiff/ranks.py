@@ -1,13 +1,22 @@
-"""This process among the others of its stage."""
+"""This process among the others of its stage. Nothing here imports torch before it is needed."""
 
 from __future__ import annotations
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather, parse_flag_from_env
+import os
+from typing import TYPE_CHECKING
 
 from featdiff.artifact import ContractError
-from featdiff.launch import world_size
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_state() -> PartialState:
@@ -15,6 +24,9 @@ def process_state() -> PartialState:
 
     Raises ContractError when the launcher started processes that are not connected: each would take itself for
     the only one."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if state.num_processes != world_size():
         todo = "use a file of conf/accelerate/ as it is"
@@ -24,5 +36,8 @@ def process_state() -> PartialState:
 
 def largest(value: int) -> int:
     """The largest ``value`` of any rank; every rank must ask."""
+    import torch
+    from accelerate.utils import gather
+
     state = process_state()
     return value if state.num_processes == 1 else int(gather(torch.tensor([value], device=state.device)).max())

@@ -77,6 +77,18 @@ def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_compu
     assert (study.files(out) if (study.path / out).exists() else {}) == before
 
 
+def believe_any_file() -> None:
+    from featdiff import artifact
+
+    artifact.verify = lambda folder, *_names: {folder.as_posix(): ""}
+
+
+def test_without_verification_a_flipped_bit_would_be_read(study: Study) -> None:
+    file, _, command = READERS["models/base"]
+    flip(study.path / "models/base" / file)
+    assert study.finish(command, believe_any_file) != 2, "the test above would not notice that the guard is gone"
+
+
 def test_sound_artifacts_of_different_runs_are_not_mixed(study: Study) -> None:
     study.set({"sft.lr": 0.002})
     assert study.finish(LONG["models/sft"]) == 0

@@ -88,6 +88,21 @@ def test_killed_inside_of_publishing_nothing_half_written_is_taken_up(study: Stu
     assert study.files(out) == wanted
 
 
+def written_in_place() -> None:
+    """Take the guard of publishing away: outputs are written under their own name."""
+    from featdiff import artifact
+
+    artifact.staging_path = lambda target: target
+    kill_at("written, not yet described", 1)
+
+
+def test_without_a_temporary_name_half_an_artifact_would_be_left(study: Study) -> None:
+    out = "crosscoders/joint_topk"
+    study.clear(out)
+    assert study.finish(LONG[out], written_in_place) == -signal.SIGKILL
+    assert (study.path / out).exists(), "the test above would not notice that the guard is gone"
+
+
 def test_killed_between_removing_the_old_artifact_and_placing_the_new_one(study: Study) -> None:
     wanted = study.files("models/base")
     place = "old one removed, new one not yet in place"

@@ -61,7 +61,7 @@ def sequences(
     return [prompt + end for prompt, end in zip(prompts, ends, strict=True)], [len(prompt) for prompt in prompts]
 
 
-class Reading(NamedTuple):
+class FlippedStreams(NamedTuple):
     """Residual streams of several models at the chosen positions of a task's flipped samples."""
 
     resid: dict[str, Float[Tensor, "K D"]]
@@ -83,7 +83,7 @@ def read_flipped(
     samples: list[Sample],
     answers: list[str],
     batch_size: int,
-) -> dict[str, Reading]:
+) -> dict[str, FlippedStreams]:
     """What every model reads on identical tokens (prompt and GRPO's own answer), by positions: ``prompt_last``,
     ``answer`` (the answer's tokens) and ``all`` (all but the first token)."""
     texts, starts = sequences(tokenizer, task, samples, answers)
@@ -101,12 +101,14 @@ def read_flipped(
             kept.setdefault(positions, []).extend(range(*span))
             owner.setdefault(positions, []).extend([i] * (span[1] - span[0]))
     return {
-        positions: Reading({name: rows[chosen] for name, rows in resid.items()}, torch.tensor(owner[positions]), len(samples))
+        positions: FlippedStreams(
+            {name: rows[chosen] for name, rows in resid.items()}, torch.tensor(owner[positions]), len(samples)
+        )
         for positions, chosen in kept.items()
     }
 
 
-def feature_differences(crosscoder: Crosscoder, reading: Reading, readout: Readout) -> Float[Tensor, "S F"]:
+def feature_differences(crosscoder: Crosscoder, reading: FlippedStreams, readout: Readout) -> Float[Tensor, "S F"]:
     """f^GRPO − f^base of each sample, averaged over its positions."""
     values = read_all(crosscoder, reading.resid, readout)
     return reading.mean(values["grpo"] - values["base"])

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featdiff.analysis.flipped import Reading, feature_differences
+from featdiff.analysis.flipped import FlippedStreams, feature_differences
 from featdiff.analysis.robustness import common, seed_stability, shuffled_identities, strongest, sweep
 from featdiff.config import LocalizeParams
 from featdiff.crosscoder.model import Crosscoder
@@ -23,7 +23,7 @@ class Search(NamedTuple):
     """What a search for features reads: crosscoders by fit, and readings by task and positions."""
 
     crosscoders: dict[str, Crosscoder]
-    readings: dict[str, dict[str, Reading]]
+    readings: dict[str, dict[str, FlippedStreams]]
     params: LocalizeParams
 
     def differences(
