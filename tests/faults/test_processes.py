@@ -127,22 +127,26 @@ def running(folder: Path) -> dict[int, dict[str, str]]:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_one_of_two_ranks_lost_ends_all_in_bounded_time_without_orphans(study: Study, lost: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["models/sft", "models/grpo", OUT])
+def test_one_of_two_ranks_lost_ends_all_in_bounded_time_without_orphans(
+    study: Study, out: str, lost: int, tmp_path: Path
+) -> None:
     folder = tmp_path / "two"
-    shutil.copytree(study.path, folder, symlinks=True, ignore=shutil.ignore_patterns("joint_*", ".featdiff"))
+    shutil.copytree(study.path, folder, symlinks=True, ignore=shutil.ignore_patterns(".featdiff"))
+    shutil.rmtree(folder / out)
     environment = study.environment | {"ACCELERATE_CONFIG": "conf/accelerate/cpu_2ranks.yaml"}
-    command = [sys.executable, "-m", "featdiff.launch", "stages/crosscoder.py", "--fit", "joint_topk"]
+    script, *rest = LONG[out]
+    command = [sys.executable, "-m", "featdiff.launch", f"stages/{script}.py", *rest]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    scratch = folder / ".featdiff/scratch" / OUT
-    wait_for(lambda: list(scratch.glob("*/checkpoints/0*")))
+    wait_for(lambda: [*(folder / ".featdiff/scratch" / out).glob("*/*/*[0-9]/manifest.json")])
     victims = [pid for pid, values in running(folder).items() if values.get("RANK") == str(lost)]
     began = time.monotonic()
     os.kill(max(victims), signal.SIGKILL)
     assert process.wait(90) != 0
     wait_for(lambda: not running(folder), 30)
     assert time.monotonic() - began < 90
-    assert not (folder / OUT).exists()
+    assert not (folder / out).exists()
 
 
 def test_killing_dvc_leaves_no_orphan_and_the_next_repro_finishes(study: Study, tmp_path: Path) -> None:
