@@ -53,6 +53,20 @@ def test_sound_things_are_counted(repository: Path) -> None:
     assert len(list(problems(repository))) == 2 + 2 * 3  # artifacts, and in the cache each one's listing and two files
 
 
+def test_what_git_keeps_is_compared_with_the_lock_and_not_looked_for_in_the_cache(repository: Path) -> None:
+    summary, lock = repository / "summary.json", repository / "dvc.lock"
+    summary.write_bytes(b"{}")
+    stages = yaml.safe_load(lock.read_text())["stages"]
+    stages["report"] = {"outs": [{"path": "summary.json", "md5": md5(b"{}")}]}
+    lock.write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    declared = {"report": {"cmd": "x", "outs": ["one", {"summary.json": {"cache": False}}]}}
+    (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": declared}), encoding="utf-8")
+    assert found(repository) == []
+    summary.write_bytes(b"{ }")
+    assert len(found(repository)) == 1
+    assert "summary.json: not what dvc.lock names" in found(repository)[0]
+
+
 def test_a_damaged_artifact_is_named(repository: Path) -> None:
     (repository / "one/x.bin").write_bytes(b"onE")
     assert len(found(repository)) == 1

@@ -26,8 +26,9 @@ def problems(root: Path) -> Iterator[str | None]:
         output["path"]: output["md5"]
         for entry in read_yaml(root / "dvc.lock").get("stages", {}).values()
         for output in entry.get("outs", [])
-        if "md5" in output and output.get("cache", True)
+        if "md5" in output
     }
+    uncached = _uncached(root)
     seen: set[str] = set()
     cache = cache_folder(root)
     for path, md5 in sorted(outputs.items()):
@@ -35,7 +36,24 @@ def problems(root: Path) -> Iterator[str | None]:
             yield f"{path}: not in the workspace; run dvc pull or dvc checkout"
         elif md5.endswith(".dir"):
             yield _artifact(root, path)
-        yield from _objects(cache, path, md5, seen)
+        if path not in uncached:
+            yield from _objects(cache, path, md5, seen)
+        elif (root / path).is_file():
+            found = _md5(root / path)
+            yield None if found == md5 else f"{path}: not what dvc.lock names (md5 {found}); run git checkout, or dvc repro"
+
+
+def _uncached(root: Path) -> set[str]:
+    """Outputs that git keeps, not DVC: the lock does not tell them from others."""
+    path = root / "dvc.yaml"
+    stages = read_yaml(path)["stages"].values() if path.is_file() else []
+    outs = [out for entry in stages for out in entry.get("do", entry).get("outs", []) if isinstance(out, dict)]
+    return {name for out in outs for name, options in out.items() if options.get("cache") is False}
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
 
 
 def _artifact(root: Path, path: str) -> str | None:
@@ -56,8 +74,7 @@ def _objects(cache: Path, path: str, md5: str, seen: set[str]) -> Iterator[str |
     if not stored.is_file():
         yield f"{path}: cache object {md5} is missing; run dvc pull, or dvc repro -f its stage"
         return
-    with stored.open("rb") as stream:
-        found = hashlib.file_digest(stream, "md5").hexdigest()
+    found = _md5(stored)
     if found != md5.removesuffix(".dir"):
         yield f"{path}: cache object {stored} is damaged (md5 {found}); delete it, then dvc pull, or dvc repro -f its stage"
         return
