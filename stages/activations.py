@@ -1,15 +1,11 @@
 """The residual stream of one model, and of its checkpoints, on the token stream all models share."""
 
-import argparse
-
 from featdiff.activations.harvest import harvest
-from featdiff.launch import stage
 from featdiff.models import require_same_tokenizer
+from featdiff.stage import stage, stage_key
 from featdiff.tasks.task import load_texts
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, choices=["base", "sft", "grpo", "sft_twin"])
-name = parser.parse_args().model
+name = stage_key("--model", __doc__, lambda _: ("base", "sft", "grpo", "sft_twin"))
 
 with stage("activations", key=name, out=f"activations/{name}") as run:
     data, base, folder = run.read("data", "corpus.parquet"), run.read("models/base"), run.read(f"models/{name}")

@@ -7,7 +7,7 @@ from featdiff.analysis.attribution import attribute, class_counts
 from featdiff.analysis.scaling import latent_scaling, scaling_rows
 from featdiff.config import load_study
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.launch import stage
+from featdiff.stage import stage
 from featdiff.tasks.task import write_rows
 
 with stage("attribution", out="analysis/attribution") as run:

@@ -1,17 +1,13 @@
 """One crosscoder on the activations of two or three models."""
 
-import argparse
-
 from safetensors.torch import save_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.crosscoder.fit import fit
-from featdiff.launch import stage
 from featdiff.ranks import rank
+from featdiff.stage import stage, stage_key
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--fit", required=True, help="a key of crosscoder.fits in params.yaml")
-name = parser.parse_args().fit
+name = stage_key("--fit", __doc__, lambda study: study.crosscoder.fits)
 
 with stage("crosscoder", key=name, out=f"crosscoders/{name}") as run:
     chosen, training = run.params.fits[name], run.params.training

@@ -8,9 +8,9 @@ from featdiff.artifact import read_json, write_json
 from featdiff.config import load_study
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention.edits import Editor, largest_values
-from featdiff.launch import stage
 from featdiff.models import load_model, load_tokenizer
 from featdiff.ranks import process_state
+from featdiff.stage import stage
 from featdiff.tasks.task import load_samples, load_tasks, load_texts, read_rows, write_rows
 
 with stage("describe", out="analysis/describe") as run:

@@ -7,7 +7,7 @@ from featdiff.analysis.dynamics import change_from_base, overlap_rows, refit, tr
 from featdiff.artifact import read_json
 from featdiff.config import load_study
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.launch import stage
+from featdiff.stage import stage
 from featdiff.tasks.task import write_rows
 
 with stage("dynamics", out="analysis/dynamics") as run:

@@ -1,15 +1,11 @@
 """Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
 
-import argparse
-
 from featdiff.evaluation import Examinee, accuracy_table, evaluate
-from featdiff.launch import stage
 from featdiff.models import load_model, load_tokenizer, require_same_tokenizer
+from featdiff.stage import stage, stage_key
 from featdiff.tasks.task import load_samples, load_tasks, write_rows
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, choices=["base", "sft", "grpo"])
-name = parser.parse_args().model
+name = stage_key("--model", __doc__, lambda _: ("base", "sft", "grpo"))
 
 with stage("evaluate", key=name, out=f"evals/{name}") as run:
     data, folder = run.read("data", "tasks.json", "eval.parquet"), run.read(f"models/{name}")

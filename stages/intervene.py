@@ -9,7 +9,7 @@ from featdiff.intervention.controls import Controls
 from featdiff.intervention.edits import largest_values
 from featdiff.intervention.sensitivity import sensitivity
 from featdiff.intervention.study import intervene, make_subjects
-from featdiff.launch import stage
+from featdiff.stage import stage
 from featdiff.tasks.task import load_samples, load_tasks, load_texts, write_rows
 
 with stage("intervene", out="analysis/intervene") as run:

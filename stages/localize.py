@@ -7,8 +7,8 @@ from featdiff.analysis.localize import describe, score_rows, select
 from featdiff.analysis.search import Search
 from featdiff.artifact import read_json, write_json
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.launch import stage
 from featdiff.models import load_model, load_tokenizer, truncate
+from featdiff.stage import stage
 from featdiff.tasks.task import load_samples, load_tasks, read_rows, write_rows
 
 with stage("localize", out="analysis/localize") as run:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from featdiff.launch import stage
+from featdiff.stage import stage
 from featdiff.tasks.prepare import prepare
 
 with stage("prepare", out="data") as run:

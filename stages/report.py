@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from featdiff.artifact import write_json
 from featdiff.config import load_study
-from featdiff.launch import stage
 from featdiff.report.build import render
 from featdiff.report.evidence import load
 from featdiff.report.summary import curated, summarise
 from featdiff.report.verdicts import Judge
+from featdiff.stage import stage
 
 SUMMARY = Path("metrics/summary.json")
 
@@ -21,7 +20,5 @@ with stage("report", out="report") as run:
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)
     summary = summarise(evidence, judge, verdicts)
+    run.beside[SUMMARY] = summary
     run.metrics(curated(summary))
-
-SUMMARY.parent.mkdir(exist_ok=True)
-write_json(SUMMARY, summary)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from featdiff.launch import stage
+from featdiff.stage import stage
 from featdiff.training.sft import train_sft
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -24,7 +24,7 @@ stages:
 STAGE = """
 import sys
 from featdiff.artifact import ContractError
-from featdiff.launch import stage
+from featdiff.stage import stage
 with stage("prepare", out="data") as run:
     (run.out / "some.txt").write_text("half")
     run.log(1, {"loss": 0.5})

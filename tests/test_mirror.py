@@ -27,14 +27,14 @@ from featdiff.tracking import runs_folder
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 PREPARE = """
-from featdiff.launch import stage
+from featdiff.stage import stage
 with stage("prepare", out="data") as run:
     (run.out / "train.csv").write_text("a")
     run.metrics({"train": 2000, "eval": {"find": 10}})
 """
 SFT = """
 import sys, time
-from featdiff.launch import stage
+from featdiff.stage import stage
 steps, pause = int(sys.argv[1]), float(sys.argv[2])
 with stage("sft", out="models/sft") as run:
     if len(sys.argv) > 3:
@@ -48,7 +48,7 @@ with stage("sft", out="models/sft") as run:
     run.metrics({"accuracy": {"add": 0.9}, "loss": 0.25})
 """
 REPORT = """
-from featdiff.launch import stage
+from featdiff.stage import stage
 with stage("report", out="report") as run:
     run.read("models/sft")
     (run.out / "index.html").write_text("<h1>verdict</h1>")

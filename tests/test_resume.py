@@ -16,7 +16,7 @@ from featdiff.tracking import Record
 
 
 def eager(root: Path, record: Record | None = None) -> Scratch:
-    return Scratch(root, 0.0, record)
+    return Scratch(root, 0.0, record=record)
 
 
 def test_without_a_root_nothing_is_kept_and_everything_is_computed() -> None:

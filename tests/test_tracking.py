@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.tracking import Record, alive, curated, home, numbers, process_start
+from featdiff.ranks import alive, process_start
+from featdiff.tracking import Record, curated, home, numbers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

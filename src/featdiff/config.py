@@ -401,6 +401,8 @@ class ResumeParams(Params):
 
     every_seconds: Annotated[float, Field(ge=0)]
     """Work that a killed stage loses at most, rounded up to a whole step; 0 saves after every one."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Largest share of a stage's time that goes into saving: where one save is dear (large models), the interval grows."""
 
 
 class ReportParams(Params):

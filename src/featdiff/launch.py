@@ -1,229 +1,156 @@
-"""How a stage runs: command line, lock, signals, parameters, artifacts and the tracking record.
+"""Starts the processes of one stage and stays with them to the end: ``python -m featdiff.launch [--one] stages/<stage>.py …``
 
-``python -m featdiff.launch [--one] stages/<stage>.py …`` hands a stage to ``accelerate launch`` under the hardware
-that ``$ACCELERATE_CONFIG`` names, so that hardware is never part of a stage's signature. Inside the stage,
-:func:`stage` is the one context manager around the work. Nothing here knows about science or imports torch.
+A stage is handed to ``accelerate launch`` under the hardware that ``$ACCELERATE_CONFIG`` names, so that hardware is never
+part of a stage's signature; ``--one`` runs it as a single process instead, without a launcher's start-up.
+
+Signals go to the ranks and to nobody else: accelerate's launcher would die of one, and take its ranks along in the middle
+of a step. It and the ranks are therefore a process group of their own, which no key press reaches, and this process hands on
+each request, waits however long the current step takes, and ends with the status that the ranks left behind: the
+launcher knows only "failed". A second request ends everything at once. Nothing here imports more than it needs: this
+process stays as long as the stage.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import shutil
+import signal
+import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
 
-import yaml
-from safetensors import SafetensorError
+from featdiff import stopping
+from featdiff.stopping import EXIT_STOPPED, say
 
-from featdiff import artifact, stopping
-from featdiff.artifact import ContractError
-from featdiff.config import ConfigError, load_params, load_study
-from featdiff.ranks import rank, world_size
-from featdiff.stopping import Stopped
-from featdiff.tracking import Record
-
-if TYPE_CHECKING:
-    from featdiff.resume import Scratch
-
-SCRATCH = Path(".featdiff")
 DEFAULT_HARDWARE = "conf/accelerate/cpu.yaml"
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75
+RANKS = "FEATDIFF_RANKS"
+"""Environment variable: a folder in which each rank writes a file, named after its pid and holding its exit status at last."""
+GRACE = 2
+"""Seconds that ranks have to end by themselves after a second request."""
+SPIN = "2000"
+"""How often a thread of OpenMP looks for its fellows before it sleeps. The default, some millions, wastes a core for as long as
+a fellow waits for its turn: beside two busy processes training was up to thirty times slower (docs/reliability.md)."""
 
 
-class Run:
-    """What a stage may touch: verified inputs, one output folder, scratch to resume from, and the record of metrics."""
+class Launch:
+    """The processes of a stage, from start to end."""
 
-    def __init__(self, name: str, out: Path, signature: dict[str, Any], params: Any, record: Record) -> None:
-        self.name, self.target, self.signature, self.params, self.record = name, out, signature, params, record
-        self.seed: int = signature["params"]["seed"]
-        self.parents: dict[str, str] = {}
-        self.door_seconds = 0.0
-        """Spent on verifying what is read and publishing what is written."""
-        self.out = artifact.staging_path(out)
-        self.log = record.log
-        self.observe = record.observe
-
-    def scratch(self) -> Scratch:
-        """Where this stage keeps what it can resume from; ask when all inputs are read. What an earlier run with other
-        inputs, code, params, ranks or threads left is removed."""
-        from featdiff.resume import Scratch
-
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        key = artifact.hash_json(self.signature | {"parents": self.parents, "ranks": world_size(), "threads": threads})[:16]
-        place = scratch_folder(self.target)
-        if rank() == 0:
-            for other in place.glob("*"):
-                if other.name != key:
-                    shutil.rmtree(other)
-        return Scratch(place / key, load_study().resume.every_seconds, self.record)
-
-    def read(self, path: str, *files: str) -> Path:
-        """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
-        folder, began = Path(path), time.monotonic()
-        self.parents |= artifact.verify(folder, *files)
-        artifact.require_parents(folder, Path())
-        self.door_seconds += time.monotonic() - began
-        self.record.input(folder.as_posix())
-        return folder
-
-    def metrics(self, values: dict[str, Any]) -> None:
-        """Final metrics: ``metrics.json`` of the artifact, and numbers of the tracking run."""
-        if rank() == 0:
-            artifact.write_json(self.out / "metrics.json", values)
-            self.record.summary(values)
-
-    def attach(self, name: str) -> None:
-        """Show this file of the output folder as an artifact of the tracking run."""
-        self.record.attach(name)
-
-
-@contextmanager
-def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
-    """Everything around a stage's work: reads its section of params.yaml, takes the lock of ``out``, opens
-    the record, and publishes ``out`` whole at the end. Bad input ends the process with one line."""
-    target, main = Path(out), rank() == 0
-    label = f"{name}@{key}" if key else name
-    try:
-        stopping.listen()
+    def __init__(self, ranks: Path) -> None:
+        self._ranks, self._requests = ranks, stopping.Requests()
+        self._group = 0
+        stopping.adopt_orphans()
+        stopping.handle(self._hand_on)
+        signal.signal(signal.SIGALRM, lambda *_: self._signal_group(signal.SIGKILL))
+        signal.signal(signal.SIGTSTP, self._pause)
         stopping.die_with_parent()
-        params, signature = _signature(name, label)
-        with _lock(target) if main else _nothing():
-            if main:
-                artifact.begin(target)
-            record = Record(label, name, key, params.model_dump(), signature["params"]["seed"], main=main)
-            run = Run(label, target, signature, params, record)
-            status = "FAILED"
-            try:
-                yield run
-                if main:
-                    record.save(run.out)
-                    _, now = _signature(name, label)
-                    if now != signature:
-                        changed = next(field for field in now if now[field] != signature[field])
-                        where = "params.yaml" if changed == "params" else "src"
-                        raise ContractError(where, changed, "unchanged since the stage began", "an edit", "run dvc repro again")
-                    began = time.monotonic()
-                    artifact.publish(target, params=signature["params"], code=signature["code"], parents=run.parents)
-                    record.observe(door_seconds=round(run.door_seconds + time.monotonic() - began, 3))
-                    shutil.rmtree(scratch_folder(target), ignore_errors=True)
-                status = "FINISHED"
-            except Stopped:
-                status = "KILLED"
-                raise
-            finally:
-                if main:
-                    artifact.discard(target)
-                record.close(status)
-    except (ContractError, ConfigError, FloatingPointError) as error:
-        _exit(f"{label}: {error}", EXIT_BAD_INPUT)
-    except Stopped as error:
-        _exit(f"{label}: stopped by {error}; nothing was published; start it again with dvc repro", EXIT_STOPPED)
-    except (OSError, SafetensorError) as error:
-        if not _disk_full(error):
-            raise
-        place = getattr(error, "filename", None) or target
-        _exit(f"{label}: {place}: no space left on device; free some and run dvc repro", EXIT_BAD_INPUT)
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Exit status of ``command`` and of all that it started: 0, 2 (bad input), 75 (stopped), or another failure."""
+        environment = environment | {RANKS: str(self._ranks)}
+        child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_follow)
+        self._group = child.pid
+        if self._requests.asked:  # while it was being started
+            self._signal_group(signal.SIGTERM)
+        ended = 0
+        with suppress(ChildProcessError):
+            while True:  # ranks whose launcher was killed are children of this process now
+                pid, status = os.waitpid(-self._group, 0)
+                ended = status if pid == child.pid else ended
+        if ended == 0:
+            return 0
+        found = {path.read_text(encoding="utf-8") for path in self._ranks.iterdir()}
+        for status in (EXIT_BAD_INPUT, EXIT_STOPPED):
+            if str(status) in found:
+                return status
+        if self._requests.asked:
+            say(f"stopped at once by {self._requests.asked}; nothing was published; start it again with dvc repro")
+            return EXIT_STOPPED
+        if "" in found:
+            say("a process of the stage was killed (out of memory?); start it again with dvc repro")
+        return os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended)
+
+    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+        first = self._requests.first(number)
+        if first is None:
+            return
+        ranks = [int(path.name) for path in self._ranks.iterdir()]
+        if not ranks:  # nothing has begun that would be worth keeping
+            self._signal_group(signal.SIGTERM)
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if number == stopping.PARENT_ENDED else number)
+        if not first:
+            signal.alarm(GRACE)
+
+    def _signal_group(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            if self._group:
+                os.killpg(self._group, number)
+
+    def _pause(self, _number: int, _frame: FrameType | None) -> None:
+        """Ctrl-Z stops the ranks too, and ``fg`` lets them go on."""
+        self._signal_group(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_group(signal.SIGCONT)
 
 
-def scratch_folder(target: Path) -> Path:
-    """Where what the stage of ``target`` can resume from is kept until it is done."""
-    return SCRATCH / "scratch" / target
-
-
-def _signature(name: str, label: str) -> tuple[Any, dict[str, Any]]:
-    """The stage's section of params.yaml, and what determines its result besides its inputs."""
-    params, seed = load_params(name)
-    code = artifact.hash_files(source_files(name))
-    return params, {"label": label, "params": {"seed": seed, name: params.model_dump()}, "code": code}
-
-
-def _disk_full(error: OSError | SafetensorError) -> bool:
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in codes
-    return any(f"os error {code}" in str(error) for code in codes)  # safetensors passes the code on in words only
-
-
-def source_files(name: str) -> list[Path]:
-    """Source files that dvc.yaml declares as dependencies of stage ``name``."""
-    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
-    deps = entry.get("do", entry)["deps"]
-    return [Path(dep) for dep in deps if dep.startswith(("src/", "stages/"))]
-
-
-def _exit(message: str, code: int) -> None:
-    print(f"featdiff: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """One writer per output; a second one is refused and told the first one's pid."""
-    folder = SCRATCH / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / target.as_posix().replace("/", "_")
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            writer = handle.read().strip() or "unknown"
-            raise ContractError(
-                target, "writer", "no other process writing it", f"process {writer}", "wait for it or end it"
-            ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
+def _follow() -> None:
+    """In the new process: end with this one, and write to the terminal from the background."""
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    stopping.die_with_parent(signal.SIGTERM)
 
 
 def _hardware(path: Path) -> tuple[int, bool]:
     """Processes on this machine and whether they run on the CPU, as an accelerate configuration says."""
+    import yaml
+
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     return max(1, found.get("num_processes", 1) // found.get("num_machines", 1)), bool(found.get("use_cpu"))
 
 
-def main(arguments: list[str]) -> None:
-    """Replace this process by ``accelerate launch`` on ``arguments`` (a stage script and its options).
+def accelerate_launch() -> None:
+    """``accelerate launch`` that leaves it to the ranks to say why they ended: its own report and traceback would bury that."""
+    import logging
 
-    ``--one`` before the script runs it as a single process whatever the hardware has, without a launcher's start-up."""
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Run ``arguments`` (a stage script and its options) to the end; returns the exit status."""
     one = arguments[:1] == ["--one"]
     hardware = os.environ.get("ACCELERATE_CONFIG", DEFAULT_HARDWARE)
     if not Path(hardware).is_file():
-        _exit(f"ACCELERATE_CONFIG: {hardware}: not found; use a file of conf/accelerate/", EXIT_BAD_INPUT)
+        say(f"ACCELERATE_CONFIG: {hardware}: not found; use a file of conf/accelerate/")
+        return EXIT_BAD_INPUT
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     ranks, on_cpu = _hardware(Path(hardware))
     ranks = 1 if one else ranks
     if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
     threads = environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("GOMP_SPINCOUNT", SPIN)
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
-    quiet = "--quiet"  # a stage that stopped has said why; the launcher's own traceback would bury it
-    accelerate = [
-        "-m",
-        "accelerate.commands.launch",
-        quiet,
-        "--config_file",
-        hardware,
-        "--num_cpu_threads_per_process",
-        threads,
-    ]
-    stopping.die_with_parent()  # holds for the launcher too: it survives execve
-    os.execve(sys.executable, [sys.executable, *([] if one else accelerate), *arguments[one:]], environment)
+    accelerate = ["-c", "from featdiff.launch import accelerate_launch as main; main()", "--quiet", "--config_file", hardware]
+    accelerate += ["--num_cpu_threads_per_process", threads]
+    stopping.outlive_terminal()
+    command = [sys.executable, *([] if one else accelerate), *arguments[one:]]
+    try:
+        with tempfile.TemporaryDirectory(prefix="featdiff-") as folder:
+            return Launch(Path(folder)).run(command, environment)
+    except stopping.Stopped:
+        return EXIT_STOPPED
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

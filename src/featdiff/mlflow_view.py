@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from featdiff.tracking import METRICS, TIMES, alive, curated, home
+from featdiff.ranks import alive
+from featdiff.tracking import METRICS, TIMES, curated, home
 
 EXPERIMENT = "featdiff"
 RECORD_TAG = "featdiff.record"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from featdiff import artifact, stopping
 from featdiff.artifact import ContractError
-from featdiff.ranks import largest, process_state
+from featdiff.ranks import largest, process_state, rank
 from featdiff.tracking import Record
 
 T = TypeVar("T")
@@ -43,12 +43,17 @@ class Scratch:
     """Checkpoints (:meth:`save`, :meth:`load`), parts (:meth:`part`) and files (:meth:`folder`) of one stage. Without a
     ``root`` nothing is kept.
 
-    ``seconds`` is the interval between saves; 0 saves at every opportunity. Logged curves go with every checkpoint, so
-    that what is logged after resuming follows without gap or repetition."""
+    ``seconds`` is the interval between saves, and longer where a save takes more than ``share`` of it: the first rank
+    times each one. 0 saves at every opportunity. Logged curves go with every checkpoint, so that what is logged after
+    resuming follows without gap or repetition."""
 
-    def __init__(self, root: Path | None = None, seconds: float = math.inf, record: Record | None = None) -> None:
-        self.root, self.seconds, self.record = root, seconds, record
-        self._saved, self._stop = time.monotonic(), False
+    def __init__(
+        self, root: Path | None = None, seconds: float = math.inf, share: float = 1.0, record: Record | None = None
+    ) -> None:
+        self.root, self.seconds, self.share, self.record = root, seconds, share, record
+        self.interval = seconds
+        """In force: what is lost by a kill at most, and one step."""
+        self._saved, self._due, self._stop = time.monotonic(), 0.0, False
         self._parts: dict[str, Any] = {}
         self._pending: dict[str, Any] = {}
         self._asked: set[str] = set()
@@ -111,16 +116,33 @@ class Scratch:
         except stopping.Stopped:
             self._write_pending()
             raise
-        if time.monotonic() - self._saved >= self.seconds:
+        if self._late():
             self._write_pending()
         return value
 
+    def _late(self) -> bool:
+        """Whether the interval is over, which starts the clock of a save."""
+        self._due = time.monotonic()
+        return self._due - self._saved >= self.interval
+
     def _write_pending(self) -> None:
         assert self.root is not None
-        values, self._pending, self._saved = self._pending, {}, time.monotonic()
-        if values:
-            number = 1 + max((int(path.name) for path in (self.root / "parts").glob("[0-9]*")), default=-1)
-            self.folder(f"parts/{number:06d}", lambda folder: _write(folder, values))
+        with stopping.deferred():  # a request in the middle of writing would lose what it is about
+            self._due, values, self._pending = time.monotonic(), self._pending, {}
+            if values:
+                number = 1 + max((int(path.name) for path in (self.root / "parts").glob("[0-9]*")), default=-1)
+                self.folder(f"parts/{number:06d}", lambda folder: _write(folder, values))
+            self._next()
+
+    def _next(self) -> None:
+        """Start the next interval, in which the save that has just ended is at most ``share`` of the time."""
+        self._saved = time.monotonic()
+        cost = self._saved - self._due
+        if self.seconds and cost / self.share > max(self.seconds, 1.2 * self.interval) and rank() == 0:
+            stopping.say(
+                f"saving takes {cost:.0f} s: from now on every {cost / self.share:.0f} s, {self.share:.0%} of the time"
+            )
+        self.interval = max(self.seconds, cost / self.share) if self.seconds else 0.0
 
     @contextmanager
     def loop(self) -> Iterator[None]:
@@ -135,7 +157,8 @@ class Scratch:
         """Whether it is time to save, on any rank; every rank must ask after every step."""
         if self.root is None:
             return False
-        urgency = largest(2 if stopping.asked() else int(time.monotonic() - self._saved >= self.seconds))
+        late = self._late() and rank() == 0  # it writes; the others would take saving for cheap
+        urgency = largest(2 if stopping.asked() else int(late))
         self._stop = urgency == 2
         return urgency > 0
 
@@ -169,7 +192,7 @@ class Scratch:
 
     def saved(self) -> None:
         """Start the next interval; raises Stopped where a signal asked for it."""
-        self._saved = time.monotonic()
+        self._next()
         if self._stop:
             raise stopping.Stopped(stopping.asked() or "a signal to another rank")
 

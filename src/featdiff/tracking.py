@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from featdiff.ranks import dvc_process, process_start
+
 METRICS = "metrics.jsonl"
 CURVES = "curves.csv"
 TIMES = "times.txt"
@@ -216,48 +218,12 @@ def _commit() -> str:
 
 def _pipeline() -> dict[str, Any]:
     """The dvc process that started this stage, or this process when started by hand: the parent run's identity."""
-    found = pid = os.getpid()
-    while pid > 1:
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            parent = int(_stat_fields(pid)[1])
-        except OSError:
-            break
-        if any(Path(os.fsdecode(part)).name in ("dvc", "dvc.EXE") for part in command[:3]) or b"dvc" in command[2:3]:
-            found = pid
-        pid = parent
+    found = dvc_process() or os.getpid()
     start = process_start(found)
     # one dvc process may run several experiments
     names = (socket.gethostname(), found, start, os.environ.get("DVC_EXP_NAME"))
     identity = re.sub(r"[^\w.-]", "_", "-".join(str(name) for name in names if name))
     return {"pid": found, "start": start, "id": identity}
-
-
-def _stat_fields(pid: int) -> list[str]:
-    """Fields of ``/proc/<pid>/stat`` from the third (the state) on."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-
-
-def process_start(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 if it is gone. Tells a reused pid from the old one."""
-    try:
-        fields = _stat_fields(pid)
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
-
-
-def alive(pid: int, start: int) -> bool:
-    """Whether process ``pid`` of this machine, started at ``start``, still runs."""
-    if sys.platform == "linux":
-        return start != 0 and process_start(pid) == start
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

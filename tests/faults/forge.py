@@ -6,6 +6,7 @@ it at an exact place, or to take a guard away and see that its test then fails.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from featdiff.artifact import MANIFEST, sha256_file
 from project import Project
@@ -179,6 +181,25 @@ class Study(Project):
         shutil.rmtree(self.path / out, ignore_errors=True)
         shutil.rmtree(self.scratch(out), ignore_errors=True)
         self.said()
+
+
+def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+def running(folder: Path) -> dict[int, dict[str, str]]:
+    """Environment of every process that works in ``folder``, by pid."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if (entry / "cwd").resolve() == folder and b"Z" not in (entry / "stat").read_bytes().rpartition(b")")[2][:3]:
+                pairs = (entry / "environ").read_bytes().split(b"\0")
+                found[int(entry.name)] = dict(pair.decode().partition("=")[::2] for pair in pairs if b"=" in pair)
+    return found
 
 
 def nano(path: Path) -> Study:

@@ -16,18 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from forge import LONG, Study
+from forge import LONG, Study, running, wait_for
 from safetensors.torch import load_file
 
 OUT = "crosscoders/joint_topk"
-
-
-def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-    return found
 
 
 def twins(study: Study, sabotage: Callable[[], None] | None = None) -> tuple[int, int]:
@@ -49,9 +41,9 @@ def twins(study: Study, sabotage: Callable[[], None] | None = None) -> tuple[int
 
 
 def no_lock() -> None:
-    from featdiff import launch
+    from featdiff import stage
 
-    launch._lock = lambda target: contextlib.nullcontext()  # type: ignore[assignment]
+    stage._lock = lambda target: contextlib.nullcontext()  # type: ignore[assignment]
 
 
 def test_a_twin_is_refused_and_the_first_goes_on(study: Study) -> None:
@@ -113,17 +105,6 @@ def test_without_the_guard_numbers_that_are_not_finite_reach_the_weights(study: 
     weights = [file for place in (study.path / OUT, study.scratch(OUT)) for file in place.rglob("*.safetensors")]
     finite = all(torch.isfinite(tensor.float()).all() for path in weights for tensor in load_file(path).values())
     assert not (status != 0 and finite), "the test above would not notice that the guard is gone"
-
-
-def running(folder: Path) -> dict[int, dict[str, str]]:
-    """Environment of every process that works in ``folder``, by pid."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if (entry / "cwd").resolve() == folder and b"Z" not in (entry / "stat").read_bytes().rpartition(b")")[2][:3]:
-                pairs = (entry / "environ").read_bytes().split(b"\0")
-                found[int(entry.name)] = dict(pair.decode().partition("=")[::2] for pair in pairs if b"=" in pair)
-    return found
 
 
 @pytest.mark.parametrize("lost", [0, 1])

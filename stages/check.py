@@ -1,0 +1,15 @@
+"""params.yaml as a whole: a name or number that does not hold is one line, before anything is started with it."""
+
+import sys
+from pathlib import Path
+
+from featdiff.config import ConfigError, load_study
+from featdiff.launch import EXIT_BAD_INPUT
+from featdiff.stopping import say
+
+try:
+    load_study()
+except ConfigError as error:
+    say(str(error))
+    sys.exit(EXIT_BAD_INPUT)
+Path(".params.checked").write_text("params.yaml holds\n", encoding="utf-8")

@@ -1,0 +1,264 @@
+"""Signals to everything that a person or a machine can signal: the step in hand is finished, its checkpoint written, and the
+status is 75. A stand-in stage under the real dvc, launcher and accelerate, with steps of any length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from forge import running, wait_for
+
+from project import ROOT, Project
+
+STEPS = 3
+STAGE = f"""
+import sys, time
+import torch
+from featdiff.ranks import rank
+from featdiff.stage import stage
+
+with stage("base", out="models/base") as run:
+    length, scratch = float(open("length").read()), run.scratch()
+    found = scratch.load()
+    print("from", found.step if found else 0, flush=True)
+    with scratch.loop():
+        for step in range(found.step + 1 if found else 1, {STEPS} + 1):
+            if rank() == 0:
+                print("step", step, flush=True)
+            time.sleep(length)
+            if scratch.due():
+                scratch.save(step, {{"step": torch.tensor(step)}})
+    if rank() == 0:
+        (run.out / "result").write_text("made in full")
+"""
+GRAPH = """
+stages:
+  base:
+    cmd: sh stages/run stages/base.py
+    deps: [stages/base.py]
+    params: [base]
+    outs: [models/base]
+"""
+LENGTHS = (0.1, 3.0, 10.0)
+TARGETS = ("group", "dvc", "launcher", "rank")
+
+
+class Stand(Project):
+    """A repository of one stage, under DVC."""
+
+    def start_dvc(self) -> subprocess.Popen[bytes]:
+        with (self.path / "log.txt").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "dvc", "repro"], cwd=self.path, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def said(self) -> str:
+        return (self.path / "log.txt").read_text(errors="replace")
+
+    def checkpoint(self) -> int:
+        """The newest complete one's step; 0 for none."""
+        kept = (self.path / ".featdiff/scratch/models/base").glob("*/checkpoints/0*/manifest.json")
+        return max((int(path.parent.name) for path in kept), default=0)
+
+    def pid(self, wanted: str) -> int:
+        """Of the launcher, accelerate's launcher or a rank of the running stage."""
+        for pid, environment in sorted(running(self.path).items()):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            rank = command[1:2] == ["stages/base.py"] or command[2:3] == ["stages/base.py"]
+            launcher = (
+                "featdiff.launch" if "featdiff.launch" in command else "accelerate" * ("accelerate_launch" in str(command))
+            )
+            if wanted == (f"rank {environment.get('RANK', '0')}" if rank else launcher):
+                return pid
+        raise AssertionError(f"no {wanted} among the processes of {self.path}")
+
+
+def stand(path: Path, length: float) -> Stand:
+    project = Stand(path)
+    (path / "stages").mkdir(parents=True)
+    (path / "stages/base.py").write_text(STAGE, encoding="utf-8")
+    (path / "dvc.yaml").write_text(GRAPH, encoding="utf-8")
+    (path / "length").write_text(str(length), encoding="utf-8")
+    for name in ("stages/run", "params.yaml", "src", "conf"):
+        source = ROOT / ("conf/profiles/organism.yaml" if name == "params.yaml" else name)
+        (path / name).symlink_to(source) if source.is_dir() else (path / name).write_bytes(source.read_bytes())
+    project.environment["DVC_NO_ANALYTICS"] = "1"
+    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        subprocess.run(command, cwd=path, env=project.environment, check=True, capture_output=True)
+    return project
+
+
+class Cell(NamedTuple):
+    number: signal.Signals
+    target: str
+
+    @property
+    def heard(self) -> bool:
+        """dvc pays no heed to an interrupt of its own while a command runs: the stage goes on."""
+        return self != (signal.SIGINT, "dvc")
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
+CELLS = [Cell(number, target) for number in SIGNALS for target in TARGETS]
+
+
+@pytest.mark.parametrize("cells", [CELLS[:8], CELLS[8:]], ids=["TERM and INT", "HUP and KILL"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_step_in_hand_is_finished_and_kept_whatever_is_signalled(tmp_path: Path, length: float, cells: list[Cell]) -> None:
+    """All cells of one length side by side: they sleep most of the time."""
+    stands = {cell: stand(tmp_path / f"{cell.number.name}-{cell.target}", length) for cell in cells}
+    processes, steps = {}, {}
+    for cell, project in stands.items():
+        processes[cell] = project.start_dvc()
+        wait_for(lambda project=project: "step 1\n" in project.said())
+        time.sleep(min(0.35, length / 2))
+        process = processes[cell]
+        steps[cell] = project.said().count("\nstep ")
+        if cell.target == "group":
+            os.killpg(process.pid, cell.number)
+        elif cell.target == "dvc":
+            process.send_signal(cell.number)
+        else:
+            os.kill(project.pid("featdiff.launch" if cell.target == "launcher" else "rank 0"), cell.number)
+    for cell, project in stands.items():
+        assert (processes[cell].wait(STEPS * length + 30) == 0) != cell.heard, (cell, project.said())
+        wait_for(lambda project=project: not running(project.path), length + 30)
+        said, kept = project.said(), project.checkpoint()
+        if not cell.heard:
+            continue
+        if cell == (signal.SIGKILL, "rank"):
+            assert "was killed (out of memory?)" in said, (cell, said)
+        else:
+            assert steps[cell] <= kept <= steps[cell] + 1, (cell, said)  # the step that was running, or the next
+            assert said.count("nothing was published; start it again with dvc repro") == 1, (cell, said)
+            if (cell.target in ("launcher", "rank") and cell.number != signal.SIGKILL) or cell == (signal.SIGINT, "group"):
+                assert "exited with 75" in said, (cell, said)
+        assert "Traceback" not in said, (cell, said)
+        assert not (project.path / "models/base").exists()
+    for cell, project in stands.items():  # and on to the end, which has nothing to do with the length
+        if not cell.heard or length > min(LENGTHS):
+            continue
+        kept = project.checkpoint()
+        (project.path / "length").write_text("0.1", encoding="utf-8")
+        again = project.start_dvc()
+        assert again.wait(120) == 0, (cell, project.said())
+        assert f"from {kept}\n" in project.said(), cell
+        assert (project.path / "models/base/result").read_text() == "made in full"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("target", ["group", "launcher", "accelerate", "rank 0", "rank 1"])
+def test_with_two_ranks_as_well(tmp_path: Path, number: signal.Signals, target: str) -> None:
+    project = stand(tmp_path / "two", 2.0)
+    project.environment["ACCELERATE_CONFIG"] = "conf/accelerate/cpu_2ranks.yaml"
+    process = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    time.sleep(0.35)
+    if target == "group":
+        os.killpg(process.pid, number)
+    else:
+        name = "featdiff.launch" if target == "launcher" else target
+        os.kill(project.pid(name), number)
+    process.wait(60)
+    wait_for(lambda: not running(project.path), 60)
+    said = project.said()
+    assert project.checkpoint() in (1, 2), said
+    assert "nothing was published; start it again with dvc repro" in said
+    if target != "group" or number == signal.SIGINT:
+        assert "exited with 75" in said
+    assert project.start_dvc().wait(120) == 0, project.said()
+
+
+@pytest.mark.parametrize("target", ["group", "launcher"])
+def test_a_second_signal_ends_at_once(tmp_path: Path, target: str) -> None:
+    project = stand(tmp_path / "stand", 60.0)
+    process = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    for _ in range(2):
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT) if target == "group" else os.kill(project.pid("featdiff.launch"), signal.SIGTERM)
+    began = time.monotonic()
+    process.wait(30)
+    wait_for(lambda: not running(project.path))
+    assert time.monotonic() - began < 10
+    assert "once more stops at once" in project.said()
+    assert "exited with 75" in project.said()
+    assert project.checkpoint() == 0
+
+
+def test_a_closed_terminal_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    """The terminal's own hang-up reaches dvc and the launcher, and writing to it fails from then on."""
+    project = stand(tmp_path / "stand", 3.0)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(project.path)
+        os.execve(sys.executable, [sys.executable, "-m", "dvc", "repro"], project.environment)
+    said = b""
+    while b"step 1" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    os.waitpid(child, 0)
+    wait_for(lambda: not running(project.path))
+    assert project.checkpoint() in (1, 2)
+    [record] = (project.path / ".featdiff/runs").glob("*/run.json")
+    assert json.loads(record.read_text())["status"] == "KILLED"
+
+
+def test_ctrl_z_pauses_the_ranks_and_fg_lets_them_go_on(tmp_path: Path) -> None:
+    project = stand(tmp_path / "stand", 0.5)
+    process = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    os.killpg(process.pid, signal.SIGTSTP)
+    time.sleep(0.5)
+    before = project.said()
+    time.sleep(2)
+    assert project.said() == before, "a paused stage makes no steps"
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.wait(60) == 0, project.said()
+
+
+def test_the_next_repro_waits_for_a_stage_that_outlived_its_dvc(tmp_path: Path) -> None:
+    project = stand(tmp_path / "stand", 12.0)
+    first = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    first.kill()
+    first.wait()
+    (project.path / "length").write_text("0.1", encoding="utf-8")
+    second = project.start_dvc()
+    assert second.wait(120) == 0, project.said()
+    assert "which was asked to stop, finishes its step; waiting for it" in project.said()
+    assert "from 1\n" in project.said()
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "cpu_2ranks"])
+def test_bad_input_keeps_its_status_through_the_launcher(tmp_path: Path, hardware: str) -> None:
+    project = stand(tmp_path / "stand", 0.1)
+    project.environment["ACCELERATE_CONFIG"] = f"conf/accelerate/{hardware}.yaml"
+    project.set({"base.pretraining.steps": -1})
+    done = project.run("-m", "featdiff.launch", "stages/base.py")
+    assert done.returncode == 2, done.stderr
+    assert "base.pretraining.steps" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stage_that_nothing_is_known_of_is_cleaned_up(tmp_path: Path) -> None:
+    """A signal while libraries are still being imported."""
+    project = stand(tmp_path / "stand", 0.1)
+    process = project.start_dvc()
+    wait_for(lambda: running(project.path) and "Running stage" in project.said())
+    with contextlib.suppress(AssertionError):
+        os.kill(project.pid("featdiff.launch"), signal.SIGTERM)
+    process.wait(30)
+    wait_for(lambda: not running(project.path))
+    assert process.returncode != 0 or (project.path / "models/base").exists()
