@@ -33,9 +33,12 @@ class Project:
         shutil.copytree(ROOT / "conf", self.path / "conf")
         shutil.copytree(ROOT / "stages", self.path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "dvc.yaml", self.path)
-        shutil.copy(ROOT / "conf/profiles/organism.yaml", self.path / "params.yaml")
+        self.fill_params()
         (self.path / "src").symlink_to(ROOT / "src")
         return self
+
+    def fill_params(self) -> None:
+        shutil.copy(ROOT / "conf/profiles/organism.yaml", self.path / "params.yaml")
 
     def set(self, changes: dict[str, Any]) -> None:
         """Change params, named by dotted keys."""

@@ -39,11 +39,42 @@ def test_parts_are_written_together_after_the_interval(tmp_path: Path) -> None:
     patient = Scratch(tmp_path, 3600.0)
     assert patient.part("a", lambda: 1) == 1
     assert not (tmp_path / "parts").exists()
-    patient.seconds = 0.0
+    patient.interval = 0.0
     patient.part("b", lambda: 2)
     assert len(list((tmp_path / "parts").iterdir())) == 1
     later = eager(tmp_path)
     assert [later.part(name, lambda: 0) for name in "ab"] == [1, 2]
+
+
+@pytest.mark.parametrize(("cost", "interval"), [(0.5, 60.0), (3.0, 150.0)])
+def test_the_interval_follows_what_saving_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: float, interval: float
+) -> None:
+    """Saving takes at most its share of the time; where that is no matter, the interval asked for holds."""
+    now = 1000.0
+    monkeypatch.setattr("featdiff.resume.time.monotonic", lambda: now)
+    scratch = Scratch(tmp_path, 60.0, 0.02)
+    assert not scratch.due()
+    now += 60
+    assert scratch.due()
+    now += cost
+    scratch.saved()
+    now += interval - 1
+    assert not scratch.due()
+    now += 1
+    assert scratch.due()
+
+
+def test_an_interval_of_nothing_saves_at_every_opportunity_whatever_it_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("featdiff.resume.time.monotonic", lambda: now)
+    scratch = Scratch(tmp_path, 0.0, 0.02)
+    assert scratch.due()
+    now += 100
+    scratch.saved()
+    assert scratch.due()
 
 
 def test_a_name_asked_for_twice_is_an_error_not_the_first_ones_value(tmp_path: Path) -> None:

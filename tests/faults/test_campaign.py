@@ -1,0 +1,116 @@
+"""``dvc repro`` of the whole nano study as a person starts it, killed from outside again and again in every stage, then run to
+the end: the bytes of an undisturbed study, no process left, no lock in the way.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from forge import GRAPH, LONG, Study, running, wait_for
+
+from featdiff.artifact import sha256_file
+
+KILLS = [
+    (number, target)
+    for number, target in product((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP), ("group", "dvc", "launcher"))
+    if (number, target) != (signal.SIGINT, "dvc")  # to which dvc pays no heed while a command runs
+]
+LIFE = 8.0
+"""Seconds that a stage of the nano study lives, imports included."""
+
+
+class Repository:
+    """The nano study under DVC; nothing is replaced, and params are those of the profile."""
+
+    def __init__(self, path: Path, study: Study) -> None:
+        self.path, self.log = path, path / "log.txt"
+        path.mkdir()
+        for name in ("conf", "stages", "dvc.yaml", "params.yaml"):
+            source = study.path / name
+            shutil.copytree(source, path / name) if source.is_dir() else shutil.copy(source, path)
+        (path / "src").symlink_to((study.path / "src").resolve())
+        self.environment = study.environment | {"DVC_NO_ANALYTICS": "1"}
+        for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+            subprocess.run(command, cwd=path, env=self.environment, check=True, capture_output=True)
+
+    def repro(self) -> subprocess.Popen[bytes]:
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "dvc", "repro"], cwd=self.path, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def stage(self) -> str:
+        """The stage that runs, or ran last."""
+        return (["", *re.findall(r"Running stage '([^']+)'", self.said())])[-1]
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def signal(self, dvc: subprocess.Popen[bytes], number: signal.Signals, target: str) -> None:
+        if target == "group":
+            os.killpg(dvc.pid, number)
+        elif target == "dvc":
+            dvc.send_signal(number)
+        else:
+            for pid in running(self.path):
+                if b"featdiff.launch" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(pid, number)
+
+
+def test_killed_from_outside_in_every_stage_the_study_ends_in_the_same_bytes(study: Study, tmp_path: Path) -> None:
+    repository, rng = Repository(tmp_path / "repository", study), random.Random(0)
+    long = {" ".join(command).replace(" --model ", "@").replace(" --fit ", "@") for command in LONG.values()}
+    stages = set(yaml.safe_load((repository.path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]) - {"check"}
+    hits: Counter[str] = Counter()
+    shots = KILLS * 7
+    rng.shuffle(shots)
+
+    def wanted(name: str) -> int:
+        return 3 if name in long else 2
+
+    while True:
+        dvc = repository.repro()
+        number, target = shots[sum(hits.values()) % len(shots)]
+        wait_for(
+            lambda dvc=dvc: (
+                dvc.poll() is not None
+                or (repository.stage() not in ("", "check") and hits[repository.stage()] < wanted(repository.stage()))
+            ),
+            600,
+        )
+        if dvc.poll() is None:
+            time.sleep(rng.uniform(0, LIFE))
+        if dvc.poll() is not None:
+            break
+        hit = repository.stage()
+        repository.signal(dvc, number, target)
+        hits[hit] += 1
+        dvc.wait(120)
+        if rng.random() < 0.5:  # else the next one starts while a stage may still finish its step
+            wait_for(lambda: not running(repository.path), 60)
+        assert "Unable to acquire lock" not in repository.said()
+        assert "is busy" not in repository.said()
+        assert "no other process writing it" not in repository.said(), repository.said()[-2000:]
+    said = repository.said()
+    assert dvc.returncode == 0, said[-3000:]
+    wait_for(lambda: not running(repository.path), 60)
+    print(f"{sum(hits.values())} kills: {dict(hits)}")
+    assert sum(hits.values()) >= 60, hits
+    assert {name.partition("@")[0] for name in hits} == stages, "every kind of stage was hit"
+    for out, _ in GRAPH:
+        folder = repository.path / out
+        found = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+        assert found == study.files(out), out
