@@ -47,7 +47,7 @@ def test_a_hostile_name_is_one_line_and_touches_nothing(repository: Project, nam
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("name", [name for name in HOSTILE[:2]])
+@pytest.mark.parametrize("name", HOSTILE[:2])
 def test_its_stage_alone_runs_no_command_of_it_either(repository: Project, name: str) -> None:
     """``dvc repro --single-item`` leaves out the stage that checks params."""
     named(repository, name)

@@ -16,7 +16,6 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
-import pytest
 import yaml
 from forge import GRAPH, LONG, Study, running, wait_for
 
