@@ -159,10 +159,14 @@ class Manifest:
     """The hash of the manifest of each artifact that was read, or of the single file."""
     files: dict[str, File]
 
-    def written(self) -> bytes:
-        """The one way to write it, with a hash over the rest."""
+    def fields(self) -> dict[str, Any]:
+        """All that is written: also the schema, and a hash over the rest."""
         rest = {"schema": SCHEMA} | asdict(self)
-        return _written(rest | {"self": hash_json(rest)})
+        return rest | {"self": hash_json(rest)}
+
+    def written(self) -> bytes:
+        """The one way to write it."""
+        return _written(self.fields())
 
     def digest(self) -> str:
         return hashlib.sha256(self.written()).hexdigest()
@@ -233,7 +237,7 @@ def seal(folder: Path, *, params: Mapping[str, Any], code: str, parents: Mapping
         _flush(path)
     manifest = Manifest(hash_json(dict(params)), code, dict(parents), files)
     temporary = folder / DESCRIBING
-    temporary.write_bytes(manifest.written())
+    write_json(temporary, manifest.fields())
     read_manifest(temporary)  # what could not be read must not be published
     _flush(temporary)
     temporary.rename(folder / MANIFEST)
