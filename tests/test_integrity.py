@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-from featdiff import artifact
+from featdiff import artifact, integrity
 from featdiff.artifact import ContractError
 from featdiff.integrity import problems
 
@@ -42,6 +44,12 @@ def repository(tmp_path: Path) -> Path:
         stages[name] = {"outs": [{"path": name, "md5": store(json.dumps(listed).encode(), ".dir")}]}
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC is asked once where its cache is: that takes a second."""
+    monkeypatch.setattr(integrity, "cache_folder", cache(integrity.cache_folder))
 
 
 def found(root: Path) -> list[str]:
@@ -78,9 +86,10 @@ def test_a_damaged_and_a_missing_object_are_named_with_what_to_do(repository: Pa
     stored.write_bytes(b"tw0")
     (line,) = found(repository)
     assert str(stored.relative_to(repository)) in line
-    assert "delete it, then dvc pull" in line
+    assert "delete it, then run dvc pull" in line
     stored.unlink()
-    assert "is missing; run dvc pull" in found(repository)[0]
+    assert "two/x.bin: " in found(repository)[0]
+    assert "expected a file of DVC's cache, found nothing; run dvc pull" in found(repository)[0]
 
 
 def test_an_artifact_that_is_not_checked_out_is_named(repository: Path) -> None:
@@ -108,3 +117,35 @@ def test_a_parent_that_is_one_file_is_held_against_its_folders_manifest(tmp_path
     artifact.publish(tmp_path / "data", params={}, code="", parents={})
     with pytest.raises(ContractError, match=r"parent data/a\.bin"):
         artifact.require_parents(tmp_path / "model", tmp_path)
+
+
+def test_a_listing_that_cannot_be_used_is_one_line(repository: Path) -> None:
+    lock, outside = repository / "dvc.lock", b'[{"relpath": "../../x", "md5": "%s"}]' % (b"0" * 32)
+    stages = yaml.safe_load(lock.read_text())["stages"]
+    for listing in (b"{}", b"[1]", b"[" * 100_000, outside, b'[{"relpath": "x", "md5": "/x"}]'):
+        name = md5(listing) + ".dir"
+        stages["two"]["outs"][0]["md5"] = name
+        lock.write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+        stored = repository / ".dvc/cache/files/md5" / name[:2] / name[2:]
+        stored.parent.mkdir(exist_ok=True)
+        stored.write_bytes(listing)
+        (line,) = found(repository)
+        assert line.startswith(f"two: {stored}: ")
+        assert line.isprintable()
+
+
+def test_a_cache_object_that_is_no_file_is_named_and_not_opened(repository: Path) -> None:
+    stored = repository / ".dvc/cache/files/md5" / md5(b"two")[:2] / md5(b"two")[2:]
+    stored.unlink()
+    os.mkfifo(stored)
+    (line,) = found(repository)
+    assert f"two/x.bin: {stored}: object: expected a file of DVC's cache, found a FIFO" in line
+
+
+@pytest.mark.parametrize("text", ["stages: [", "[1]", "stages: {one: {outs: [{path: ../one, md5: x}]}}", "[" * 2_000])
+def test_a_malformed_lock_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "dvc.lock").write_text(text, encoding="utf-8")
+    (line,) = problems(tmp_path)
+    assert line is not None
+    assert line.startswith(f"{tmp_path}/dvc.lock: ")
+    assert line.isprintable()

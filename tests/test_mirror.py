@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import http.server
 import json
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from featdiff import mirror
+from featdiff import restore as restoring
+from featdiff.artifact import ContractError
 from featdiff.config import load_study
 from featdiff.mlflow_view import EXPERIMENT, View, mask
 from featdiff.restore import restore
@@ -472,3 +475,240 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
     assert restore(project) == ["dvc.lock: 0 record(s) restored, 3 known already"]
     assert advance().copied == 0
     assert shown() == restored
+
+
+class Pulled:
+    """A repository with a cache and a dvc.lock that somebody else wrote; nothing was run in it."""
+
+    def __init__(self, root):
+        self.root, self.stages, self.cache = root, {}, root / ".dvc/cache/files/md5"
+
+    def place(self, md5):
+        return self.cache / md5[:2] / md5[2:]
+
+    def store(self, data, suffix=""):
+        md5 = hashlib.md5(data).hexdigest() + suffix
+        self.place(md5).parent.mkdir(parents=True, exist_ok=True)
+        self.place(md5).write_bytes(data)
+        return md5
+
+    def output(self, stage, listing):
+        """``stage`` with one output, whose listing is a value or bytes; returns the listing's md5."""
+        data = listing if isinstance(listing, bytes) else json.dumps(listing).encode()
+        md5 = self.store(data, ".dir")
+        self.stages[stage] = {"cmd": "x", "outs": [{"path": f"out/{stage}", "hash": "md5", "md5": md5}]}
+        return md5
+
+    def lock(self, text=None):
+        import yaml
+
+        text = yaml.safe_dump({"schema": "2.0", "stages": self.stages}) if text is None else text
+        (self.root / "dvc.lock").write_text(text)
+
+    def files(self, *names):
+        return [{"md5": self.store(name.encode()), "relpath": name} for name in names]
+
+    def restored(self):
+        """What restoring says, line by line, and which files it made in and around the repository."""
+
+        def everything():
+            return {*self.root.parent.iterdir(), *self.root.rglob("*")}
+
+        before = everything()
+        lines = restore(self.root)
+        assert all(line.isprintable() for line in lines)
+        return lines, {os.path.relpath(path, self.root) for path in everything() - before if path.is_file()}
+
+
+@pytest.fixture
+def pulled(project, monkeypatch):
+    made = Pulled(project)
+    monkeypatch.setattr(restoring, "cache_folder", lambda _: made.cache)  # asking DVC takes a second
+    return made
+
+
+def record(stage, md5, *names):
+    return {
+        f".featdiff/runs/restored-{stage}-{md5.removesuffix('.dir')}/{name}" for name in ("run.json", "metrics.jsonl", *names)
+    }
+
+
+OUTSIDE = ("../../x.html", "../" * 9 + "tmp/x.html", "a/../../../../x.html", "/tmp/x.html", "//tmp/x.html", "..", ".", "")
+STRANGE = (
+    "a\\..\\x.html",
+    "a\nb.html",
+    "a\0b.html",
+    "\ud800.html",
+    "a//b.html",
+    "./x.html",
+    "x" * 300 + ".html",
+    "a/" * 600 + "x.html",
+)
+
+
+def hostile(pulled):
+    """Listings by the name of a stage, each with a cached page that it would have written somewhere."""
+    page = pulled.store(b"<h1>")
+    listings = [
+        *([{"md5": page, "relpath": name}] for name in (*OUTSIDE, *STRANGE)),
+        *(
+            [{"md5": md5, "relpath": "x.html"}]
+            for md5 in ("", "../" + page, f"/{page}", page.upper(), page + ".dir", page[:-1], 1, None)
+        ),
+        *([{"md5": page, "relpath": name}] for name in (None, 1, [], {})),
+        [{"md5": page, "relpath": "x.html"}, {"md5": page, "relpath": "x.html/y.html"}],
+        [{"md5": page, "relpath": "x.html"}, {"md5": page, "relpath": "x.html"}],
+        *(
+            {},
+            None,
+            1,
+            "x",
+            [1],
+            [None],
+            [[]],
+            [{}],
+            [{"md5": page}],
+            [{"relpath": "x.html"}],
+            {"md5": page, "relpath": "x.html"},
+        ),
+        *(b"", b"{", b"\xff", b"[" * 100_000, b'[{"a":' * 100_000, b"[" + b"1" * 5000 + b"]"),
+    ]
+    return {f"hostile{i:02d}": listing for i, listing in enumerate(listings)}
+
+
+def test_a_hostile_listing_is_left_out_and_writes_nothing(pulled):
+    stages = hostile(pulled)
+    for stage, listing in stages.items():
+        pulled.output(stage, listing)
+    md5 = pulled.output("sound", pulled.files("index.html", "figures/größe.svg", "weights.bin"))
+    pulled.lock()
+    lines, made = pulled.restored()
+    assert made == record("sound", md5, "files/index.html", "files/figures/größe.svg")
+    assert lines[0] == "dvc.lock: 1 record(s) restored, 0 known already"
+    assert [line.partition(": left out: ")[0] for line in lines[1:]] == [f"out/{stage}" for stage in stages]
+    assert pulled.restored() == (["dvc.lock: 0 record(s) restored, 1 known already", *lines[1:]], set())
+
+
+def test_without_a_look_at_the_names_a_file_would_be_written_outside(pulled, monkeypatch):
+    pulled.output("hostile", [{"md5": pulled.store(b"<h1>"), "relpath": "../../../x.html"}])
+    pulled.lock()
+    monkeypatch.setattr(restoring, "inside", lambda _: True)
+    assert "x.html" in pulled.restored()[1], "the test above would not notice that the guard is gone"
+
+
+def link(path):
+    shutil.copy(path, path.parents[4] / "elsewhere")
+    path.unlink()
+    path.symlink_to(path.parents[4] / "elsewhere")
+
+
+def link_above(path):
+    path.parent.rename(path.parents[4] / "elsewhere")
+    path.parent.symlink_to(path.parents[4] / "elsewhere")
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def changed(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+
+
+@pytest.mark.parametrize("damage", [changed, link, link_above, pipe, folder])
+@pytest.mark.parametrize("object", ["listing", "index.html", "metrics.jsonl", "metrics.json"])
+def test_an_object_that_is_not_what_its_name_says_is_left_out(pulled, damage, object):
+    kept = {"index.html": b"<h1>", "metrics.jsonl": b'{"step": 1}\n', "metrics.json": b'{"gain": 0.5}', "weights.bin": b"w"}
+    names = {name: pulled.store(data) for name, data in kept.items()}
+    names["listing"] = pulled.output("report", [{"md5": md5, "relpath": name} for name, md5 in names.items()])
+    pulled.lock()
+    damage(pulled.place(names[object]))
+    lines, made = pulled.restored()
+    assert made == set()
+    assert lines[0] == "dvc.lock: 0 record(s) restored, 0 known already"
+    assert len(lines) == 2
+    assert lines[1].startswith(f"out/report: left out: {pulled.place(names[object])}: ")
+    assert lines[1].endswith("delete it, then run dvc pull, or dvc repro -f its stage")
+
+
+@pytest.mark.parametrize("metrics", [b"[]", b"{", b'{"a":' * 100_000, b'{"a": 1' + b"0" * 400 + b"}"])
+def test_final_metrics_that_are_none_are_left_out(pulled, metrics):
+    pulled.output("report", [{"md5": pulled.store(metrics), "relpath": "metrics.json"}])
+    pulled.lock()
+    lines, made = pulled.restored()
+    assert (len(lines), made) == (2, set())
+    assert "out/report: left out: " in lines[1]
+
+
+def test_what_is_not_pulled_is_told_from_what_is_damaged(pulled):
+    files = pulled.files("index.html", "weights.bin")
+    pulled.output("report", files)
+    pulled.lock()
+    pulled.place(files[1]["md5"]).unlink()
+    assert pulled.restored()[0][1:] == ["not in DVC's cache: out/report; run dvc pull first"]
+
+
+SUM = "0" * 32
+LOCKS = {
+    "no YAML": "stages: [",
+    "not text": "\0",
+    "a list": "[1]",
+    "deep": "[" * 50_000,
+    "no such tag": "stages: !!python/object/apply:os.system [echo]",
+    "a value that its tag has not": "stages: !!bool maybe",
+    "stages": "stages: [1]",
+    "a stage": "stages: {x: 1}",
+    "its name": f"stages: {{../../x: {{outs: [{{path: x, md5: {SUM}.dir}}]}}}}",
+    "a number as name": f"stages: {{1: {{outs: [{{path: x, md5: {SUM}.dir}}]}}}}",
+    "a long name": f"stages: {{{'x' * 300}: {{outs: [{{path: x, md5: {SUM}.dir}}]}}}}",
+    "outs": "stages: {x: {outs: {path: x}}}",
+    "no outs": "stages: {x: {outs: null}}",
+    "an output": "stages: {x: {outs: [x]}}",
+    "no path": f"stages: {{x: {{outs: [{{md5: {SUM}.dir}}]}}}}",
+    "a path outside": f"stages: {{x: {{outs: [{{path: ../x, md5: {SUM}.dir}}]}}}}",
+    "a path from the root": f"stages: {{x: {{outs: [{{path: /x, md5: {SUM}.dir}}]}}}}",
+    "no md5": "stages: {x: {outs: [{path: x, md5: null}]}}",
+    "a number": "stages: {x: {outs: [{path: x, md5: 12345678901234567890123456789012}]}}",
+    "md5 outside": "stages: {x: {outs: [{path: x, md5: ../../../etc.dir}]}}",
+    "deps": "stages: {x: {deps: [1]}}",
+}
+
+
+@pytest.mark.parametrize("text", LOCKS.values(), ids=LOCKS)
+def test_a_malformed_lock_is_one_line(project, text):
+    (project / "dvc.lock").write_text(text)
+    with pytest.raises(ContractError) as caught:
+        restore(project)
+    assert str(caught.value).startswith(f"{project}/dvc.lock: ")
+    assert str(caught.value).isprintable()
+
+
+def test_rebuild_says_so_and_leaves(project):
+    (project / "dvc.lock").write_text("stages: [")
+    found = command("rebuild")
+    assert found.returncode == 2
+    assert found.stdout.startswith("mirror: dvc.lock: content: expected YAML")
+    assert (found.stdout.count("\n"), found.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        *(1, {"params.yaml": 1}, {"params.yaml": {"seed": "x"}}, {"params.yaml": {1: 2}}),
+        *({"params.yaml": {"x": {"a": 1}, "x.a.b": 2}}, {"params.yaml": {"x.a": {1, 2}}}, {"params.yaml": {"x.a": "\ud800"}}),
+    ],
+)
+def test_params_of_the_lock_that_no_record_holds_are_left_out(pulled, params):
+    pulled.output("x", pulled.files("index.html"))
+    pulled.stages["x"]["params"] = params
+    pulled.lock()
+    lines, made = pulled.restored()
+    assert made == set()
+    assert len(lines) == 2
+    assert lines[1].startswith("out/x: left out: dvc.lock: ")

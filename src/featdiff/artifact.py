@@ -1,32 +1,88 @@
 """The only door to disk: stage outputs are folders that are published whole and verified on reading.
 
 A stage writes into a sibling folder; :func:`publish` describes it in ``manifest.json`` (size and sha256
-of every file, hash of parameters and code, hashes of the parents' manifests), flushes it and renames it
-into place. :func:`verify` checks a folder against its manifest before anything is computed from it.
+of every file, hash of parameters and code, hashes of the parents' manifests, and a hash of all this), flushes
+it and renames it into place. :func:`verify` checks a folder against its manifest before anything is computed from it.
+
+An artifact holds regular files in folders that are not empty. No link is followed, and nothing else is opened.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 DESCRIBING = f".{MANIFEST}"
 """A manifest not yet whole."""
+FIELDS = {"schema", "params", "code", "parents", "files", "self"}
+JSON_BYTES = 64 << 20
+"""The largest manifest that is read: some 400,000 files."""
+NAME_BYTES = 1024
+"""The longest relative name; a part of it may have 255, as file systems allow."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
+NOTHING, FILE, FOLDER, LINK = "nothing", "a file", "a folder", "a link"
+KINDS = {
+    stat.S_IFREG: FILE,
+    stat.S_IFDIR: FOLDER,
+    stat.S_IFLNK: LINK,
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+RESTORE = "restore it: dvc checkout, or rerun the stage"
 
 
 class ContractError(Exception):
     """Input that breaks its contract: one line naming file, field, expected, found and what to do."""
 
     def __init__(self, file: Path | str, field: str, expected: object, found: object, todo: str) -> None:
-        self.what = f"{file}: {field}: expected {expected}, found {found}"
-        super().__init__(f"{self.what}; {todo}")
+        self.what = one_line(f"{file}: {field}: expected {expected}, found {found}")
+        super().__init__(f"{self.what}; {one_line(todo)}")
+
+
+def one_line(text: str) -> str:
+    """``text`` with everything that does not print, line breaks first of all, as escapes."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def require(holds: bool, file: Path, field: str, expected: object, found: object, todo: str) -> None:
+    """Raise ContractError unless ``holds``, with ``found`` cut short."""
+    if not holds:
+        raise ContractError(file, field, expected, reprlib.repr(found), todo)
+
+
+def inside(name: object) -> bool:
+    """Whether ``name`` is a relative path that stays inside the folder it is joined to, and prints in one line."""
+    if not (isinstance(name, str) and name.isprintable() and "\\" not in name and len(name.encode()) <= NAME_BYTES):
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
+
+
+def kind(path: Path) -> str:
+    """What lies at ``path``, in words. No link is followed and nothing is opened."""
+    try:
+        return _kind(path.lstat())
+    except (FileNotFoundError, NotADirectoryError):
+        return NOTHING
+    except OSError as error:
+        return f"nothing that can be read ({error.strerror})"
+
+
+def _kind(found: os.stat_result) -> str:
+    return KINDS.get(stat.S_IFMT(found.st_mode), "something else")
 
 
 def sha256_file(path: Path) -> str:
@@ -49,7 +105,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_bytes(_written(value))
 
 
 def place_json(path: Path, value: object) -> None:
@@ -64,13 +120,100 @@ def place_json(path: Path, value: object) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Any:
+def _written(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path, limit: float = math.inf) -> Any:
+    """The JSON value in ``path``. Raises ContractError for anything but a regular file of at most ``limit`` bytes, for
+    what is no JSON, and for text that could not be written again."""
+    return _parsed(path, read_bytes(path, limit))
+
+
+def read_bytes(path: Path, limit: float = math.inf) -> bytes:
+    """What is in ``path``. Raises ContractError for anything but a regular file of at most ``limit`` bytes."""
+    found = kind(path)
+    if found != FILE:
+        todo = "run the stage that makes it: dvc repro" if found == NOTHING else f"delete it, then {RESTORE}"
+        raise ContractError(path, "file", FILE, found, todo)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ContractError(path, "file", "a JSON file", "nothing", "run the stage that makes it: dvc repro") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ContractError(path, "content", "JSON", f"{error}", "restore it: dvc checkout, or rerun the stage") from None
+        if (size := path.stat().st_size) > limit:
+            raise ContractError(path, "size", f"at most {limit} bytes", f"{size} bytes", RESTORE)
+        return path.read_bytes()
+    except OSError as error:
+        raise ContractError(path, "content", "readable", error.strerror, RESTORE) from None
+
+
+def _parsed(path: Path, content: bytes) -> Any:
+    try:
+        value = json.loads(content.decode())
+        if b"\\u" in content:  # an escape can stand for half a character, which no file and no terminal takes
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ContractError(path, "content", "JSON", error, RESTORE) from None
+    return value
+
+
+@dataclass(frozen=True)
+class File:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact holds and what it was made from; every hash is a sha256."""
+
+    params: str
+    code: str
+    """Empty where no stage made it."""
+    parents: dict[str, str]
+    """The hash of the manifest of each artifact that was read, or of the single file."""
+    files: dict[str, File]
+
+    def fields(self) -> dict[str, Any]:
+        """All that is written: also the schema, and a hash over the rest."""
+        rest = {"schema": SCHEMA} | asdict(self)
+        return rest | {"self": hash_json(rest)}
+
+    def written(self) -> bytes:
+        """The one way to write it."""
+        return _written(self.fields())
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.written()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in the file ``path``. Raises ContractError for one in which a single bit is not as it was written."""
+    content = read_bytes(path, JSON_BYTES)
+    found = _parsed(path, content)
+    schema = found.get("schema") if isinstance(found, dict) else None
+    require(schema == SCHEMA, path, "schema", SCHEMA, schema, "rerun its stage with this version")
+    for field in sorted(FIELDS ^ found.keys()):
+        require(field in FIELDS, path, "fields", ", ".join(sorted(FIELDS)), field, RESTORE)
+        raise ContractError(path, field, "a value", NOTHING, RESTORE)
+    params, code, parents, files = (found[field] for field in ("params", "code", "parents", "files"))
+    require(_is_digest(params), path, "params", "a sha256", params, RESTORE)
+    require(code == "" or _is_digest(code), path, "code", "a sha256 or nothing", code, RESTORE)
+    for field, table in (("parents", parents), ("files", files)):
+        require(isinstance(table, dict), path, field, "a mapping of names", table, RESTORE)
+        for name in table:
+            require(inside(name), path, field, "relative names that stay inside", name, RESTORE)
+    for name, digest in parents.items():
+        require(_is_digest(digest), path, f"parents: {name}", "a sha256", digest, RESTORE)
+    for name, entry in files.items():
+        holds = isinstance(entry, dict) and entry.keys() == {"size", "sha256"} and _is_digest(entry["sha256"])
+        holds = holds and type(entry["size"]) is int and 0 <= entry["size"] < 1 << 63
+        require(holds, path, f"files: {name}", "a size and a sha256", entry, RESTORE)
+    manifest = Manifest(params, code, parents, {name: File(**entry) for name, entry in files.items()})
+    if content != manifest.written():
+        raise ContractError(path, "self", "the hash and the writing of these fields", "another", RESTORE)
+    return manifest
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
 
 
 def staging_path(target: Path) -> Path:
@@ -80,6 +223,7 @@ def staging_path(target: Path) -> Path:
 
 def begin(target: Path) -> Path:
     """An empty staging folder for ``target``."""
+    _require_folder(target, FOLDER, NOTHING)
     staging = staging_path(target)
     discard(target)
     staging.mkdir(parents=True)
@@ -99,20 +243,48 @@ def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapp
 
 def seal(folder: Path, *, params: Mapping[str, Any], code: str, parents: Mapping[str, str]) -> str:
     """Flush what is in ``folder``, then describe it in its manifest, which appears whole; returns the manifest's sha256."""
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != DESCRIBING
-    }
+    sizes = _sizes(folder, "a stage must leave nothing else in its output; mend it and run it again")
+    files = {name: File(size, sha256_file(folder / name)) for name, size in sizes.items() if name not in (MANIFEST, DESCRIBING)}
     for path in folder.rglob("*"):
         _flush(path)
-    described = {"schema": SCHEMA, "params": hash_json(dict(params)), "code": code}
+    manifest = Manifest(hash_json(dict(params)), code, dict(parents), files)
     temporary = folder / DESCRIBING
-    write_json(temporary, described | {"parents": dict(sorted(parents.items())), "files": files})
+    write_json(temporary, manifest.fields())
+    read_manifest(temporary)  # what could not be read must not be published
     _flush(temporary)
     temporary.rename(folder / MANIFEST)
     _flush(folder)
-    return sha256_file(folder / MANIFEST)
+    return manifest.digest()
+
+
+def _sizes(folder: Path, todo: str, names: Iterable[str] = ()) -> dict[str, int]:
+    """The size of every file of ``folder`` by relative name, or of those ``names`` that are there. Raises ContractError for
+    anything on the way that is not a regular file in a folder that is not empty."""
+    wanted = {way.as_posix() for name in names for way in (PurePosixPath(name), *PurePosixPath(name).parents)}
+    sizes: dict[str, int] = {}
+    places = [""]
+    while places:
+        place = places.pop()
+        try:
+            with os.scandir(folder / place) as entries:
+                children = [(f"{place}{entry.name}", entry.stat(follow_symlinks=False)) for entry in entries]
+        except OSError as error:
+            raise ContractError(folder / place, "folder", "readable", error.strerror, todo) from None
+        if place and not children:
+            raise ContractError(folder / place, "folder", "files", "an empty folder", todo)
+        for name, found in sorted(children):
+            if wanted and name not in wanted:
+                continue
+            what = _kind(found)
+            if what == FOLDER:
+                places.append(f"{name}/")
+            elif what != FILE:
+                raise ContractError(folder / name, "file", "a regular file", what, todo)
+            elif not inside(name):
+                raise ContractError(folder / name, "name", "printable, without backslash and not too long", "another", todo)
+            else:
+                sizes[name] = found.st_size
+    return sizes
 
 
 def discard(target: Path) -> None:
@@ -134,39 +306,51 @@ def verify(folder: Path, *names: str) -> dict[str, str]:
     Returns what was verified with its sha256: the folder with its manifest's, or each named file with its own.
     Raises ContractError for a missing manifest, an unknown schema, and a missing, added or altered file."""
     todo = f"restore it (dvc checkout {folder}) or rerun its stage (dvc repro)"
-    if not folder.is_dir():
-        raise ContractError(folder, "folder", "a published artifact", "nothing", "run the stage that makes it: dvc repro")
-    manifest = read_json(folder / MANIFEST)
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
-        raise ContractError(folder / MANIFEST, "schema", SCHEMA, schema, "rerun its stage with this version")
-    listed = manifest["files"]
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
-    if missing := sorted(set(names or listed) - found):
+    _require_folder(folder, FOLDER)
+    manifest = read_manifest(folder / MANIFEST)
+    listed = manifest.files
+    links = "links, as DVC's cache type symlink makes them, are not supported"
+    sizes = _sizes(folder, f"delete it, then dvc checkout {folder} or rerun its stage (dvc repro); {links}", names)
+    if missing := sorted(set(names or listed) - sizes.keys()):
         raise ContractError(folder / missing[0], "file", "listed in the manifest", "missing", todo)
-    if added := sorted((set(names) or found) - listed.keys()):
+    if added := sorted(sizes.keys() - listed.keys() - {MANIFEST}):
         raise ContractError(folder / added[0], "file", "only files of the manifest", "an extra file", todo)
     for name in names or listed:
         path, entry = folder / name, listed[name]
-        if (size := path.stat().st_size) != entry["size"]:
-            raise ContractError(path, "size", f"{entry['size']} bytes", f"{size} bytes", todo)
-        if (digest := sha256_file(path)) != entry["sha256"]:
-            raise ContractError(path, "sha256", entry["sha256"][:12], digest[:12], todo)
+        if sizes[name] != entry.size:
+            raise ContractError(path, "size", f"{entry.size} bytes", f"{sizes[name]} bytes", todo)
+        try:
+            digest = sha256_file(path)
+        except OSError as error:
+            raise ContractError(path, "content", "readable", error.strerror, todo) from None
+        if digest != entry.sha256:
+            raise ContractError(path, "sha256", entry.sha256[:12], digest[:12], todo)
     if names:
-        return {(folder / name).as_posix(): listed[name]["sha256"] for name in names}
-    return {folder.as_posix(): sha256_file(folder / MANIFEST)}
+        return {(folder / name).as_posix(): listed[name].sha256 for name in names}
+    return {folder.as_posix(): manifest.digest()}
+
+
+def _require_folder(folder: Path, *allowed: str) -> None:
+    """Raise ContractError unless what lies at ``folder`` is ``allowed``."""
+    found = kind(folder)
+    if found not in allowed:
+        todo = "run the stage that makes it: dvc repro"
+        if found != NOTHING:
+            todo = "put a folder in its place; links, as DVC's cache type symlink makes them, are not supported"
+        raise ContractError(folder, "folder", "a published artifact", found, todo)
 
 
 def require_parents(folder: Path, root: Path) -> None:
     """Raise ContractError where a parent of the artifact ``folder`` that lies under ``root`` is no longer the one that it
     was made from: each may be sound, and the two do not belong together."""
-    for name, digest in read_json(folder / MANIFEST)["parents"].items():
+    for name, digest in read_manifest(folder / MANIFEST).parents.items():
         parent = root / name
         home, file = (parent, None) if parent.is_dir() else (parent.parent, parent.name)
-        if not (home / MANIFEST).is_file():
+        if kind(home / MANIFEST) == NOTHING:
             continue  # not at hand: nothing to compare with
-        listed = read_json(home / MANIFEST)["files"]
-        now = sha256_file(home / MANIFEST) if file is None else listed.get(file, {}).get("sha256", "nothing")
+        manifest = read_manifest(home / MANIFEST)
+        files = {None: manifest.digest()} | {name: entry.sha256 for name, entry in manifest.files.items()}
+        now = files.get(file, NOTHING)
         if now != digest:
             todo = "it was made from another version; run dvc repro (or dvc checkout)"
             raise ContractError(folder / MANIFEST, f"parent {name}", digest[:12], now[:12], todo)

@@ -6,8 +6,6 @@ DVC's cache that dvc.lock names against its own name: DVC checks out an object w
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +14,20 @@ from tqdm import tqdm
 
 from featdiff import artifact
 from featdiff.artifact import ContractError
-from featdiff.restore import cache_folder
+from featdiff.restore import cache_folder, cached, listing, locked, md5_file
 from featdiff.tracking import read_yaml
 
 
 def problems(root: Path) -> Iterator[str | None]:
     """One line for every artifact and cache object in turn: None where it is sound."""
-    outputs = {
-        output["path"]: output["md5"]
-        for entry in read_yaml(root / "dvc.lock").get("stages", {}).values()
-        for output in entry.get("outs", [])
-        if "md5" in output
-    }
+    try:
+        outputs = {output.path: output.md5 for output in locked(root)}
+        cache = cache_folder(root)
+    except ContractError as error:
+        yield str(error)
+        return
     uncached = _uncached(root)
     seen: set[str] = set()
-    cache = cache_folder(root)
     for path, md5 in sorted(outputs.items()):
         if not (root / path).exists():
             yield f"{path}: not in the workspace; run dvc pull or dvc checkout"
@@ -39,8 +36,7 @@ def problems(root: Path) -> Iterator[str | None]:
         if path not in uncached:
             yield from _objects(cache, path, md5, seen)
         elif (root / path).is_file():
-            found = _md5(root / path)
-            yield None if found == md5 else f"{path}: not what dvc.lock names (md5 {found}); run git checkout, or dvc repro"
+            yield _compared(root, path, md5)
 
 
 def _uncached(root: Path) -> set[str]:
@@ -51,9 +47,12 @@ def _uncached(root: Path) -> set[str]:
     return {name for out in outs for name, options in out.items() if options.get("cache") is False}
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "md5").hexdigest()
+def _compared(root: Path, path: str, md5: str) -> str | None:
+    try:
+        found = md5_file(root / path)
+    except ContractError as error:
+        return str(error)
+    return None if found == md5 else f"{path}: not what dvc.lock names (md5 {found}); run git checkout, or dvc repro"
 
 
 def _artifact(root: Path, path: str) -> str | None:
@@ -70,18 +69,15 @@ def _objects(cache: Path, path: str, md5: str, seen: set[str]) -> Iterator[str |
     if md5 in seen:
         return
     seen.add(md5)
-    stored = cache / md5[:2] / md5[2:]
-    if not stored.is_file():
-        yield f"{path}: cache object {md5} is missing; run dvc pull, or dvc repro -f its stage"
-        return
-    found = _md5(stored)
-    if found != md5.removesuffix(".dir"):
-        yield f"{path}: cache object {stored} is damaged (md5 {found}); delete it, then dvc pull, or dvc repro -f its stage"
+    try:
+        stored = cached(cache, md5)
+        listed = listing(stored) if md5.endswith(".dir") else {}
+    except ContractError as error:
+        yield f"{path}: {error}"
         return
     yield None
-    if md5.endswith(".dir"):
-        for entry in json.loads(stored.read_text(encoding="utf-8")):
-            yield from _objects(cache, f"{path}/{entry['relpath']}", entry["md5"], seen)
+    for name, file in listed.items():
+        yield from _objects(cache, f"{path}/{name}", file, seen)
 
 
 def main() -> None:

@@ -271,9 +271,15 @@ def main(arguments: list[str]) -> None:
         case ["sync", "--wait", seconds] if seconds.replace(".", "", 1).isdigit():
             _leave(_code(sync(float(seconds))))
         case ["rebuild"]:
+            from featdiff.artifact import ContractError
             from featdiff.restore import restore
 
-            for line in restore(Path()):
+            try:
+                lines = restore(Path())
+            except ContractError as error:
+                say(str(error))
+                _leave(2)
+            for line in lines:
                 say(line)
             _leave(_code(sync()))
         case ["ui"]:

@@ -2,60 +2,137 @@
 
 Only what the cache holds for the very md5 of dvc.lock is read, so that it does not matter what lies in the
 workspace. A record made here has the md5 in its name: doing it again changes nothing.
+
+Somebody else wrote all of this: names must stay inside, and an object is believed once its bytes have the md5 it is named by.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
+
+from featdiff.artifact import (
+    FILE,
+    FOLDER,
+    JSON_BYTES,
+    NOTHING,
+    ContractError,
+    inside,
+    kind,
+    one_line,
+    read_bytes,
+    read_json,
+    require,
+)
 from featdiff.tracking import METRICS, numbers, read_yaml, runs_folder
 
 SHOWN = (".html", ".png", ".svg", ".csv")
 """Files of an output that are kept with the record, up to this size:"""
 SHOWN_BYTES = 10_000_000
+CURVES_BYTES = 1 << 30
+MD5 = re.compile(r"[0-9a-f]{32}")
+LABEL_BYTES = 128
+PULL = "run dvc pull, or dvc repro -f its stage"
+AGAIN = f"delete it, then {PULL}"
+LOCK = "dvc.lock"
+REPAIR = f"restore it: git checkout {LOCK}, or dvc repro"
+
+
+class Output(NamedTuple):
+    """One that dvc.lock has an md5 of."""
+
+    label: str
+    entry: dict[str, Any]
+    """What dvc.lock has about its stage."""
+    path: str
+    md5: str
+    """Ends in ``.dir`` for a folder: then it is that of a listing."""
+
+
+def locked(root: Path) -> list[Output]:
+    """The outputs in ``root``'s dvc.lock. Raises ContractError for one that is not as DVC writes it."""
+    path = root / LOCK
+    found = _yaml(path) if kind(path) != NOTHING else {}
+    stages: Any = found.get("stages", {}) if isinstance(found, dict) else None
+    require(isinstance(stages, dict), path, "stages", "a mapping of stages", found, REPAIR)
+    outputs = []
+    for label, entry in stages.items():
+        holds = inside(label) and "/" not in label and len(label.encode()) <= LABEL_BYTES  # it becomes part of a file name
+        require(holds, path, "stages", "names of stages", label, REPAIR)
+        require(isinstance(entry, dict), path, label, "a mapping", entry, REPAIR)
+        for field in ("deps", "outs"):
+            files = entry.get(field, [])
+            require(isinstance(files, list), path, f"{label}.{field}", "a list", files, REPAIR)
+            for file in files:
+                holds = isinstance(file, dict) and isinstance(file.get("path"), str) and _is_md5(file.get("md5", "0" * 32))
+                require(holds, path, f"{label}.{field}", "a path and an md5", file, REPAIR)
+        for output in entry.get("outs", []):
+            require(inside(output["path"]), path, f"{label}.outs", "paths inside the repository", output["path"], REPAIR)
+            if "md5" in output:
+                outputs.append(Output(label, entry, output["path"], output["md5"]))
+    return outputs
+
+
+def _is_md5(value: object) -> bool:
+    return isinstance(value, str) and MD5.fullmatch(value.removesuffix(".dir")) is not None
+
+
+def _yaml(path: Path) -> Any:
+    """Read by PyYAML's own code: libyaml crashes where values are nested deeply."""
+    content = read_bytes(path, JSON_BYTES)
+    try:
+        return yaml.load(content, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # beside its own errors, PyYAML lets through those of values that do not fit their tags
+        raise ContractError(path, "content", "YAML", " ".join(str(error).split()), REPAIR) from None
 
 
 def restore(root: Path) -> list[str]:
     """Write a record for every directory output in ``root``'s dvc.lock that has none; returns what was done, in lines.
 
     An output counts as recorded where a finished record of its stage has the same curves and final metrics."""
-    entries = [
-        (label, entry, output)
-        for label, entry in read_yaml(root / "dvc.lock").get("stages", {}).items()
-        for output in entry.get("outs", [])
-        if str(output.get("md5", "")).endswith(".dir")
-    ]
-    if not entries:
+    outputs = [output for output in locked(root) if output.md5.endswith(".dir")]
+    if not outputs:
         return ["dvc.lock: no results; run dvc repro, or git pull and dvc pull"]
     cache = cache_folder(root)
-    commit, committed = _commit_of(root / "dvc.lock")
+    commit, committed = _commit_of(root / LOCK)
     recorded = list(_finished())
     profile = str(read_yaml(root / "params.yaml").get("profile", ""))
-    made, absent = 0, []
-    for position, (label, entry, output) in enumerate(entries):
-        folder = runs_folder() / f"restored-{label.replace('@', '-')}-{output['md5'].removesuffix('.dir')}"
+    made, absent, refused = 0, [], []
+    for position, (label, entry, path, md5) in enumerate(outputs):
+        folder = runs_folder() / f"restored-{label.replace('@', '-')}-{md5.removesuffix('.dir')}"
         if folder.exists():
             continue
-        files = _files(cache, output["md5"])
-        if files is None:
-            absent.append(output["path"])
-            continue
-        curves = files[METRICS].read_bytes() if METRICS in files else b""
-        summary = numbers(json.loads(files["metrics.json"].read_text(encoding="utf-8"))) if "metrics.json" in files else {}
-        if (label, curves, summary) not in recorded:
-            # a millisecond apart, so that lists by time keep the order of the graph
-            info = _info(folder.name, label, entry, summary, commit, committed + position / 1000, profile)
-            _write(folder, info, curves, files)
-            made += 1
-    lines = [f"dvc.lock: {made} record(s) restored, {len(entries) - made - len(absent)} known already"]
+        try:
+            files = _files(cache, md5)
+            if files is None:
+                absent.append(path)
+                continue
+            curves = read_bytes(cached(cache, files[METRICS]), CURVES_BYTES) if METRICS in files else b""
+            summary = _summary(cached(cache, files["metrics.json"])) if "metrics.json" in files else {}
+            if (label, curves, summary) not in recorded:
+                # a millisecond apart, so that lists by time keep the order of the graph
+                info = _info(folder.name, label, entry, summary, commit, committed + position / 1000, profile)
+                shown = {name: stored(cache, md5) for name, md5 in files.items() if name.endswith(SHOWN)}
+                small = [name for name, place in shown.items() if place.lstat().st_size <= SHOWN_BYTES]
+                _write(folder, info, curves, {name: cached(cache, files[name]) for name in small})
+                made += 1
+        except ContractError as error:
+            refused.append(f"{one_line(path)}: left out: {error}")
+    known = len(outputs) - made - len(absent) - len(refused)
+    lines = [f"dvc.lock: {made} record(s) restored, {known} known already", *refused]
     if absent:
         lines.append(f"not in DVC's cache: {', '.join(absent)}; run dvc pull first")
     return lines
@@ -64,20 +141,67 @@ def restore(root: Path) -> list[str]:
 def cache_folder(root: Path) -> Path:
     """Where DVC keeps objects of the repository ``root`` by md5."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if shown.returncode:
+        raise ContractError(root, "DVC's cache", "a repository of DVC", shown.stderr.strip(), "go to the project's top folder")
     return root / shown.stdout.strip() / "files" / "md5"
 
 
-def _files(cache: Path, md5: str) -> dict[str, Path] | None:
-    """Cached files of a directory output by relative path; None if any of them is absent."""
-    listing = cache / md5[:2] / md5[2:]
-    if not listing.is_file():
+def stored(cache: Path, md5: str) -> Path:
+    """Where the cache keeps the object ``md5``."""
+    return cache / md5[:2] / md5[2:]
+
+
+def cached(cache: Path, md5: str) -> Path:
+    """The file of the object ``md5``, after it was hashed. Raises ContractError for one that is not what its name says."""
+    path, wanted = stored(cache, md5), md5.removesuffix(".dir")
+    for place, expected in ((path.parent, FOLDER), (path, FILE)):
+        found = kind(place)
+        if found != expected:
+            raise ContractError(path, "object", f"{expected} of DVC's cache", found, PULL if found == NOTHING else AGAIN)
+    found = md5_file(path)
+    if found != wanted:
+        raise ContractError(path, "md5", wanted, found, AGAIN)
+    return path
+
+
+def md5_file(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "md5").hexdigest()
+    except OSError as error:
+        raise ContractError(path, "content", "readable", error.strerror, AGAIN) from None
+
+
+def listing(path: Path) -> dict[str, str]:
+    """The md5 of every file of an output by relative name, as the cached object ``path`` lists them."""
+    found = read_json(path, JSON_BYTES)
+    require(isinstance(found, list), path, "listing", "a list", found, AGAIN)
+    for entry in found:
+        holds = isinstance(entry, dict) and inside(entry.get("relpath")) and _is_md5(entry.get("md5"))
+        require(holds, path, "entry", "a relpath that stays inside and an md5", entry, AGAIN)
+        require(not entry["md5"].endswith(".dir"), path, "entry", "a file", entry, AGAIN)
+    for name, following in pairwise(sorted(f"{entry['relpath']}/" for entry in found)):
+        require(not following.startswith(name), path, "entry", "a name once, of a file or of a folder", name, AGAIN)
+    return {entry["relpath"]: entry["md5"] for entry in found}
+
+
+def _files(cache: Path, md5: str) -> dict[str, str] | None:
+    """md5 by relative name of the files of a directory output; None if any of them is absent."""
+    if kind(stored(cache, md5)) == NOTHING:
         return None
-    files = {
-        entry["relpath"]: cache / entry["md5"][:2] / entry["md5"][2:]
-        for entry in json.loads(listing.read_text(encoding="utf-8"))
-    }
-    return files if all(path.is_file() for path in files.values()) else None
+    files = listing(cached(cache, md5))
+    return None if any(kind(stored(cache, file)) == NOTHING for file in files.values()) else files
+
+
+def _summary(path: Path) -> dict[str, float]:
+    """The numbers in the cached metrics.json at ``path``."""
+    values = read_json(path, JSON_BYTES)
+    require(isinstance(values, dict), path, "metrics", "a mapping", values, AGAIN)
+    try:
+        return numbers(values)
+    except (RecursionError, OverflowError) as error:
+        raise ContractError(path, "metrics", "numbers", error, AGAIN) from None
 
 
 def _commit_of(path: Path) -> tuple[str, float]:
@@ -91,8 +215,8 @@ def _finished() -> Iterator[tuple[str, bytes, dict[str, float]]]:
     """Label, curves and final metrics of every finished record."""
     for path in runs_folder().glob("*/run.json"):
         try:
-            info = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+            info = read_json(path)
+        except ContractError:
             continue
         if info["status"] == "FINISHED":
             curves = path.with_name(METRICS)
@@ -106,8 +230,11 @@ def _finished() -> Iterator[tuple[str, bytes, dict[str, float]]]:
 def _params(entry: dict[str, Any], stage: str) -> tuple[int, dict[str, Any]]:
     """Seed and this stage's section, from the params that dvc.lock holds (whole sections or dotted keys)."""
     section: dict[str, Any] = {}
-    locked: dict[str, Any] = entry.get("params", {}).get("params.yaml", {})
-    for name, value in locked.items():
+    files = entry.get("params", {})
+    found = files.get("params.yaml", {}) if isinstance(files, dict) else files
+    holds = isinstance(found, dict) and all(isinstance(name, str) for name in found) and type(found.get("seed", 0)) is int
+    require(holds, Path(LOCK), "params", "a mapping of names, and a whole number as seed", found, REPAIR)
+    for name, value in found.items():
         if name == stage and isinstance(value, dict):
             section |= value
         elif name.startswith(f"{stage}."):
@@ -115,8 +242,9 @@ def _params(entry: dict[str, Any], stage: str) -> tuple[int, dict[str, Any]]:
             target = section
             for part in above:
                 target = target.setdefault(part, {})
+                require(isinstance(target, dict), Path(LOCK), name, "a name in a mapping", target, REPAIR)
             target[last] = value
-    return int(locked.get("seed", 0)), section
+    return found.get("seed", 0), section
 
 
 def _info(
@@ -149,17 +277,20 @@ def _info(
     }
 
 
-def _write(folder: Path, info: dict[str, Any], curves: bytes, files: dict[str, Path]) -> None:
+def _write(folder: Path, info: dict[str, Any], curves: bytes, shown: dict[str, Path]) -> None:
     """Make the record whole under a temporary name, so that its folder says it is done."""
+    try:
+        described = json.dumps(info, indent=1, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ContractError(LOCK, info["label"], "values that JSON has", error, REPAIR) from None
     temporary = runs_folder().parent / f"{folder.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "files").mkdir(parents=True)
     (temporary / METRICS).write_bytes(curves)
-    for name, path in files.items():
-        if name.endswith(SHOWN) and path.stat().st_size <= SHOWN_BYTES:
-            kept = temporary / "files" / name
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, kept)
-    (temporary / "run.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+    for name, path in shown.items():
+        kept = temporary / "files" / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, kept)
+    (temporary / "run.json").write_bytes(described)
     folder.parent.mkdir(exist_ok=True)
     temporary.rename(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from forge import CHECKPOINT, LONG, Study
+
+from featdiff.artifact import MANIFEST, ContractError, verify
 
 READERS = {
     "data": ("eval.parquet", "evals/base", ["evaluate", "--model", "base"]),
@@ -50,20 +54,56 @@ def add(path: Path) -> None:
 
 def exchange(path: Path) -> None:
     """Two files of the artifact swap their contents."""
-    others = (file for file in sorted(path.parent.iterdir()) if file.is_file() and file.name != "manifest.json")
+    others = (file for file in sorted(path.parent.iterdir()) if file.is_file() and file.name != MANIFEST)
     other = next(file for file in others if file != path)
     mine, theirs = path.read_bytes(), other.read_bytes()
     path.write_bytes(theirs)
     other.write_bytes(mine)
 
 
-@pytest.mark.parametrize("damage", [flip, zero_tail, truncate, delete, add, exchange])
+def manifest_of(path: Path) -> Path:
+    return next(folder / MANIFEST for folder in path.parents if (folder / MANIFEST).exists())
+
+
+def list_nothing(path: Path) -> None:
+    manifest = manifest_of(path)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text(encoding="utf-8")) | {"files": None}), encoding="utf-8")
+
+
+def nest_deeply(path: Path) -> None:
+    manifest_of(path).write_text('{"files": ' + "[" * 100_000, encoding="utf-8")
+
+
+def put_a_folder_for_the_manifest(path: Path) -> None:
+    manifest = manifest_of(path)
+    manifest.unlink()
+    manifest.mkdir()
+
+
+def put_a_fifo(path: Path) -> None:
+    os.mkfifo(path.with_name("odd"))
+
+
+def put_a_dangling_link(path: Path) -> None:
+    path.with_name("odd").symlink_to("nowhere")
+
+
+def put_an_empty_folder(path: Path) -> None:
+    path.with_name("odd").mkdir()
+
+
+OF_FILES = [flip, zero_tail, truncate, delete, add, exchange]
+OF_MANIFESTS = [list_nothing, nest_deeply, put_a_folder_for_the_manifest]
+ADDED = [add, put_a_fifo, put_a_dangling_link, put_an_empty_folder]
+
+
+@pytest.mark.parametrize("damage", dict.fromkeys([*OF_FILES, *OF_MANIFESTS, *ADDED]))
 @pytest.mark.parametrize("artifact", READERS)
 def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_computed(
     study: Study, artifact: str, damage: Callable[[Path], None]
 ) -> None:
     file, out, command = READERS[artifact]
-    if artifact == "data" and damage is add:
+    if artifact == "data" and damage in ADDED:
         pytest.skip("stages name the tables that they read; others do not concern them")
     before = study.files(out) if (study.path / out).exists() else {}
     damage(study.path / artifact / file)
@@ -80,13 +120,44 @@ def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_compu
 def believe_any_file() -> None:
     from featdiff import artifact
 
-    artifact.verify = lambda folder, *_names: {folder.as_posix(): ""}
+    artifact.verify = lambda folder, *_names: {folder.as_posix(): "0" * 64}
 
 
 def test_without_verification_a_flipped_bit_would_be_read(study: Study) -> None:
     file, _, command = READERS["models/base"]
     flip(study.path / "models/base" / file)
     assert study.finish(command, believe_any_file) != 2, "the test above would not notice that the guard is gone"
+
+
+def look_at_files_only() -> None:
+    from featdiff import artifact
+
+    artifact._sizes = lambda folder, *_: {  # type: ignore[assignment]
+        path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_without_a_look_at_what_is_no_file_a_dangling_link_would_pass(study: Study) -> None:
+    file, _, command = READERS["evals/grpo"]
+    put_a_dangling_link(study.path / "evals/grpo" / file)
+    assert study.finish(command, look_at_files_only) != 2, "the test above would not notice that the guard is gone"
+
+
+@pytest.mark.parametrize("artifact", READERS)
+def test_no_flipped_bit_of_a_real_manifest_goes_unseen(study: Study, artifact: str) -> None:
+    folder = study.path / artifact
+    verify(folder)
+    sound = (folder / MANIFEST).read_bytes()
+    for bit in random.Random(artifact).sample(range(8 * len(sound)), 200):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (folder / MANIFEST).write_bytes(damaged)
+        with pytest.raises(ContractError) as caught:
+            verify(folder)
+        assert str(caught.value).startswith(f"{folder / MANIFEST}: ")
+        assert str(caught.value).isprintable()
+    (folder / MANIFEST).write_bytes(sound)
+    verify(folder)
 
 
 def test_sound_artifacts_of_different_runs_are_not_mixed(study: Study) -> None:
@@ -157,7 +228,7 @@ def test_a_damaged_cache_object_that_keeps_its_mode_is_found_and_never_read_as_g
     try:
         found = verified(folder, environment)
         assert found.returncode == 1
-        assert f"{Path('.dvc/cache/files/md5') / digest[:2] / digest[2:]} is damaged" in found.stderr
+        assert f"{Path('.dvc/cache/files/md5') / digest[:2] / digest[2:]}: md5: expected {digest}" in found.stderr
         shutil.rmtree(folder / "models/base")
         subprocess.run(["dvc", "checkout", "models/base"], cwd=folder, env=environment, capture_output=True, check=False)
         refused = subprocess.run(
