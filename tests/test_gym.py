@@ -113,8 +113,3 @@ def test_more_questions_than_the_options_allow_is_an_error() -> None:
 def test_a_number_far_beyond_what_the_options_allow_ends_soon() -> None:
     with pytest.raises(ContractError, match=r"1000000 different questions, found 100 in [0-9]{1,5} attempts"):
         source("products", max_digits=1).train_samples(10**6, set(), np.random.default_rng(0))
-
-
-def test_an_option_on_which_the_package_itself_fails_is_one_line() -> None:
-    with pytest.raises(ContractError, match=r"prepare.tasks.\w+.options: expected options of products"):
-        source("products", max_digits=5000).train_samples(1, set(), np.random.default_rng(0))
