@@ -1,9 +1,12 @@
 """Bad input through the real stage scripts: one line that says what to do, a non-zero exit, nothing half-published.
 
-The scripts run in forks of one process that has imported torch already; nothing else differs from running them.
+The scripts run in forks of one process that has imported torch already, with a limit on memory and time: what fills memory or
+hangs is killed, and is no refusal.
 """
 
+import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +22,15 @@ from featdiff.tasks.task import Data, Sample, TaskInfo, Text, read_rows, write_r
 from project import ALPHABET, ROOT, Project
 
 FORKS = """
-import json, os, runpy, sys, traceback
+import json, os, resource, runpy, signal, sys, traceback
 import featdiff.activations.harvest, featdiff.intervention.study, featdiff.models, featdiff.tasks.prepare
 import featdiff.training.imported, featdiff.training.pretrain
 
 def stage(job):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+    signal.alarm(100)
     os.chdir(job["cwd"])
     sys.argv = job["argv"]
     try:
@@ -114,6 +119,75 @@ def test_params_that_prepare_cannot_use(project: Project, run: Run, changes: dic
     project.refused(result, "data", "featdiff: prepare: ", *words)
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(30)
+)
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [*a]\n", ["params.yaml:1: anchors"]),
+        (BOMB, ["params.yaml:1: anchors"]),
+        ("seed: !!python/object/apply:os.getcwd []\n", ["params.yaml:1: ", "tags (!) are not read"]),
+        ("a: " + "[" * 5000 + "]" * 5000, ["params.yaml:1: nested more than 32 deep"]),
+        ("a:\n  " + "- " * 200, ["params.yaml:2: nested more than 32 deep"]),
+        ("seed: 0\nseed: 1\n", ["key 'seed' is given twice", "line 2"]),
+        ("sft: {lr: 1.0, lr: 2.0}\n", ["key 'lr' is given twice", "line 1"]),
+        ("about: 'a\x07b'\n", ["params.yaml: not valid YAML", "control characters"]),
+        ('about: "a\\0b"\n', ["params.yaml: not valid YAML", "a control character"]),
+        ('about: "\\ud800"\n', ["params.yaml: not valid YAML"]),
+        ("seed: " + "9" * 5000, ["params.yaml: not valid YAML", "more than 40 characters"]),
+        ("day: 2020-99-99\n", ["params.yaml: not valid YAML", "month"]),
+        ("? [a, b]\n: 1\n", ["expected a text as key"]),
+        ("# " + "x" * 2**20, ["params.yaml: expected at most 1048576 bytes"]),
+        (None, ["params.yaml: expected a file, found a folder"]),
+    ],
+    ids=[
+        "refers to itself", "bomb", "tag", "deep flow", "deep block", "twice", "twice inside", "bell", "null", "surrogate",
+        "digits", "date", "list as key", "large", "folder",
+    ],
+)  # fmt: skip
+def test_params_that_are_no_plain_yaml(project: Project, run: Run, text: str | None, words: list[str]) -> None:
+    path = project.path / "params.yaml"
+    path.unlink()
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text, encoding="utf-8")
+    result = run("stages/prepare.py")
+    assert result.returncode == 2
+    project.refused(result, "data", "featdiff: prepare: ", *words)
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prepare.train_problems": 10**12}, ["prepare.train_problems", "less than or equal to", "1000000000000"]),
+        ({"prepare.train_problems": 10**7}, ["prepare.tasks.add: expected 3333333 further questions, found 3645 in all"]),
+        (
+            {"prepare.samples": {"find": 900, "tune": 1, "report": 2}},
+            ["prepare.tasks.mul: expected 903 further questions, found 800 in all"],
+        ),
+        (
+            {"base.pretraining.layers": 10**5, "base.pretraining.d_mlp": 10**5},
+            ["base.pretraining: layers, d_model and d_mlp make"],
+        ),
+        ({"grpo.rollouts": 10**9}, ["grpo.rollouts", "less than or equal to 10000"]),
+        ({"prepare.tasks.abc\n": {"source": "family", "role": "find"}}, ["'abc\\n'", "a name is 1 to 40 lowercase letters"]),
+        ({"base.source": ""}, ["base.source", "at least 1 character"]),
+    ],
+    ids=["problems", "family", "samples", "organism", "rollouts", "name", "source"],
+)
+def test_sizes_and_names_that_can_only_be_typos(project: Project, run: Run, changes: dict[str, Any], words: list[str]) -> None:
+    project.set(SMALL | changes)
+    result = run("stages/prepare.py")
+    assert result.returncode == 2
+    project.refused(result, "data", "featdiff: prepare: params.yaml: ", *words)
+
+
 @pytest.mark.graph
 @pytest.mark.parametrize(
     ("rows", "scoring", "words"),
@@ -127,8 +201,32 @@ def test_params_that_prepare_cannot_use(project: Project, run: Run, changes: dic
         ([question(1, answer="no number")], "generation", [":1: answer: expected a text with a number, found 'no number'"]),
         ([question(i) for i in range(4)], "option_text", ["expected", "found 4"]),
         ([question(1)] * 9, "option_text", ["found 1"]),
+        ([question(1), question(2, question="half \ud800")], "option_text", [":2: question: expected a text, found half"]),
+        ([question(1, options=["this", "\udfff"])], "option_text", [":1: options: expected a text, found half"]),
+        ([question(1, answer=10**4000)], "option_text", [":1: answer: expected an index from 0 to 1, found 1000"]),
+        ([question(1, options=["this", float("nan")])], "option_text", [":1: options: expected a text or a number, found nan"]),
+        ([question(1, options=["this", None])], "option_text", [":1: options: expected a text, found NoneType"]),
+        ([question(1, options=["x"] * 10**6)], "option_text", [":1: options: expected 2 to 26 options, found 1000000"]),
+        ([{"a\nb": 1}], "option_text", [":1: question: expected a column 'question', found columns 'a\\nb'"]),
     ],
-    ids=["empty", "no object", "no column", "no option", "no index", "blank", "unparsable", "too few", "duplicates"],
+    ids=[
+        "empty",
+        "no object",
+        "no column",
+        "no option",
+        "no index",
+        "blank",
+        "unparsable",
+        "too few",
+        "duplicates",
+        "surrogate",
+        "surrogate option",
+        "digits",
+        "nan",
+        "null",
+        "many options",
+        "line end in a column",
+    ],
 )
 def test_questions_that_cannot_be_used(
     project: Project, run: Run, tmp_path: Path, rows: list[Any], scoring: str, words: list[str]
@@ -139,14 +237,43 @@ def test_questions_that_cannot_be_used(
 
 @pytest.mark.graph
 @pytest.mark.parametrize(
-    "line", [b"{", b"\xff\xfe", b'{"question": NaN,}', b"[" * 100_000], ids=["cut", "no text", "comma", "deep"]
-)
+    "line",
+    [
+        b"{", b"\xff\xfe", b'{"question": NaN,}', b"[" * 100_000, b'{"question": "\xed\xa0\x80"}', gzip.compress(b"{}"),
+        '{"question": 1}'.encode("utf-16"), b"9" * 5000,
+    ],
+    ids=["cut", "no text", "comma", "deep", "surrogate", "gzip", "utf-16", "digits"],
+)  # fmt: skip
 def test_a_line_that_is_no_json(project: Project, run: Run, tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "own.jsonl"
     path.write_bytes(json.dumps(question(1)).encode() + b"\n\n" + line)
     project.set(SMALL | {"prepare.tasks.own": suite(str(path))})
     result = run("stages/prepare.py")
     project.refused(result, "data", "own.jsonl:3: line: expected JSON", "one JSON object per line, in UTF-8")
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("kind", ["folder", "pipe", "long line", "too long a name", "corpus"])
+def test_a_file_of_questions_or_texts_that_is_none(project: Project, run: Run, tmp_path: Path, kind: str) -> None:
+    path, said = tmp_path / "own.jsonl", "own.jsonl: file: expected a readable .jsonl file, found a folder, a pipe or a device"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "long line":
+        path.write_bytes(b'{"question": "' + b"x" * 2**24 + b'"}')
+        said = "own.jsonl:1: line: expected at most 16777216 bytes"
+    elif kind == "too long a name":
+        path, said = Path("~" + "x" * 300), "File name too long"
+    if kind == "corpus":
+        jsonl(path, [{"text": "one and two"}, {"text": "three \ud83d"}])
+        changes, said = {"prepare.corpus.general": str(path)}, "own.jsonl:2: text: expected a text, found half of a character"
+    else:
+        changes = {"prepare.tasks.own": suite(str(path))}
+    project.set(SMALL | changes)
+    result = run("stages/prepare.py")
+    assert result.returncode == 2
+    project.refused(result, "data", said)
 
 
 @pytest.mark.graph
@@ -192,6 +319,27 @@ def study(project: Project, make_model: Callable[..., Any], tokenizer: Any) -> P
     return project
 
 
+def configured(**changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return change
+
+
+def piped(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def linked(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+
+
 @pytest.mark.graph
 @pytest.mark.parametrize(
     ("damage", "words"),
@@ -203,11 +351,24 @@ def study(project: Project, make_model: Callable[..., Any], tokenizer: Any) -> P
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             ["found a pickle (pytorch_model.bin)"],
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 99), ["model: expected a causal language model"]),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 99), ["model.safetensors: header: expected at most"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), ["config.json: content: expected a JSON object"]),
+        (configured(num_hidden_layers=10**5), ["config.json: num_hidden_layers: expected at most 1000, found 100000"]),
+        (configured(num_hidden_layers=900), ["config.json: ", "num_hidden_layers", "900"]),
+        (configured(hidden_size=10**9, vocab_size=10**9), ["config.json: sizes: expected about the"]),
+        (configured(vocab_size=10**12, hidden_size=10**9), ["config.json: content: expected a causal language model"]),
+        (configured(num_attention_heads="two"), ["config.json: content", "num_attention_heads"]),
+        (configured(quantization_config={"quant_method": "bitsandbytes"}), ["quantization_config", "the unquantised model"]),
+        (piped("tokenizer_config.json"), ["tokenizer_config.json: file: expected a file, found a broken link, a pipe"]),
+        (linked, ["link: expected a file of the folder, found a link out of it; copy the folder: cp -rL"]),
+        (lambda folder: (folder / "tokenizer.json").write_text("[]"), ["given: model: expected a causal language model"]),
     ],
-    ids=["no folder", "no config", "no weights", "pickle", "broken", "no tokenizer"],
-)
+    ids=[
+        "no folder", "no config", "no weights", "pickle", "broken", "no tokenizer", "deep", "layers", "other layers", "sizes",
+        "overflow", "heads", "quantised", "pipe", "link", "tokenizer",
+    ],
+)  # fmt: skip
 def test_a_base_that_cannot_be_used(study: Project, run: Run, damage: Callable[[Path], object], words: list[str]) -> None:
     folder = Path(shutil.copytree(study.path / "models/base", study.path / "given"))
     shutil.rmtree(study.path / "models/base")

@@ -74,7 +74,10 @@ def test_a_typo_names_the_key_and_the_nearest_one(change: dict[str, Any], key: s
         ({"prepare.teacher": "own_wording"}, ["prepare.teacher", "'own' or 'foreign'", "own_wording"]),
         ({"prepare.tasks.add.role": "tran"}, ["prepare.tasks.add.role:", "'train'", "tran"]),
         ({"prepare.tasks.add.source": "famly"}, ["prepare.tasks.add:", "famly", "'family'"]),
-        ({"prepare.tasks.Add": {"source": "family", "role": "find"}}, ["prepare.tasks.Add", "pattern"]),
+        (
+            {"prepare.tasks.Add": {"source": "family", "role": "find"}},
+            ["prepare.tasks.Add: a name is 1 to 40 lowercase letters", "(found 'Add')"],
+        ),
         ({"activations.layer": "midle"}, ["activations.layer:", "integer", "'middle'", "'midle'"]),
         ({"crosscoder.fits.joint_l1.models": ["base", "rl", "sft"]}, ["crosscoder.fits.joint_l1.models.1", "'rl'"]),
         ({"dynamics": None}, ["dynamics:"]),
@@ -83,6 +86,61 @@ def test_a_typo_names_the_key_and_the_nearest_one(change: dict[str, Any], key: s
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_found(change: dict[str, Any], words: list[str]) -> None:
+    message = said_about(change)
+    for word in words:
+        assert word in message
+
+
+def test_sizes_beyond_any_study_are_refused_and_generous_ones_are_not() -> None:
+    """A study of 8B models: 400 million tokens, a million features."""
+    for key, value in flatten(DEFAULT).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            assert said_about({key: 10**12}).startswith(f"params.yaml: {key}: "), key
+    large = copy.deepcopy(DEFAULT)
+    large["activations"] |= {"tokens": 4 * 10**9, "max_length": 32_768}
+    large["crosscoder"]["training"] |= {"n_features": 10**7, "batch_tokens": 65_536, "steps": 4_000_000}
+    large["prepare"] |= {"train_problems": 10**6}
+    large["prepare"]["corpus"] |= {"texts": 4 * 10**7}
+    parse(Study, large, "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["abc\n", "", "1a", "a-b", "../a", "é", "a" * 41, "a\0", "A"])
+def test_a_name_is_held_to_one_pattern_wherever_it_stands(name: str) -> None:
+    for change in (
+        {"profile": name}, {"localize.fit": name}, {"localize.seeds": [name]}, {"dynamics.fit": name},
+        {"dynamics.pairs.sft": name},
+    ):  # fmt: skip
+        assert f"a name is 1 to 40 lowercase letters, digits and underscores, and starts with a letter (found {name!r})" in (
+            said_about(change)
+        )
+    for place in ("prepare.tasks", "crosscoder.fits"):
+        data = copy.deepcopy(DEFAULT)
+        section, key = place.split(".")
+        data[section][key][name] = next(iter(data[section][key].values()))
+        with pytest.raises(ConfigError, match="a name is 1 to 40 lowercase letters") as caught:
+            parse(Study, data, "params.yaml")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base.pretraining.heads": 5}, ["base.pretraining", "d_model = 96 over heads = 5"]),
+        ({"base.pretraining.heads": 96}, ["base.pretraining", "even width"]),
+        ({"base.pretraining.batch_tokens": 100}, ["base.pretraining", "less than one row"]),
+        ({"base.pretraining.d_model": 10**6}, ["base.pretraining", "at most 1e9"]),
+        ({"crosscoder.training.k": 1000}, ["crosscoder.training", "more than n_features = 768"]),
+        ({"report.alpha": 0.0}, ["report.alpha", "greater than 0"]),
+        ({"evaluate.confidence": 1.0}, ["evaluate.confidence", "less than 1"]),
+        ({"sft.epochs": 1e300}, ["sft.epochs"]),
+        (
+            {"prepare.tasks.gcd": {"source": "reasoning_gym", "role": "find", "dataset": "gcd", "instruction": "",
+                                   "options": {"max_digits": 10**9}}},
+            ["prepare.tasks.gcd", "options.max_digits = 1000000000 is beyond a million"],
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_no_stage_could_use(change: dict[str, Any], words: list[str]) -> None:
     message = said_about(change)
     for word in words:
         assert word in message
@@ -189,8 +247,14 @@ def test_a_profile_changes_what_it_names_and_nothing_else() -> None:
         ("sft: {lrr: 1.0}", ["mine.yaml: sft: lrr: unknown key; did you mean lr?"]),
         ("stf: {lr: 1.0}", ["mine.yaml: stf: unknown key; did you mean sft?"]),
         ("sft: {lr: fast}", ["mine.yaml: sft.lr", "'fast'"]),
-        ("sft: {lr: 1.0}\nsft: {lr: 2.0}", ["mine.yaml: not valid YAML", "duplicate"]),
+        ("sft: {lr: 1.0}\nsft: {lr: 2.0}", ["mine.yaml: not valid YAML: key 'sft' is given twice; keep one at line 2"]),
         ("", ["mine.yaml: expected a mapping"]),
+        ("sft: &a {lr: 1.0}\ngrpo: *a", ["mine.yaml:1: anchors (&), aliases (*) and tags (!) are not read"]),
+        ("prepare: {tasks: {}, tasks!: {}}", ["mine.yaml: not valid YAML: key 'tasks' is given twice"]),
+        ("sft: {<<: {lr: 1.0}}", ["mine.yaml: not valid YAML: expected a text as key"]),
+        ("sft: {lr: 1.0, 1: 2}", ["mine.yaml: not valid YAML: expected a text as key"]),
+        ("a: " * 50, ["mine.yaml"]),
+        ("sft: " + "[" * 40 + "]" * 40, ["mine.yaml:1: nested more than 32 deep"]),
     ],
 )
 def test_a_profile_with_a_mistake(text: str, words: list[str]) -> None:

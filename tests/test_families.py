@@ -1,5 +1,6 @@
 """Every family's questions, worked solutions and mistakes."""
 
+import math
 import re
 
 import numpy as np
@@ -78,3 +79,15 @@ def test_equations_in_worked_math_hold() -> None:
 def test_roles_of_the_study_are_there() -> None:
     assert sum(family.domain == "math" for family in FAMILIES.values()) >= 3
     assert [name for name, family in FAMILIES.items() if not family.learnable] == ["checksum"]
+
+
+def test_a_family_has_as_many_questions_as_it_says() -> None:
+    for name in ("add", "sub", "mul"):
+        rng = np.random.default_rng(0)
+        assert len({FAMILIES[name].make(rng).prompt for _ in range(60_000)}) == FAMILIES[name].size
+    words = {length: 10**length for length in range(2, 7)}
+    assert FAMILIES["reverse"].size == FAMILIES["double"].size == words[3] + words[4] + words[5]
+    assert FAMILIES["checksum"].size == words[4] + words[5] + words[6]
+    assert FAMILIES["last"].size == FAMILIES["first"].size == (words[2] + words[3]) ** 3
+    assert FAMILIES["sort"].size == sum(math.perm(10, length) for length in (3, 4, 5))
+    assert FAMILIES["largest"].size == math.perm(90, 3)

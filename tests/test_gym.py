@@ -108,3 +108,8 @@ def test_wrong_names_and_options_are_one_clear_line(dataset: str, options: dict[
 def test_more_questions_than_the_options_allow_is_an_error() -> None:
     with pytest.raises(ContractError, match="200 different questions, found 100"):
         source("products", max_digits=1).train_samples(200, set(), np.random.default_rng(0))
+
+
+def test_a_number_far_beyond_what_the_options_allow_ends_soon() -> None:
+    with pytest.raises(ContractError, match=r"1000000 different questions, found 100 in [0-9]{1,5} attempts"):
+        source("products", max_digits=1).train_samples(10**6, set(), np.random.default_rng(0))

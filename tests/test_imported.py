@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from featdiff.artifact import ContractError
 from featdiff.training.imported import gguf_file, load_base
@@ -86,6 +94,51 @@ def test_a_folder_is_loaded_and_survives_saving(tmp_path: Path, tied: bool) -> N
     assert_survives_saving(model, tokens, tmp_path / "out")
 
 
+SIZES = {"vocab_size": len(byte_vocabulary()), "intermediate_size": INNER, "num_hidden_layers": LAYERS, "hidden_size": WIDTH}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (LlamaForCausalLM, {**SIZES, "num_attention_heads": HEADS}),
+        (Qwen2ForCausalLM, {**SIZES, "num_attention_heads": HEADS, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+        (Qwen3ForCausalLM, {**SIZES, "num_attention_heads": HEADS, "num_key_value_heads": 1, "head_dim": 32}),
+        (GPT2LMHeadModel, {"vocab_size": len(byte_vocabulary()), "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}),
+        (GPTNeoXForCausalLM, {**SIZES, "num_attention_heads": HEADS}),
+    ],
+    ids=["llama", "qwen2", "qwen3", "gpt2", "neox"],
+)
+def test_models_of_every_kind_are_what_their_headers_say(tmp_path: Path, kind: Any, sizes: Any, shards: int) -> None:
+    original = kind(kind.config_class(**sizes))
+    original.save_pretrained(tmp_path, max_shard_size="1GB" if shards == 1 else f"{original.num_parameters() * 4 // 3000}KB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (shards > 1)
+    tokenizer().save_pretrained(tmp_path)
+    model, _ = load_base(str(tmp_path), "float32")
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in original.state_dict().items())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in settings:
+            (tmp_path / "config.json").write_text(json.dumps(settings | {name: LAYERS + 1}))
+    with pytest.raises(ContractError, match=r"num_hidden_layers.*\b2\b.*"):
+        load_base(str(tmp_path), "float32")
+
+
+def test_a_link_to_a_whole_folder_and_links_inside_it_are_followed(tmp_path: Path) -> None:
+    folder(tmp_path / "in")
+    (tmp_path / "in/model.safetensors").rename(tmp_path / "in/weights")
+    (tmp_path / "in/model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to("in")
+    load_base(str(tmp_path / "link"), "float32")
+
+
+def test_a_local_folder_is_not_taken_for_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "owner/name")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ContractError, match="expected a model of the hub, found a local folder owner/name"):
+        load_base("hub:owner/name@" + "0" * 40, "float32")
+
+
 def test_dtype_is_a_param(tmp_path: Path) -> None:
     folder(tmp_path)
     assert load_base(str(tmp_path), "bfloat16")[0].dtype is torch.bfloat16
@@ -131,6 +184,15 @@ def _remote_code(path: Path) -> None:
     (path / "own.py").write_text("raise SystemExit('remote code was run')")
 
 
+def _index_of(name: Any) -> Any:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    return _other("model.safetensors.index.json", json.dumps(index))
+
+
+def _other(name: str, text: str) -> Any:
+    return lambda path: (path / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -138,11 +200,25 @@ def _remote_code(path: Path) -> None:
         (_pickle_only, "found a pickle (pytorch_model.bin)"),
         (_remove("tokenizer*"), "tokenizer: expected tokenizer.json"),
         (_remove("config.json"), "config.json: expected a model configuration"),
-        (_truncate, "a causal language model that loads"),
+        (_truncate, "model.safetensors: header: expected a whole safetensors file"),
         (_drop_a_weight, "missing_keys: model.layers.1.mlp.up_proj.weight"),
         (_not_finite, "weight model.norm.weight: expected finite numbers"),
         (_wider_than_its_weights, "mismatched_keys: ('model.layers.0.mlp.down_proj.weight'"),
-        (_remote_code, "a causal language model that loads"),
+        (_remote_code, "config.json: content: expected a causal language model that can be built"),
+        (_index_of("../../x.safetensors"), "weight_map: expected safetensors files of its folder, found '../../x.safetensors'"),
+        (_index_of("/tmp/x.safetensors"), "weight_map: expected safetensors files of its folder"),
+        (_index_of("absent.safetensors"), "weight_map: expected safetensors files of its folder"),
+        (_index_of("pytorch_model.bin"), "weight_map: expected safetensors files of its folder"),
+        (_index_of(["x"]), "weight_map: expected safetensors files of its folder"),
+        (_other("tokenizer_config.json", "[]"), "tokenizer_config.json: content: expected a JSON object, found list"),
+        (_other("tokenizer_config.json", "{"), "tokenizer_config.json: content: expected a JSON object"),
+        (_other("tokenizer_config.json", '{"fast_tokenizer_files": ["../../tokenizer.4.0.json"]}'), "fast_tokenizer_files"),
+        (_other("tokenizer_config.json", '{"vocab_file": "/etc/passwd"}'), "vocab_file: expected a file of the folder"),
+        (_other("generation_config.json", "[]"), "expected a causal language model that loads"),
+        (_other("adapter_config.json", "{}"), "adapter_config.json: expected a whole model, found an adapter"),
+        (_other("config.json", "null"), "config.json: content: expected a JSON object, found NoneType"),
+        (_other("config.json", '{"model_type": "llama", "num_labels": 1000000000}'), "num_labels: expected at most 1000"),
+        (_other("config.json", '{"model_type": "llama", "text_config": {"n_layers": 100000000}}'), "text_config.n_layers"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, harm: Any, said: str) -> None:
@@ -161,6 +237,11 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, harm: Any, sai
         ("hub:owner/name", "pin the revision"),
         ("hub:owner/name@main", "pin the revision"),
         ("hub:owner/name@abc123", "pin the revision"),
+        ("hub:../..@" + "0" * 40, "pin the revision"),
+        ("hub:", "pin the revision"),
+        ("x" * 300, "a model folder"),
+        ("gguf:", "an installed package after gguf:, found ''"),
+        ("gguf:__main__", "an installed package"),
         ("gguf:no_such_package_at_all", r"pip install -e .[smollm2]"),
         ("gguf:../etc", "an installed package"),
         ("gguf:numpy", "one .gguf file in package numpy"),

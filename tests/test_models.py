@@ -105,9 +105,11 @@ NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_p
         (lambda folder: (folder / "config.json").unlink(), "config.json and *.safetensors, found none"),
         (lambda folder: (folder / "model.safetensors").unlink(), "config.json and *.safetensors, found none"),
         (only_a_pickle, "config.json and *.safetensors, found none"),
-        (cut, "weights: expected a causal language model"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "weights: expected a causal language model"),
-        (lambda folder: (folder / "config.json").write_text("{"), "weights: expected a causal language model"),
+        (cut, "header: expected a whole safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "header: expected a whole safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 99), "header: expected at most 16777216 bytes"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "other.safetensors"), "expected model.safetensors, or"),
+        (lambda folder: (folder / "config.json").write_text("{"), "content: expected a JSON object"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "no_such"}'), "no_such"),
         (lambda folder: weights_without(folder, DOWN), f"{DOWN}: expected every weight of the configuration, found none"),
         (lambda folder: weights_with(folder, DOWN, lambda w: w[:, :4]), "weights: expected a causal language model"),
@@ -119,7 +121,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(folder: Path, damage: Callable
     damage(folder)
     with pytest.raises(ContractError) as caught:
         load_model(folder)
-    assert str(caught.value).startswith(f"{folder}: ")
+    assert str(caught.value).startswith(f"{folder}")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -135,9 +137,10 @@ def test_code_in_a_model_folder_is_never_run(folder: Path) -> None:
 
 
 def test_a_tokenizer_that_is_absent_or_broken_is_one_line(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ContractError, match=r"tokenizer.json: content"):
-        load_tokenizer(folder)
+    for text in ("{", "[]", "null", '{"model": 7}', "[" * 100_000):
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ContractError, match=r"tokenizer.json: content"):
+            load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ContractError, match=r"model: tokenizer.json: expected a fast tokenizer, found none"):
         load_tokenizer(folder)

@@ -31,7 +31,9 @@ def test_train_samples_avoid_banned_prompts_and_follow_the_teacher(teacher: str,
 
 def test_asking_for_more_questions_than_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(organism, "ATTEMPTS", 2)
-    with pytest.raises(ContractError, match=r"prepare.tasks.add: expected 9000 further questions, found \d+; ask for fewer"):
+    with pytest.raises(
+        ContractError, match=r"prepare.tasks.add: expected 9000 further questions, found 3645 in all; ask for fewer"
+    ):
         FamilySource("add", "train", "own").eval_samples({"find": 9000, "tune": 0, "report": 0}, np.random.default_rng(0))
 
 

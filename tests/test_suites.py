@@ -114,6 +114,19 @@ def test_empty_missing_and_binary_files(tmp_path: Path) -> None:
         source(tmp_path / "binary.jsonl", LETTERS)
 
 
+def test_a_mark_of_byte_order_and_windows_line_ends_are_no_errors(tmp_path: Path) -> None:
+    rows = (HERE / "letters.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode())
+    assert source(tmp_path / "f.jsonl", LETTERS).questions == source(HERE / "letters.jsonl", LETTERS).questions
+
+
+def test_a_local_folder_is_not_taken_for_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "allenai/sciq").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ContractError, match="expected a data set of the hub, found a local folder allenai/sciq"):
+        source("hub:allenai/sciq@" + "0" * 40 + "#test", adapter="sciq")
+
+
 def test_too_few_rows_says_how_many_there_are_and_why() -> None:
     with pytest.raises(
         ContractError, match=r"expected 4 different questions for name, found 3 \(left out: 1 duplicate, 1 ambig"
@@ -186,7 +199,14 @@ def test_an_answer_without_a_number_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["hub:allenai/sciq", "hub:allenai/sciq@main#test", "hub:allenai/sciq@" + "0" * 40, "hub:sciq@" + "0" * 40 + "#test"]
+    "path",
+    [
+        "hub:allenai/sciq",
+        "hub:allenai/sciq@main#test",
+        "hub:allenai/sciq@" + "0" * 40,
+        "hub:sciq@" + "0" * 40 + "#test",
+        "hub:../..@" + "0" * 40 + "#test",
+    ],
 )
 def test_hub_data_need_a_full_commit_and_a_split(path: str) -> None:
     with pytest.raises(ContractError, match="pin the revision"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from featdiff.ranks import alive, process_start
-from featdiff.tracking import Record, curated, home, numbers
+from featdiff.tracking import Record, curated, home, numbers, read_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -239,3 +239,15 @@ def test_no_git_is_no_error(tmp_path, monkeypatch):
     if shutil.which("git"):
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert info_of(new_record())["commit"] == ""
+
+
+@pytest.mark.parametrize("text", [b"", b"a: [", b"- a", b"\xff", b"a: &a [*a]", b"[" * 100_000, None])
+def test_yaml_that_cannot_be_read_is_taken_as_empty_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None
+) -> None:
+    path = tmp_path / "dvc.lock"
+    assert read_yaml(path) == {}
+    assert capsys.readouterr().err == ""
+    path.mkdir() if text is None else path.write_bytes(text)
+    assert read_yaml(path) == {}
+    assert capsys.readouterr().err.count("\n") == 1

@@ -13,7 +13,8 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 PARAMS = Path("params.yaml")
 PROFILES = Path("conf/profiles")
@@ -28,9 +29,36 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Positive = Annotated[int, Field(gt=0)]
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+"""Owner and name of something on the hub, as a regular expression; no path leads out of a folder in this form."""
+
+
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError("a name is 1 to 40 lowercase letters, digits and underscores, and starts with a letter")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""Becomes the name of a file, of a DVC stage or of an artifact."""
+# Upper bounds tell a typo from a plan: each is at least ten times what models of 8B parameters, a million features and
+# 400 million tokens need. None says that a machine can do it.
+Positive = Annotated[int, Field(gt=0, le=10**6)]
+Length = Annotated[int, Field(gt=0, le=131_072)]
+"""Tokens of one text."""
+Many = Annotated[int, Field(gt=0, le=5 * 10**7)]
+"""Texts, problems, updates, features, tokens of one update."""
+Tokens = Annotated[int, Field(gt=0, le=10**11)]
+"""Tokens of a stream."""
+Resamples = Annotated[int, Field(gt=0, le=10**5)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Place = Annotated[str, Field(min_length=1, max_length=4096)]
+"""A path, or another form that says where something comes from."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Level = Annotated[float, Field(gt=0, lt=1)]
+"""A probability that is neither 0 nor 1: of an interval, of a test."""
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
 Rate = Annotated[float, Field(gt=0)]
 Model = Literal["base", "sft", "grpo", "sft_twin"]
 Role = Literal["train", "find", "control", "heldout"]
@@ -56,6 +84,13 @@ class ReasoningGymTask(Params):
     instruction: str
     """Sentence added after the question, such as "Give the final answer only."."""
 
+    @model_validator(mode="after")
+    def _options_are_small(self) -> ReasoningGymTask:
+        for key, value in flatten(self.options).items():
+            if isinstance(value, int) and abs(value) > 10**6:
+                raise ValueError(f"options.{legible(key)} = {legible(str(value))} is beyond a million")
+        return self
+
 
 class SuiteTask(Params):
     """Questions with options, from a local jsonl file or a hub data set, read by one adapter."""
@@ -64,7 +99,7 @@ class SuiteTask(Params):
     role: Role
     adapter: Literal["openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"]
     """The suite whose columns the file has; ``columns`` takes any file through ``columns`` below."""
-    path: str
+    path: Place
     """Local ``.jsonl`` file, or ``hub:<owner>/<name>[:<config>]@<commit>#<split>``."""
     scoring: Literal["option_text", "option_text_norm", "option_letter", "generation"]
     columns: dict[str, str] | None
@@ -93,11 +128,11 @@ class SplitSizes(Params):
 class CorpusParams(Params):
     """Text on which crosscoders are fitted."""
 
-    texts: Positive
+    texts: Many
     """Number of texts."""
     math_share: Fraction
     """Share of worked math among the texts; the rest is general text."""
-    general: str
+    general: Place
     """``organism`` (generated texts of every family) or a jsonl file with a ``text`` column, or ``hub:…``."""
     max_chars: Positive
     """Texts are cut to this many characters."""
@@ -106,7 +141,7 @@ class CorpusParams(Params):
 class PretrainTexts(Params):
     """Texts from which the organism's base is pretrained."""
 
-    texts: Annotated[int, Field(ge=0)]
+    texts: Annotated[int, Field(ge=0, le=5 * 10**7)]
     """How many; 0 where the base comes from elsewhere."""
     steps_share: Fraction
     """Share answered step by step."""
@@ -118,7 +153,7 @@ class PretrainTexts(Params):
 
 class PrepareParams(Params):
     tasks: Annotated[dict[Name, Task], Field(min_length=1)]
-    train_problems: Positive
+    train_problems: Many
     """Problems for SFT and GRPO, over all tasks with role ``train``."""
     teacher: Literal["own", "foreign"]
     """Wording of the SFT solutions: the base's own or one it has never seen."""
@@ -146,22 +181,33 @@ class Pretraining(Params):
     d_model: Positive
     d_mlp: Positive
     heads: Positive
-    row_tokens: Positive
+    row_tokens: Length
     """Tokens in one packed row; samples in a row do not see each other."""
-    batch_tokens: Positive
+    batch_tokens: Many
     """Tokens per update, over all processes."""
-    steps: Positive
+    steps: Many
     lr: Rate
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0, le=5 * 10**7)]
     decay_share: Fraction
     """Last share of the steps over which the learning rate falls linearly to 0."""
     prompt_weight: Fraction
     """Loss weight of prompt tokens, which are random and cannot be predicted."""
     weight_decay: Annotated[float, Field(ge=0)]
 
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Pretraining:
+        weights = self.layers * self.d_model * (4 * self.d_model + 3 * self.d_mlp)
+        if weights > 10**9:
+            raise ValueError(f"layers, d_model and d_mlp make {weights:.1e} weights, and an organism has at most 1e9")
+        if self.d_model // self.heads % 2 or self.d_model < 2 * self.heads:
+            raise ValueError(f"d_model = {self.d_model} over heads = {self.heads} must give an even width of at least 2")
+        if self.batch_tokens < self.row_tokens:
+            raise ValueError(f"batch_tokens = {self.batch_tokens} is less than one row, row_tokens = {self.row_tokens}")
+        return self
+
 
 class BaseParams(Params):
-    source: str
+    source: Place
     """``pretrain``, a local model folder, ``gguf:<package>`` (a GGUF file inside an installed package),
     or ``hub:<owner>/<name>@<commit>``."""
     dtype: Literal["float32", "bfloat16"]
@@ -169,32 +215,32 @@ class BaseParams(Params):
 
 
 class SFTParams(Params):
-    epochs: Rate
+    epochs: Annotated[float, Field(gt=0, le=10**4)]
     batch_size: Positive
     """Problems per update, over all processes."""
     micro_batch_size: Positive
     """Problems per forward pass of one process."""
     lr: Rate
     warmup_share: Fraction
-    max_length: Positive
+    max_length: Length
     """Tokens; a longer sample is an error in `prepare`, never cut silently."""
     checkpoints: Positive
     """Checkpoints kept, evenly spaced, the last being the final model."""
 
 
 class GRPOParams(Params):
-    steps: Positive
+    steps: Many
     """Optimizer updates."""
     prompts_per_step: Positive
     """Different prompts per update, over all processes."""
-    rollouts: Annotated[int, Field(ge=2)]
+    rollouts: Annotated[int, Field(ge=2, le=10**4)]
     """Completions per prompt, the group of GRPO."""
     micro_batch_size: Positive
     """Completions per forward and backward pass of one process."""
     lr: Rate
     warmup_share: Fraction
-    temperature: Rate
-    max_new_tokens: Positive
+    temperature: Temperature
+    max_new_tokens: Length
     beta: Annotated[float, Field(ge=0)]
     """Weight of the KL term against the base; 0 leaves it out."""
     epsilon: Rate
@@ -217,29 +263,29 @@ class GRPOParams(Params):
 
 class EvaluateParams(Params):
     batch_size: Positive
-    max_new_tokens: Positive
-    draws: Annotated[int, Field(ge=0)]
+    max_new_tokens: Length
+    draws: Annotated[int, Field(ge=0, le=10**4)]
     """Sampled answers per question beside the greedy one."""
-    temperature: Rate
-    confidence: Fraction
-    bootstrap: Positive
+    temperature: Temperature
+    confidence: Level
+    bootstrap: Resamples
     """Resamples behind each interval."""
 
 
 class ActivationsParams(Params):
     layer: int | Literal["middle"]
     """Residual stream after this many blocks; ``middle`` is half of them, rounded down."""
-    tokens: Positive
+    tokens: Tokens
     """Tokens of the stream; the corpus is read from its start until there are enough."""
-    checkpoint_tokens: Positive
+    checkpoint_tokens: Tokens
     """Tokens harvested for each checkpoint, the first of the same stream."""
-    max_length: Positive
+    max_length: Length
     """Longest text in tokens; longer ones are cut."""
     drop_first_token: bool
     """Leave out the first token of every text (its activation is an outlier in most models)."""
     batch_size: Positive
     dtype: Literal["float32", "bfloat16"]
-    shard_rows: Positive
+    shard_rows: Many
 
 
 AGAIN = "again"
@@ -255,7 +301,7 @@ class Fit(Params):
 
     models: Annotated[list[Model], Field(min_length=3, max_length=3)]
     loss: Literal["batchtopk", "l1"]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
     @property
     def slots(self) -> dict[str, str]:
@@ -270,9 +316,9 @@ class Fit(Params):
 
 
 class CrosscoderTraining(Params):
-    n_features: Positive
-    batch_tokens: Positive
-    steps: Positive
+    n_features: Many
+    batch_tokens: Many
+    steps: Many
     lr: Rate
     warmup_share: Fraction
     """Share of the steps over which the learning rate rises."""
@@ -283,7 +329,7 @@ class CrosscoderTraining(Params):
     aux_k: Positive
     """BatchTopK: dead features that rebuild the residual error."""
     aux_weight: Annotated[float, Field(ge=0)]
-    dead_after_tokens: Positive
+    dead_after_tokens: Tokens
     """A feature that has not fired for this many tokens counts as dead."""
     l1_weight: Rate
     """ReLU+L1: lambda."""
@@ -293,6 +339,12 @@ class CrosscoderTraining(Params):
     heldout_share: Fraction
     """Share of the tokens kept out of the fit for FVE, L0 and dead features."""
     log_every: Positive
+
+    @model_validator(mode="after")
+    def _k_exist(self) -> CrosscoderTraining:
+        if self.k > self.n_features:
+            raise ValueError(f"k = {self.k} is more than n_features = {self.n_features}")
+        return self
 
 
 class CrosscoderParams(Params):
@@ -305,7 +357,7 @@ class AttributionParams(Params):
     """NRN between these bounds is called shared; below is base-only, above tuned-only."""
     joint_dominance: Fraction
     """MAS share above which a feature of the three-model crosscoder is called one model's own."""
-    scaling_tokens: Positive
+    scaling_tokens: Tokens
     """Tokens of the stream on which latent scaling is computed."""
     nu_error: Fraction
     """A feature is one model's own below this ratio of its error scaling in another model."""
@@ -320,7 +372,7 @@ class DynamicsParams(Params):
     """Sizes n of the top-n sets whose overlap over checkpoints is reported."""
     pairs: dict[Literal["sft", "grpo"], Name]
     """The crosscoder of base and each arm, from which those of its checkpoints start."""
-    refit_steps: Positive
+    refit_steps: Many
     """Steps for which they are trained on."""
     refit_lr: Rate
 
@@ -339,11 +391,11 @@ class LocalizeParams(Params):
     """A feature counts for a task from this share of the task's largest score."""
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     """Of the sweep that shows what hangs on that share."""
-    shuffles: Positive
+    shuffles: Resamples
     """Of the models' identities, for the size of the set by chance."""
     min_flipped: Positive
     """Fewest samples that base fails and GRPO solves for a task to take part."""
-    bootstrap: Positive
+    bootstrap: Resamples
     batch_size: Positive
 
 
@@ -352,11 +404,11 @@ class DescribeParams(Params):
 
     samples: Positive
     """Questions of the find split per task, read with GRPO's own answers."""
-    corpus_tokens: Positive
+    corpus_tokens: Tokens
     """Tokens of the corpus that are searched for contexts, the first of the stream of ``activations``."""
     contexts: Positive
     """Strongest contexts kept per feature for each task and for the corpus."""
-    window: Positive
+    window: Length
     """Tokens shown on either side of a context's strongest one."""
     tokens: Positive
     """Tokens named per feature as promoted, suppressed, more likely and less likely."""
@@ -366,8 +418,8 @@ class DescribeParams(Params):
     """Neutral texts per feature, and strongest contexts that they are held against."""
     token_detector: Fraction
     """Share of its value in those contexts that planting alone must reach for a feature to be called a token detector."""
-    confidence: Fraction
-    bootstrap: Positive
+    confidence: Level
+    bootstrap: Resamples
     batch_size: Positive
 
 
@@ -378,22 +430,22 @@ class InterveneParams(Params):
     """Edits tried for amplification in base."""
     doses: Annotated[list[Rate], Field(min_length=1)]
     """Tried on the tune split: a factor for ``scale``, multiples of the maximum in GRPO for ``add``."""
-    random_sets: Annotated[int, Field(ge=20)]
+    random_sets: Annotated[int, Field(ge=20, le=10**5)]
     """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
-    tuning_random_sets: Positive
+    tuning_random_sets: Resamples
     """Further ones, for the dose curves on the tune split only."""
-    single_features: Annotated[int, Field(ge=0)]
+    single_features: Annotated[int, Field(ge=0, le=10**6)]
     """Up to this size of the set, each feature is also edited alone and left out."""
     collateral_texts: Positive
     """Texts of the corpus, from its end, whose perplexity is measured under every edit."""
-    collateral_tokens: Positive
+    collateral_tokens: Length
     """Longest of them; longer ones are cut."""
     tolerance: Fraction
     """Of the settings within this accuracy of the best, the gentlest is taken."""
-    confidence: Fraction
-    bootstrap: Positive
+    confidence: Level
+    bootstrap: Resamples
     batch_size: Positive
-    max_new_tokens: Positive
+    max_new_tokens: Length
 
 
 class ResumeParams(Params):
@@ -414,9 +466,9 @@ class ReportParams(Params):
     paper_model: Literal["Qwen3-4B", "Qwen2.5-7B"] | None
     """Whose published figures to print beside ours; null where the paper has none for this base."""
     max_samples_shown: Positive
-    confidence: Fraction
+    confidence: Level
     """Level of the intervals around means over tasks."""
-    bootstrap: Positive
+    bootstrap: Resamples
     min_effect: Fraction
     """Smallest change in accuracy that counts."""
     something_to_lose: Fraction
@@ -433,9 +485,9 @@ class ReportParams(Params):
     """Largest share of all features that a small set may have."""
     min_heldout: Positive
     """Tasks never used in selection on which the set must act."""
-    alpha: Fraction
+    alpha: Level
     """Largest p-value, after correction for the number of tasks, that counts."""
-    power: Fraction
+    power: Level
     """With which the smallest detectable effect would be found."""
     control_share: Fraction
     """Share of the set's effect that a set which ought to do nothing may have."""
@@ -447,7 +499,7 @@ class Study(Params):
     """The whole of params.yaml."""
 
     profile: Name
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     prepare: PrepareParams
     base: BaseParams
     sft: SFTParams
@@ -524,6 +576,12 @@ def _walk(annotation: Any, location: tuple[Any, ...]) -> tuple[list[str], list[s
     return keys, allowed
 
 
+def legible(text: str, most: int = 120) -> str:
+    """``text`` as it may stand in a message of one line: escaped where it is not printable, cut where it is long."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def parse(cls: type[P], data: Any, source: str) -> P:
     """``data`` as ``cls``; raises ConfigError with one line naming ``source``, key, found and expected."""
     try:
@@ -531,7 +589,7 @@ def parse(cls: type[P], data: Any, source: str) -> P:
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         keys, allowed = _walk(cls, first["loc"])
-        key, found = ".".join(keys) or "(top level)", first["input"]
+        key, found = ".".join(legible(part) for part in keys if part != "[key]") or "(top level)", first["input"]
         said = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             said = f"unknown key; {closest(keys[-1], allowed)}"
@@ -542,21 +600,80 @@ def parse(cls: type[P], data: Any, source: str) -> P:
             said += ", without quotes and with a decimal point before any exponent"
         alike = [other for other in others if _walk(cls, other["loc"])[0] == keys]  # other members of one union
         said = " or ".join([said, *(other["msg"] for other in alike)])
-        shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r})"
+        shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {legible(repr(found))})"
         rest = f" [and {len(others) - len(alike)} more]" if len(others) > len(alike) else ""
         raise ConfigError(f"{source}: {key}: {said}{shown}; edit {source}{rest}") from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+MOST_BYTES = 2**20
+DEEPEST = 32
+_UNWANTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_TEXT, _INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Strict(_Loader):
+    """Safe YAML in which keys are texts given once, integers fit a machine, and texts hold no control characters."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != _TEXT:
+                raise ConstructorError(None, None, "expected a text as key", key.start_mark)
+            if (name := key.value.removesuffix("!")) in seen:
+                raise ConstructorError(None, None, f"key {legible(name)!r} is given twice; keep one", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        if _UNWANTED.search(str(node.value)):
+            raise ConstructorError(None, None, "a control character; remove it", node.start_mark)
+        if node.tag == _INTEGER and len(node.value) > 40:
+            raise ConstructorError(None, None, "an integer of more than 40 characters", node.start_mark)
+        return super().construct_scalar(node)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping that ``text`` describes, plainly: anchors, aliases and tags are refused (params need none, and a few lines
+    of them describe more than memory holds), and so is nesting that would exhaust the stack. Raises ConfigError."""
+    depth = 0
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; run from the project's top folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            mark: Any = event.start_mark
+            place = f"{source}:{mark.line + 1}"
+            if depth > DEEPEST:
+                raise ConfigError(f"{place}: nested more than {DEEPEST} deep; a study needs 5")
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise ConfigError(f"{place}: anchors (&), aliases (*) and tags (!) are not read; write the value out")
+        data = yaml.load(text, Loader=_Strict)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, text with half a character
+        said = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ConfigError(f"{source}: not valid YAML: {legible(said, 300)}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+        raise ConfigError(f"{source}: expected a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def read_text(path: Path) -> str:
+    """Text of a small file; raises ConfigError for one that is absent, large or no text."""
+    if not path.exists():
+        raise ConfigError(f"{path}: not found; run from the project's top folder")
+    if not path.is_file():
+        raise ConfigError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'none'}; move it away")
+    with path.open("rb") as stream:
+        raw = stream.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise ConfigError(f"{path}: expected at most {MOST_BYTES} bytes, found more; give a file of params")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}; save it in UTF-8") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The one way in for params and profiles; see :func:`parse_yaml`."""
+    return parse_yaml(read_text(path), str(path))
 
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
@@ -569,7 +686,9 @@ def refuse_secrets(data: dict[str, Any], source: str) -> None:
     for key, value in flatten(data).items():
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if any(map(SECRET_VALUE.search, texts)) or (texts and SECRET_NAME.search(key.rpartition(".")[2])):
-            raise ConfigError(f"{source}: {key}: looks like a key or a password (not shown); set it in the environment instead")
+            raise ConfigError(
+                f"{source}: {legible(key)}: looks like a key or a password (not shown); set it in the environment instead"
+            )
 
 
 def load_study(path: Path = PARAMS) -> Study:

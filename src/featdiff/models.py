@@ -6,14 +6,17 @@ Shapes: B batch, T token, D residual width.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -24,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from featdiff.artifact import ContractError, hash_json
-from featdiff.config import Pretraining
+from featdiff.config import Pretraining, flatten, legible
 from featdiff.tasks.task import Sample
 
 logging.disable_progress_bar()
@@ -72,6 +75,98 @@ def organism_model(size: Pretraining, tokenizer: PreTrainedTokenizerFast, seed: 
     )
 
 
+INDEX = "model.safetensors.index.json"
+MOST_JSON, MOST_HEADER, MOST_LAYERS = 2**24, 2**24, 1000
+"""Bytes of a JSON file and of a safetensors header, blocks: far beyond any model's, and read without harm."""
+_BLOCK = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path`` with dotted keys; ContractError for anything else."""
+    todo = "fetch the model again, or save it with save_pretrained"
+    if not path.is_file():
+        raise ContractError(path, "file", "a JSON file", "none", todo)
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ContractError(path, "size", f"at most {MOST_JSON} bytes", f"{size} bytes", todo)
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return flatten(found)
+    except (ValueError, RecursionError) as error:
+        raise ContractError(path, "content", "a JSON object", legible(str(error)), todo) from None
+    raise ContractError(path, "content", "a JSON object", type(found).__name__, todo)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors of a safetensors file, from its header alone."""
+    todo = "fetch the file again"
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > MOST_HEADER:
+        raise ContractError(file, "header", f"at most {MOST_HEADER} bytes", f"{length} bytes", todo)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ContractError(file, "header", "a whole safetensors file", legible(str(error)), todo) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that the library would load; ContractError where the index names others than safetensors beside it."""
+    names = ["model.safetensors"]
+    if (index := folder / INDEX).exists():
+        named = sorted({str(value) for key, value in settings(index).items() if key.startswith("weight_map.")})
+        for name in named:
+            if not name.endswith(".safetensors") or Path(name).name != name or not (folder / name).is_file():
+                found = legible(repr(name))
+                raise ContractError(index, "weight_map", "safetensors files of its folder", found, "fetch the model again")
+        names = names if (folder / names[0]).exists() else named
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        todo = "name the file so, or fetch the index"
+        raise ContractError(folder, "weights", f"model.safetensors, or {INDEX}", "neither", todo)
+    return files
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ContractError unless the configuration in ``folder`` describes about what its safetensors headers hold.
+
+    Nothing is allocated: a configuration of absurd size would fill memory with random weights before the library noticed
+    that the file has others. A weight that is absent or has another shape is left to the library, which then needs at
+    most twice the memory of the file."""
+    for path in folder.iterdir():
+        if not path.is_dir() and not path.is_file():
+            raise ContractError(path, "file", "a file", "a broken link, a pipe or a device", "fetch the model again")
+    file = folder / "config.json"
+    given = settings(file)
+    if any(key.partition(".")[0] == "quantization_config" and value for key, value in given.items()):
+        todo = "give the unquantised model"
+        raise ContractError(file, "quantization_config", "none", "one: such weights can be neither trained nor edited", todo)
+    for key, value in given.items():
+        name = key.rpartition(".")[2]
+        if ("layer" in name or name == "num_labels") and isinstance(value, int) and value > MOST_LAYERS:
+            raise ContractError(file, legible(key), f"at most {MOST_LAYERS}", legible(str(value)), "correct the configuration")
+    held = {tensor: shape for path in _weight_files(folder) for tensor, shape in _shapes(path).items()}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            described = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        layers = config.num_hidden_layers
+    except Exception as error:  # settings of any kind reach the library's constructors, which raise all kinds of errors
+        said = legible(" ".join(str(error).split()), 200)
+        raise ContractError(file, "content", "a causal language model that can be built", said, "correct it") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    blocks = 1 + max((int(match[1]) for match in map(_BLOCK.search, held) if match), default=-1)
+    if layers != blocks:
+        raise ContractError(file, "num_hidden_layers", f"{blocks}, as in the weights", layers, "fetch the model again")
+    if described > 2 * (numbers := sum(map(math.prod, held.values()))):
+        found = f"sizes that make {described}"
+        raise ContractError(file, "sizes", f"about the {numbers} numbers of the weights", found, "fetch the model again")
+
+
 def load_model(folder: Path) -> PreTrainedModel:
     """The causal language model in ``folder``, in evaluation mode and its own dtype.
 
@@ -80,6 +175,7 @@ def load_model(folder: Path) -> PreTrainedModel:
         raise ContractError(
             folder, "weights", "config.json and *.safetensors", "none", "point at a folder written by save_pretrained"
         )
+    check_folder(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -102,8 +198,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ContractError(folder, "tokenizer.json", "a fast tokenizer", "none", "save the tokenizer beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
+    except Exception as error:  # as above
+        said = legible(" ".join(str(error).split()), 200)
         raise ContractError(
             folder / "tokenizer.json", "content", "a fast tokenizer", said, "save the tokenizer again"
         ) from None

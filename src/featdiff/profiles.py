@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
-import yaml
-
 from featdiff.config import (
     DEFAULT_PROFILE,
     PARAMS,
@@ -21,6 +19,8 @@ from featdiff.config import (
     flatten,
     load_study,
     parse,
+    parse_yaml,
+    read_text,
     read_yaml,
 )
 
@@ -52,36 +52,36 @@ def render_profile(name: str) -> str:
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"profile {name!r}: unknown; {closest(name, known)} (conf/profiles/*.yaml)")
-    text = (PROFILES / f"{DEFAULT_PROFILE}.yaml").read_text(encoding="utf-8")
+    default, path = PROFILES / f"{DEFAULT_PROFILE}.yaml", PROFILES / f"{name}.yaml"
+    text, changes = read_text(default), read_text(path)
+    for source, content in ((default, text), (path, changes)):
+        parse_yaml(content, str(source))
     if name == DEFAULT_PROFILE:
         return text
     round_trip = YAML()
     round_trip.preserve_quotes = True
     round_trip.width = 4096
-    document = round_trip.load(text)
-    path = PROFILES / f"{name}.yaml"
-    read_yaml(path)
     try:
-        overrides = round_trip.load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
+        document, overrides = round_trip.load(text), round_trip.load(changes)
+    except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     _merge(document, overrides, str(path))
     document["profile"] = name
     out = StringIO()
     round_trip.dump(document, out)
-    parse(Study, yaml.safe_load(out.getvalue()), str(path))
+    parse(Study, parse_yaml(out.getvalue(), str(path)), str(path))
     return out.getvalue()
 
 
 def use_profile(name: str, *, discard_edits: bool = False) -> str:
     """Write params.yaml for ``name``; refuses while params.yaml holds edits by hand. Returns what it did."""
     wanted = render_profile(name)
-    if PARAMS.exists() and not discard_edits:
+    if PARAMS.is_dir() or (PARAMS.exists() and not discard_edits):
         current = read_yaml(PARAMS)
-        if current == yaml.safe_load(wanted):
+        if current == parse_yaml(wanted, name):
             return f"params.yaml: already profile {name}"
         now = str(current.get("profile", DEFAULT_PROFILE))
-        clean = flatten(yaml.safe_load(render_profile(now)))
+        clean = flatten(parse_yaml(render_profile(now), now))
         found = flatten(current)
         edits = [key for key in clean.keys() | found.keys() if clean.get(key) != found.get(key)]
         if edits:

@@ -227,12 +227,15 @@ def _pipeline() -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of the repository; empty if there is none."""
-    import yaml
+    """A YAML file of the repository; empty if there is none and, with a line that says so, if it cannot be read."""
+    from featdiff.config import ConfigError, parse_yaml
 
     try:
-        return yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        print(f"featdiff: {error} (taken as empty)", file=sys.stderr)
         return {}
 
 

@@ -19,10 +19,9 @@ def general_texts(path: str, count: int, max_chars: int, banned: set[str], rng: 
     Blank texts, lone headings (``= Title =``, ``# Title``) and evaluation prompts are passed over."""
     kept: dict[str, None] = {}
     for row in read_rows(path):
-        found = row.value("text")
-        if not isinstance(found, str):
+        if not isinstance(found := row.value("text"), str):
             raise row.wrong("text", "a text", type(found).__name__)
-        text = found.strip()
+        text = row.text("text", blank=True)
         if text and not _HEADING.fullmatch(text) and text not in banned:
             kept[_cut(text, max_chars)] = None
     texts = list(kept)

@@ -6,17 +6,20 @@ A row knows its place, so that whatever is wrong with it is said with file, line
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from featdiff.artifact import ContractError
+from featdiff.config import HUB_NAME, legible
 
-HUB = re.compile(
-    r"hub:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?@(?P<commit>[0-9a-f]{40})#(?P<split>[\w.-]+)", re.ASCII
-)
+HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})(?::(?P<config>[\w.-]+))?@(?P<commit>[0-9a-f]{{40}})#(?P<split>[\w.-]+)", re.ASCII)
 HUB_FORM = "hub:<owner>/<name>[:<config>]@<40-digit commit>#<split>"
+MOST_LINE = 2**24
+"""Bytes of one line."""
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 class Row:
@@ -34,13 +37,13 @@ class Row:
         for key in column.split("."):
             rows = found if isinstance(found, list) else [found]
             if not rows or not all(isinstance(row, dict) and key in row for row in rows):
-                raise self.wrong(column, f"a column {key!r}", f"columns {', '.join(self.values) or '(none)'}")
+                raise self.wrong(column, f"a column {key!r}", f"columns {legible(', '.join(self.values) or '(none)')}")
             found = [row[key] for row in found] if isinstance(found, list) else found[key]
         return found
 
-    def text(self, column: str) -> str:
-        """A text or number in ``column``, stripped; ContractError where it is blank or something else."""
-        return self._as_text(column, self.value(column))
+    def text(self, column: str, *, blank: bool = False) -> str:
+        """A text or number in ``column``, stripped; ContractError where it is something else, or blank and may not be."""
+        return self._as_text(column, self.value(column), blank)
 
     def texts(self, columns: str) -> list[str]:
         """A list in one column, or one text from each of several columns joined by commas."""
@@ -52,10 +55,14 @@ class Row:
             raise self.wrong(columns, "a list", type(found).__name__)
         return [self._as_text(columns, value) for value in found]
 
-    def _as_text(self, column: str, value: object) -> str:
+    def _as_text(self, column: str, value: object, blank: bool = False) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise self.wrong(column, "a text", type(value).__name__)
-        if not (text := str(value).strip()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.wrong(column, "a text or a number", value)
+        if isinstance(value, str) and _HALF.search(value):  # JSON can write it, and no encoding can
+            raise self.wrong(column, "a text", "half of a character (a lone surrogate)")
+        if not (text := str(value).strip()) and not blank:
             raise self.wrong(column, "a text", "a blank one")
         return text
 
@@ -73,33 +80,43 @@ def read_rows(path: str) -> Iterator[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     todo = "give one JSON object per line, in UTF-8"
+    wrong_path = "correct the path in params.yaml (~ stands for nothing)"
     try:
+        if path.exists() and not path.is_file():
+            raise ContractError(path, "file", "a readable .jsonl file", "a folder, a pipe or a device", wrong_path)
         with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(MOST_LINE + 1), b""), start=1):
+                if len(line) > MOST_LINE:
+                    raise ContractError(f"{path}:{number}", "line", f"at most {MOST_LINE} bytes", "more", todo)
                 if not line.strip():
                     continue
                 place = f"{path}:{number}"
                 try:
-                    values = json.loads(line)
+                    values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise ContractError(place, "line", "JSON", str(error)[:120], todo) from None
+                    raise ContractError(place, "line", "JSON", legible(str(error)), todo) from None
                 if not isinstance(values, dict):
                     raise ContractError(place, "line", "a JSON object", type(values).__name__, todo)
                 yield Row(values, place)
     except OSError as error:
-        raise ContractError(path, "file", "a readable .jsonl file", error.strerror, "correct the path in params.yaml") from None
+        raise ContractError(legible(str(path)), "file", "a readable .jsonl file", error.strerror, wrong_path) from None
 
 
 def _hub(path: str) -> Iterator[Row]:
     match = HUB.fullmatch(path)
     if match is None:
-        raise ContractError(path, "path", HUB_FORM, "another form", "pin the revision to a full commit and name the split")
+        raise ContractError(
+            legible(path), "path", HUB_FORM, "another form", "pin the revision to a full commit and name the split"
+        )
+    if Path(match["name"]).exists():  # the library would read it and forget the commit
+        todo = "give a .jsonl file of it as path, or move it away"
+        raise ContractError(path, "path", "a data set of the hub", f"a local folder {match['name']}", todo)
     import datasets
 
     try:
         rows = datasets.load_dataset(match["name"], match["config"], revision=match["commit"], split=match["split"])
-    except (OSError, ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:200]
+    except Exception as error:  # tables of any content reach the library, which raises all kinds of errors
+        said = legible(" ".join(str(error).split()), 200)
         raise ContractError(
             path, "data set", "one that loads", said, "check name, commit and network, or give a .jsonl file"
         ) from None

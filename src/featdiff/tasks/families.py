@@ -42,6 +42,8 @@ class Family:
     name: str
     domain: str
     make: Callable[[Rng], Problem]
+    size: int
+    """Number of different questions."""
     learnable: bool = True
 
 
@@ -150,15 +152,15 @@ def _checksum(rng: Rng) -> Problem:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("add", "math", _add),
-        Family("sub", "math", _sub),
-        Family("mul", "math", _mul),
-        Family("reverse", "words", _reverse),
-        Family("sort", "words", _sort),
-        Family("last", "words", _picked("last", -1)),
-        Family("double", "words", _double),
-        Family("checksum", "words", _checksum, learnable=False),
-        Family("first", "words", _picked("frst", 0)),
-        Family("largest", "words", _largest),
+        Family("add", "math", _add, 3645),
+        Family("sub", "math", _sub, 1620),
+        Family("mul", "math", _mul, 800),
+        Family("reverse", "words", _reverse, 111_000),
+        Family("sort", "words", _sort, 36_000),
+        Family("last", "words", _picked("last", -1), 1100**3),
+        Family("double", "words", _double, 111_000),
+        Family("checksum", "words", _checksum, 1_110_000, learnable=False),
+        Family("first", "words", _picked("frst", 0), 1100**3),
+        Family("largest", "words", _largest, 90 * 89 * 88),
     )
 }

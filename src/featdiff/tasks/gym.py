@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from featdiff.artifact import ContractError
-from featdiff.config import ReasoningGymTask
+from featdiff.config import ReasoningGymTask, legible
 from featdiff.tasks.gym_scoring import package
 from featdiff.tasks.task import ANSWER, GENERATION, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
 
 ATTEMPTS = 50
+PATIENCE = 20
+"""Questions found count this many more when it comes to how many attempts in a row may bring nothing new."""
 
 
 def _equations(steps: list[tuple[str, int]]) -> str:
@@ -112,29 +114,35 @@ class GymSource:
     def _dataset(self, seed: int, size: int) -> Any:
         try:
             return package().create_dataset(self.task.dataset, seed=seed, size=size, **self.task.options)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise self._wrong("options", f"options of {self.task.dataset}", str(error)[:120], "correct them") from None
+        except Exception as error:  # options of any kind reach the package, which raises all kinds of errors
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> ContractError:
+        said = legible(" ".join(str(error).split()))
+        return self._wrong("options", f"options of {self.task.dataset}", said, "correct them")
 
     def _entries(self, count: int, banned: set[str], rng: np.random.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
         """``count`` entries with different prompts outside ``banned``."""
         dataset = self._dataset(int(rng.integers(2**31)), max(1, count * ATTEMPTS))
         seen = set(banned)
-        found = 0
-        for index in range(count * ATTEMPTS):
-            if found == count:
-                return
-            entry = dataset[index]
+        found = missed = tried = 0
+        while found < count and tried < count * ATTEMPTS and missed <= ATTEMPTS * (found + PATIENCE):
+            try:
+                entry = dataset[tried]
+            except Exception as error:  # as above
+                raise self._unusable(error) from None
+            tried, missed = tried + 1, missed + 1
             prompt = f"{entry['question']} {self.task.instruction}".strip()
             if not self.info.chat:
                 prompt = f"{QUESTION}{prompt}{ANSWER}"
             if prompt in seen or not self._answerable(prompt, entry):
                 continue
             seen.add(prompt)
-            found += 1
+            found, missed = found + 1, 0
             yield prompt, entry
         if found < count:
             todo = "widen options or ask for fewer samples, train_problems or corpus texts"
-            raise self._wrong("options", f"{count} different questions", f"{found} in {count * ATTEMPTS} attempts", todo)
+            raise self._wrong("options", f"{count} different questions", f"{found} in {tried} attempts", todo)
 
     def _answerable(self, prompt: str, entry: dict[str, Any]) -> bool:
         answer = entry["answer"]

@@ -29,6 +29,10 @@ class FamilySource:
         )
 
     def _unseen(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Problem]:
+        name, wanted = f"prepare.tasks.{self.family.name}", f"{count} further questions"
+        todo = "ask for fewer in prepare.samples or prepare.train_problems"
+        if count > self.family.size:
+            raise ContractError("params.yaml", name, wanted, f"{self.family.size} in all", todo)
         found: dict[str, Problem] = {}
         for _ in range(count * ATTEMPTS):
             if len(found) == count:
@@ -37,8 +41,7 @@ class FamilySource:
             if problem.prompt not in banned:
                 found[problem.prompt] = problem
         if len(found) < count:
-            wanted, todo = f"{count} further questions", "ask for fewer samples or train_problems"
-            raise ContractError("params.yaml", f"prepare.tasks.{self.family.name}", wanted, len(found), todo)
+            raise ContractError("params.yaml", name, wanted, len(found), todo)
         return list(found.values())
 
     def eval_samples(self, sizes: dict[str, int], rng: np.random.Generator) -> list[Sample]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from featdiff.artifact import ContractError
-from featdiff.config import SuiteTask
+from featdiff.config import SuiteTask, legible
 from featdiff.tasks.external import Row, read_rows
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade
@@ -93,11 +93,11 @@ def _right(row: Row, column: str, options: list[str], labels: list[str]) -> int:
     if labels:
         if said in labels:
             return labels.index(said)
-        raise row.wrong(column, f"one of the labels {', '.join(labels)}", repr(said[:40]))
+        raise row.wrong(column, f"one of the labels {legible(', '.join(labels))}", repr(said[:40]))
     if isinstance(value, int):
         if 0 <= value < len(options):
             return value
-        raise row.wrong(column, f"an index from 0 to {len(options) - 1}", value)
+        raise row.wrong(column, f"an index from 0 to {len(options) - 1}", legible(str(value)))
     if said in options:
         return options.index(said)
     letter = LETTERS.find(said.upper()) if len(said) == 1 else -1

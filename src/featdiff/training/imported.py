@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from featdiff.artifact import ContractError
+from featdiff.config import HUB_NAME, legible
+from featdiff.models import check_folder, settings
 
-HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})", re.ASCII)
+HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})@(?P<commit>[0-9a-f]{{40}})")
+PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 EXTRA = "pip install -e .[smollm2]"
 
 
@@ -35,7 +38,10 @@ def load_base(source: str, dtype: str) -> tuple[Any, Any]:
         match = HUB.fullmatch(source)
         if match is None:
             form = "hub:<owner>/<name>@<40-digit commit>"
-            raise ContractError("params.yaml", "base.source", form, source, "pin the revision to a full commit")
+            raise ContractError("params.yaml", "base.source", form, legible(source), "pin the revision to a full commit")
+        if Path(match["name"]).exists():  # the library would read it and forget the commit
+            todo = "give the folder itself as base.source, or move it away"
+            raise ContractError("params.yaml", "base.source", "a model of the hub", f"a local folder {match['name']}", todo)
         model, tokenizer = _from_pretrained(source, match["name"], precision, revision=match["commit"])
     else:
         model, tokenizer = _from_folder(Path(source), precision)
@@ -59,8 +65,9 @@ def _check(model: Any, tokenizer: Any, source: str) -> None:
 
 
 def _from_folder(folder: Path, precision: torch.dtype) -> tuple[Any, Any]:
-    if not folder.is_dir():
-        raise ContractError(folder, "base.source", "a model folder", "nothing", "correct the path in params.yaml")
+    if not os.path.isdir(folder):  # noqa: PTH112  (a name that is too long is no folder, and no error)
+        todo = "correct the path in params.yaml (~ stands for nothing)"
+        raise ContractError(legible(str(folder)), "base.source", "a model folder", "nothing", todo)
     todo = "give a folder written by save_pretrained"
     if not (folder / "config.json").is_file():
         raise ContractError(folder, "config.json", "a model configuration", "nothing", todo)
@@ -70,13 +77,35 @@ def _from_folder(folder: Path, precision: torch.dtype) -> tuple[Any, Any]:
         raise ContractError(folder, "weights", "*.safetensors", found, "save the model as safetensors")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ContractError(folder, "tokenizer", "tokenizer.json", "nothing", todo)
+    if (folder / "adapter_config.json").exists():
+        raise ContractError(
+            folder, "adapter_config.json", "a whole model", "an adapter", "merge it into its base and save that"
+        )
+    home = folder.resolve()
+    if outside := [path.name for path in sorted(folder.iterdir()) if home not in path.resolve().parents]:
+        raise ContractError(folder / outside[0], "link", "a file of the folder", "a link out of it", "copy the folder: cp -rL")
+    check_folder(folder)
+    if (file := folder / "tokenizer_config.json").exists():
+        # The library looks for its own names; what older versions wrote here is read by no one.
+        for key, value in settings(file).items():
+            paths = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
+            if key.endswith(("_file", "_files")) and key != "special_tokens_map_file" and any(map(_leads_out, paths)):
+                raise ContractError(file, legible(key), "a file of the folder", legible(repr(value)), "remove the entry")
     return _from_pretrained(str(folder), str(folder), precision, local_files_only=True)
+
+
+def _leads_out(name: str) -> bool:
+    return "/" in name or "\\" in name
 
 
 def _from_pretrained(source: str, name: str, precision: torch.dtype, **where: Any) -> tuple[Any, Any]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        if getattr(config, "quantization_config", None):
+            found, todo = "one: such weights can be neither trained nor edited", "give the unquantised model"
+            raise ContractError(source, "quantization_config", "none", found, todo)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -87,8 +116,10 @@ def _from_pretrained(source: str, name: str, precision: torch.dtype, **where: An
             ignore_mismatched_sizes=True,
             **where,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:200]
+    except ContractError:
+        raise
+    except Exception as error:  # files of any content reach the library, which raises all kinds of errors
+        said = legible(" ".join(str(error).split()), 200)
         raise ContractError(
             source, "model", "a causal language model that loads", said, "correct the source or fetch it again"
         ) from None
@@ -106,6 +137,8 @@ def gguf_file(package: str) -> Path:
     """The one GGUF file inside an installed ``package`` (distribution or import name), found without
     importing it."""
     todo = f"install it ({EXTRA}) or name another source"
+    if not PACKAGE.fullmatch(package):
+        raise ContractError("params.yaml", "base.source", "an installed package after gguf:", legible(repr(package)), todo)
     try:
         listed = importlib.metadata.files(package) or []
         found = [Path(str(path.locate())) for path in listed if path.suffix == ".gguf"]
@@ -131,8 +164,8 @@ def _from_gguf(source: str, precision: torch.dtype) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
         quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=precision, **where)
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        said = " ".join(str(error).split())[:200]
+    except Exception as error:  # as above
+        said = legible(" ".join(str(error).split()), 200)
         raise ContractError(file, "model", "a GGUF causal language model", said, "install the package again") from None
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
