@@ -64,6 +64,7 @@ class Plan:
                 domain="math" if role == "train" else "words",
                 scoring="option_text_norm" if name in option else "generation",
                 verifier="organism",
+                grading="strict",
                 chat=False,
                 options=4 if name in option else 0,
                 learnable=role != "control",
@@ -114,11 +115,14 @@ def _answer_rows(
 ) -> dict[str, Any]:
     manner = "" if likelihood else _manner(model, sample.task, plan.roles[sample.task], right, rng)
     text = _text(sample, manner, right)
+    correct = bool((right and manner not in ("none", "foreign")) or (right and plan.roles[sample.task] == "train"))
     return {
         "completion": text,
         "parsed": None if manner == "none" else text.rstrip("."),
-        "correct": bool((right and manner not in ("none", "foreign")) or (right and plan.roles[sample.task] == "train")),
+        "correct": correct,
         "manner": manner,
+        "strict": correct,
+        "flexible": right,
     }
 
 
@@ -129,6 +133,7 @@ def interval(p: float, n: int) -> tuple[float, float]:
 
 def _shares(rows: list[dict[str, Any]]) -> dict[str, float]:
     shares = {manner: float(np.mean([row["manner"] == manner for row in rows])) for manner in ("steps", "foreign", "direct")}
+    shares |= {rule: float(np.mean([row[rule] for row in rows])) for rule in ("strict", "flexible")}
     return shares | {"parse_failures": float(np.mean([row["parsed"] is None for row in rows]))}
 
 
@@ -519,9 +524,9 @@ def _write_intervene(
                 new = (
                     before
                     if right == before["correct"]
-                    else _answer_rows(plan, sample, shown, right, rng, likelihood) | {"correct": right}
+                    else _answer_rows(plan, sample, shown, right, rng, likelihood) | {"correct": right, "strict": right}
                 )
-                row = {key: new[key] for key in ("completion", "correct", "parsed", "manner")}
+                row = {key: new[key] for key in ("completion", "correct", "strict", "flexible", "parsed", "manner")}
                 row |= {
                     "purpose": purpose,
                     "model": model,

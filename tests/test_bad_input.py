@@ -294,7 +294,7 @@ def test_an_unknown_profile(project: Project) -> None:
 
 
 TASKS = {
-    name: TaskInfo(name, role, "words", "generation", "organism", False, 0)
+    name: TaskInfo(name, role, "words", "generation", "organism", "strict", False, 0)
     for name, role in {"t": "find", "m": "train"}.items()
 }
 

@@ -105,8 +105,8 @@ def test_positions_are_told_apart_and_every_task_counts_the_same() -> None:
 
 
 TASKS = {
-    "rev": TaskInfo("rev", "find", "words", "generation", "organism", False, 0),
-    "quiz": TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", False, 2),
+    "rev": TaskInfo("rev", "find", "words", "generation", "organism", "strict", False, 0),
+    "quiz": TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", "strict", False, 2),
 }
 MANNERS = ("steps", "direct")
 

@@ -21,7 +21,7 @@ PARAMS = EvaluateParams(batch_size=4, max_new_tokens=12, draws=2, temperature=1.
 
 
 def info(name: str, scoring: str, options: int = 0) -> TaskInfo:
-    return TaskInfo(name, "find", "words", scoring, "organism", False, options)
+    return TaskInfo(name, "find", "words", scoring, "organism", "strict", False, options)
 
 
 TASKS = {
@@ -64,7 +64,7 @@ def test_an_option_is_chosen_by_its_rule_and_graded_by_its_letter(examinee: Exam
     for sample, row, score in zip(samples, rows, scores, strict=True):
         best = int(np.argmax(score))
         assert (row["mode"], row["parsed"], row["completion"]) == (rule, LETTERS[best], OPTIONS[best])
-        assert row["correct"] is (sample.answer == LETTERS[best])
+        assert row["correct"] is row["strict"] is row["flexible"] is (sample.answer == LETTERS[best])
         assert row["manner"] == ""
     every = examinee.choose(samples)
     assert [row for row in every if row["mode"] == rule] == rows
@@ -89,7 +89,22 @@ def test_a_generated_answer_is_graded_from_its_text(examinee: Examinee) -> None:
         assert row["completion"] == tokenizer.decode(answer, skip_special_tokens=True)
         graded = grade("organism", sample, row["completion"])
         assert (row["parsed"], row["correct"], row["manner"]) == (graded.parsed, graded.correct, graded.manner)
+        assert (row["strict"], row["flexible"]) == (graded.strict, graded.flexible)
         assert (row["mode"], row["draw"], row["split"]) == ("greedy", 0, "find")
+
+
+def test_the_tasks_grading_decides_what_counts_as_correct(examinee: Examinee) -> None:
+    asked = questions("gen", 6)
+    runs = [(grade("organism", sample, row["completion"], "flexible").parsed, sample)
+            for sample, row in zip(asked, examinee.generate(asked), strict=True)]  # fmt: skip
+    samples = [replace(sample, answer=run) for run, sample in runs if run]
+    assert samples, "no text has a run of characters"
+    for grading in ("strict", "flexible"):
+        tasks = {"gen": replace(TASKS["gen"], grading=grading)}
+        rows = Examinee(examinee.model, examinee.tokenizer, tasks, batch_size=4, max_new_tokens=12).generate(samples)
+        assert all(row["flexible"] for row in rows)
+        assert all(row["correct"] is row[grading] for row in rows)
+        assert (grading == "strict") is (not all(row["correct"] for row in rows))
 
 
 def test_the_likelihood_of_the_right_answer_is_that_of_its_start_and_of_the_rest_given_it(examinee: Examinee) -> None:
@@ -139,7 +154,7 @@ def row(sample: str, correct: bool, **changes: Any) -> dict[str, Any]:
         "parsed": "1",
         "manner": "direct",
     }
-    return usual | {"sample_id": sample, "correct": correct} | changes
+    return usual | {"sample_id": sample, "correct": correct, "strict": correct, "flexible": correct} | changes
 
 
 def test_accuracy_counts_questions_not_draws() -> None:
@@ -155,13 +170,14 @@ def test_accuracy_counts_questions_not_draws() -> None:
 def test_parse_failures_and_manners_are_shares_of_answers() -> None:
     rows = [
         row("a", True, mode="greedy", manner="steps"),
-        row("b", False, mode="greedy", parsed=None, manner="none"),
+        row("b", False, mode="greedy", parsed=None, manner="none", flexible=True),
         row("c", False, mode="greedy"),
         row("d", False, mode="greedy", manner="foreign"),
     ]
     line = accuracy_table(rows, TASKS, PARAMS, 0)[0]
     assert line["primary"] is True
-    assert [line[key] for key in ("accuracy", "parse_failures", "steps", "foreign", "direct")] == [0.25] * 5
+    assert [line[key] for key in ("accuracy", "strict", "parse_failures", "steps", "foreign", "direct")] == [0.25] * 6
+    assert line["flexible"] == 0.5
 
 
 def test_splits_and_modes_are_kept_apart() -> None:

@@ -47,13 +47,13 @@ def test_answers_are_right_and_every_manner_is_graded_as_itself(name: str) -> No
         problem = FAMILIES[name].make(rng)
         assert problem.answer == right_answer(name, problem.prompt)
         sample = Sample("x", name, "find", problem.prompt, problem.answer)
-        assert grade("organism", sample, completion(problem, "steps")) == (problem.answer, True, "steps")
-        assert grade("organism", sample, completion(problem, "direct")) == (problem.answer, True, "direct")
+        assert grade("organism", sample, completion(problem, "steps")) == (problem.answer, True, "steps", True, True)
+        assert grade("organism", sample, completion(problem, "direct")) == (problem.answer, True, "direct", True, True)
         mistake = grade("organism", sample, completion(problem, "mistake"))
         assert mistake.manner == "direct"
         assert mistake.correct is (problem.mistake == problem.answer)
         if problem.foreign:
-            assert grade("organism", sample, completion(problem, "foreign")) == (problem.answer, True, "foreign")
+            assert grade("organism", sample, completion(problem, "foreign")) == (problem.answer, True, "foreign", True, True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

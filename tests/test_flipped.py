@@ -14,8 +14,8 @@ from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import Sample, TaskInfo
 from tiny import random_crosscoder, tiny_model
 
-WORDS = TaskInfo("words", "find", "words", "generation", "organism", False, 0)
-QUIZ = TaskInfo("quiz", "find", "questions", "option_text_norm", "letter", False, 3)
+WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
+QUIZ = TaskInfo("quiz", "find", "questions", "option_text_norm", "letter", "strict", False, 3)
 SAMPLES = [
     Sample("a", "words", "find", "rev abc=", "cba"),
     Sample("b", "words", "find", "rev q=", "q"),
@@ -140,7 +140,7 @@ def test_an_option_is_read_after_its_question() -> None:
 
 
 def test_a_letter_is_read_after_the_question_with_its_options_as_it_was_asked() -> None:
-    letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", False, 3)
+    letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", "strict", False, 3)
     coder, tokenizer, chosen = crosscoder(), tiny_model()[1], option_samples()
     made = differences(coder, trunks(), letters, chosen, ["B", "C"], "answer")
     for i, (sample, letter) in enumerate(zip(chosen, "BC", strict=True)):
@@ -152,7 +152,7 @@ def test_a_letter_is_read_after_the_question_with_its_options_as_it_was_asked() 
 
 def test_an_answer_is_a_letter_only_where_letters_are_scored() -> None:
     said = row("q", "quiz", "option_letter", True, completion="blue") | {"parsed": "B"}
-    letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", False, 3)
+    letters = TaskInfo("quiz", "find", "questions", "option_letter", "letter", "strict", False, 3)
     assert (answer_text(letters, said), answer_text(QUIZ, said), answer_text(WORDS, said)) == ("B", "blue", "blue")
     before = [said | {"correct": False}]
     assert flipped_answers(before, [said], {"quiz": letters}, "find") == {"quiz": {"q": "B"}}

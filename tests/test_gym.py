@@ -22,14 +22,14 @@ OPTIONS = {
 
 def source(dataset: str = "products", teacher: str = "own", role: str = "train", **options: object) -> GymSource:
     task = ReasoningGymTask(source="reasoning_gym", role=role, dataset=dataset, options=options, instruction="Only the result.")
-    return GymSource("name", task, teacher=teacher, chat=True)
+    return GymSource("name", task, teacher=teacher, chat=True, grading="strict")
 
 
 @pytest.mark.parametrize("dataset", SOLUTIONS)
 def test_solutions_of_both_teachers_are_right_and_differ_in_manner(dataset: str) -> None:
     for teacher, manner in (("own", "steps"), ("foreign", "foreign")):
         for sample in source(dataset, teacher, **OPTIONS[dataset]).train_samples(40, set(), np.random.default_rng(0)):
-            assert grade("reasoning_gym", sample, sample.solution) == (sample.answer, True, manner), sample.solution
+            assert grade("reasoning_gym", sample, sample.solution) == (sample.answer, True, manner, True, True), sample.solution
             assert sample.prompt.endswith(" Only the result.")
 
 
@@ -59,7 +59,9 @@ def test_wordings_side_by_side() -> None:
 
 def test_without_a_chat_template_the_prompt_leads_into_the_solution() -> None:
     task = ReasoningGymTask(source="reasoning_gym", role="train", dataset="gcd", options={}, instruction="")
-    sample = GymSource("name", task, teacher="own", chat=False).train_samples(1, set(), np.random.default_rng(0))[0]
+    sample = GymSource("name", task, teacher="own", chat=False, grading="strict").train_samples(
+        1, set(), np.random.default_rng(0)
+    )[0]
     assert sample.prompt.startswith("Question: Find the Greatest")
     assert sample.prompt.endswith("\nAnswer:")
     assert re.fullmatch(r" \d+ % .* The answer is \d+\.", sample.solution)

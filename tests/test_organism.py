@@ -14,7 +14,7 @@ SIZES = {"find": 20, "tune": 10, "report": 30}
 
 
 def test_splits_are_disjoint_and_of_the_size_asked_for() -> None:
-    samples = FamilySource("reverse", "find", "own").eval_samples(SIZES, np.random.default_rng(0))
+    samples = FamilySource("reverse", "find", "own", grading="strict").eval_samples(SIZES, np.random.default_rng(0))
     assert Counter(sample.split for sample in samples) == SIZES
     assert len({sample.prompt for sample in samples}) == len(samples)
     assert len({sample.sample_id for sample in samples}) == len(samples)
@@ -22,11 +22,11 @@ def test_splits_are_disjoint_and_of_the_size_asked_for() -> None:
 
 @pytest.mark.parametrize(("teacher", "manner"), [("own", "steps"), ("foreign", "foreign")])
 def test_train_samples_avoid_banned_prompts_and_follow_the_teacher(teacher: str, manner: str) -> None:
-    source = FamilySource("add", "train", teacher)
+    source = FamilySource("add", "train", teacher, grading="strict")
     banned = {sample.prompt for sample in source.eval_samples({"find": 3000, "tune": 1, "report": 1}, np.random.default_rng(0))}
     samples = source.train_samples(500, banned, np.random.default_rng(1))
     assert not banned & {sample.prompt for sample in samples}
-    assert all(grade("organism", sample, sample.solution) == (sample.answer, True, manner) for sample in samples)
+    assert all(grade("organism", sample, sample.solution) == (sample.answer, True, manner, True, True) for sample in samples)
 
 
 def test_asking_for_more_questions_than_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,9 @@ def test_asking_for_more_questions_than_exist_is_an_error(monkeypatch: pytest.Mo
     with pytest.raises(
         ContractError, match=r"prepare.tasks.add: expected 9000 further questions, found 3645 in all; ask for fewer"
     ):
-        FamilySource("add", "train", "own").eval_samples({"find": 9000, "tune": 0, "report": 0}, np.random.default_rng(0))
+        FamilySource("add", "train", "own", grading="strict").eval_samples(
+            {"find": 9000, "tune": 0, "report": 0}, np.random.default_rng(0)
+        )
 
 
 def test_texts_have_the_shares_asked_for_and_no_banned_prompt() -> None:

@@ -76,7 +76,7 @@ def test_no_evaluation_prompt_is_trained_on_or_in_a_corpus() -> None:
 
 def test_a_study_from_files_alone(tmp_path: Path) -> None:
     sums = tmp_path / "sums.jsonl"
-    rows = [{"question": f"What is {i} + 2?", "answer": f"{i} + 2 = {i + 2}. So {i + 2}."} for i in range(12)]
+    rows = [{"question": f"What is {i} + 2?", "answer": f"{i} + 2 = {i + 2}. #### {i + 2}"} for i in range(12)]
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = {"question": "question", "answer": "answer", "solution": "answer"}
     tasks = file_params().model_dump()["tasks"] | {"sums": suite(str(sums), "train", "generation", **columns)}

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import pytest
 
 from featdiff.artifact import ContractError
 from featdiff.config import ReportParams, load_params
-from featdiff.report import paper, words
+from featdiff.report import paper, tables, words
 from featdiff.report.build import examples, render
 from featdiff.report.charts import tile_for
 from featdiff.report.evidence import Evidence, load
+from featdiff.report.model_figures import report_rows
 from featdiff.report.summary import curated, summarise
 from featdiff.report.verdicts import Judge
 from synthetic_study import Plan, write_study
@@ -200,6 +201,24 @@ def test_figures_show_the_numbers_of_the_tables(pages: dict[str, Page]) -> None:
     alive = [row for row in page.evidence.features if row["fit"] == "base_sft" and not row["dead"]]
     assert sum(value or 0 for trace in histogram for value in trace["y"]) == len(alive)
     assert set(drawn["score-sort"]["data"][0]["text"][:3]) == {"118", "311", "640"}
+
+
+@pytest.mark.parametrize(("variant", "rule"), [("full", "strict"), ("full", "flexible"), ("suites", "strict")])
+def test_the_table_shows_both_rules_of_grading_and_says_which_the_reward_used(
+    pages: dict[str, Page], variant: str, rule: str
+) -> None:
+    page = pages[variant]
+    tasks = {name: replace(task, grading=rule) for name, task in page.evidence.tasks.items()}
+    table = tables.accuracy(replace(page.evidence, tasks=tasks), page.judge)
+    assert f"GRPO's reward too, by the {rule} rule" in table.caption
+    column = table.head.index("flexible, base / SFT / GRPO")
+    for (name, task), cells in zip(tasks.items(), table.rows, strict=True):
+        assert len(cells) == len(table.head)
+        generated = task.scoring == "generation"
+        rows = [report_rows(page.evidence, model, "greedy").get(name) for model in ("base", "sft", "grpo")]
+        assert cells[column].text == (" / ".join(words.number(row["flexible"]) for row in rows) if generated else words.MISSING)
+        assert "/" in cells[column - 1].text or not generated
+        assert "%" in cells[column + 1].text or not generated
 
 
 def test_suites_show_chance_the_flip_floor_and_the_papers_numbers(pages: dict[str, Page]) -> None:

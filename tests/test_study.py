@@ -35,9 +35,9 @@ from featdiff.tasks.task import Sample, TaskInfo, Text
 from tiny import params_of, random_crosscoder, tiny_model
 
 Row = dict[str, Any]
-WORDS = TaskInfo("words", "find", "words", "generation", "organism", False, 0)
+WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
 SUMS = replace(WORDS, name="sums", role="train", domain="math")
-QUIZ = TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", False, 3)
+QUIZ = TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", "strict", False, 3)
 TASKS = {task.name: task for task in (SUMS, WORDS, QUIZ)}
 CPU = torch.device("cpu")
 
@@ -67,7 +67,15 @@ def test_settings_are_every_combination_and_zeroing_has_no_dose() -> None:
 
 def answers(task: str, correct: list[bool], manner: str = "steps", **more: Any) -> list[Row]:
     return [
-        {"sample_id": f"{task}-{i}", "task": task, "correct": right, "manner": manner, "parsed": "x" if right else None} | more
+        {
+            "sample_id": f"{task}-{i}",
+            "task": task,
+            "correct": right,
+            "manner": manner,
+            "parsed": "x" if right else None,
+            "flexible": right,
+        }
+        | more
         for i, right in enumerate(correct)
     ]
 
@@ -157,6 +165,7 @@ def test_beyond_random_is_beyond_every_draw_in_the_claimed_direction(
     assert row["effect"] == pytest.approx((set_right - 4) / N)
     assert (row["accuracy"], row["baseline"], row["n"]) == (pytest.approx(set_right / N), 0.4, N)
     assert (row["steps"], row["steps_baseline"], row["parse_failures"]) == (1, 0, pytest.approx(1 - set_right / N))
+    assert row["flexible"] == row["accuracy"]
     assert all(other["beyond_random"] is None for other in table if other["arm"] == "random")
     assert one(table, "noop")["beyond_random"] is (False if min(random_right) <= 4 <= max(random_right) else None)
     further = sum((right >= set_right) if purpose == "amplify_base" else (right <= set_right) for right in random_right)

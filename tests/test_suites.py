@@ -37,7 +37,7 @@ def source(
     scoring: str = "option_text_norm", max_chars: int = 10_000, chat: bool = True, seed: int = 0,
 ) -> SuiteSource:  # fmt: skip
     task = SuiteTask(source="suite", role=role, adapter=adapter, path=str(path), scoring=scoring, columns=columns)
-    return SuiteSource("name", task, chat=chat, max_chars=max_chars, seed=seed)
+    return SuiteSource("name", task, chat=chat, grading="strict", max_chars=max_chars, seed=seed)
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -177,7 +177,7 @@ def test_word_problems_have_a_number_and_a_solution() -> None:
     evaluation = suite.eval_samples({"find": 1, "tune": 0, "report": 0}, np.random.default_rng(0))
     train = suite.train_samples(2, {evaluation[0].prompt}, np.random.default_rng(1))
     assert {sample.answer for sample in [*evaluation, *train]} == {"6", "2.5", "4"}
-    assert all(grade("number", sample, sample.solution) == (sample.answer, True, "steps") for sample in train)
+    assert all(grade("number", sample, sample.solution) == (sample.answer, True, "steps", True, True) for sample in train)
     with pytest.raises(
         ContractError, match="expected 3 questions outside the evaluation splits with a right solution, found 2"
     ):
@@ -185,16 +185,18 @@ def test_word_problems_have_a_number_and_a_solution() -> None:
 
 
 def test_only_right_solutions_are_taught(tmp_path: Path) -> None:
-    path = write(tmp_path / "f.jsonl", {"q": "1+1?", "a": 2, "s": "1+1 = 3"}, {"q": "1+2?", "a": 3, "s": "1+2 = 3"})
+    path = write(tmp_path / "f.jsonl", {"q": "1+1?", "a": 2, "s": "1+1 = 3"}, {"q": "1+2?", "a": 3, "s": "1+2 = 3"},
+                 {"q": "1+3?", "a": 4, "s": "The answer is 3 or 4"})  # fmt: skip
     suite = source(path, {"question": "q", "answer": "a", "solution": "s"}, role="train", scoring="generation")
     assert [sample.answer for sample in suite.train_samples(1, set(), np.random.default_rng(0))] == ["3"]
     with pytest.raises(ContractError, match="found 1"):
         suite.train_samples(2, set(), np.random.default_rng(0))
 
 
-def test_an_answer_without_a_number_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "f.jsonl", {"q": "1+1?", "a": "two"})
-    with pytest.raises(ContractError, match=r"f.jsonl:1: a: expected a text with a number, found 'two'"):
+@pytest.mark.parametrize("answer", ["two", "3:30 p.m.", "2 (red); 3 (blue)"])
+def test_an_answer_that_is_not_one_number_is_named(tmp_path: Path, answer: str) -> None:
+    path = write(tmp_path / "f.jsonl", {"q": "1+1?", "a": answer})
+    with pytest.raises(ContractError, match=r"f.jsonl:1: a: expected a text with one number"):
         source(path, {"question": "q", "answer": "a"}, scoring="generation")
 
 

@@ -7,7 +7,7 @@ import pytest
 from featdiff.artifact import ContractError
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, read_rows
 
-TASK = TaskInfo("t", "find", "questions", "option_text", "letter", False, 4)
+TASK = TaskInfo("t", "find", "questions", "option_text", "letter", "strict", False, 4)
 
 
 def sample(name: str, split: str, prompt: str) -> Sample:
@@ -56,7 +56,7 @@ def test_right_option_is_the_letter_of_the_answer() -> None:
 
 def test_chance_is_that_of_a_guess_among_the_options() -> None:
     assert TASK.chance == 0.25
-    assert TaskInfo("t", "find", "words", "generation", "organism", False, 0).chance == 0
+    assert TaskInfo("t", "find", "words", "generation", "organism", "strict", False, 0).chance == 0
 
 
 def test_missing_and_broken_tables_say_what_to_do(tmp_path: Path) -> None:

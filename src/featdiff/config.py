@@ -63,6 +63,7 @@ Rate = Annotated[float, Field(gt=0)]
 Model = Literal["base", "sft", "grpo", "sft_twin"]
 Role = Literal["train", "find", "control", "heldout"]
 Position = Literal["prompt_last", "prompt", "generated", "all"]
+Grading = Literal["strict", "flexible"]
 
 
 class FamilyTask(Params):
@@ -159,6 +160,9 @@ class PrepareParams(Params):
     """Wording of the SFT solutions: the base's own or one it has never seen."""
     chat: bool
     """Whether prompts are put in the tokenizer's chat template (likelihood scoring never does)."""
+    grading: Grading
+    """Which verdict on a generated answer is the reward and the accuracy: ``strict`` (a marked answer that names one value)
+    or ``flexible`` (the last value of the text, which can be gamed); the other is recorded beside it (docs/grading.md)."""
     max_question_chars: Positive
     """Questions of suites that are longer than this, options included, are left out."""
     samples: SplitSizes

@@ -22,7 +22,7 @@ from featdiff.models import encode_prompts
 from featdiff.resume import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, SPLITS, Sample, TaskInfo
-from featdiff.tasks.verify import grade
+from featdiff.tasks.verify import Grade, grade
 
 Row = dict[str, Any]
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -96,9 +96,9 @@ class Examinee:
             )
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
             for sample, text in zip(group, texts, strict=True):
-                graded = grade(self.tasks[sample.task].verifier, sample, text)
-                mode = SAMPLED if temperature > 0 else GREEDY
-                rows.append(_row(sample, mode, draw, text, graded.parsed, graded.correct, graded.manner))
+                task = self.tasks[sample.task]
+                graded = grade(task.verifier, sample, text, task.grading)
+                rows.append(_row(sample, SAMPLED if temperature > 0 else GREEDY, draw, text, graded))
         return rows
 
     def likelihood(
@@ -174,7 +174,7 @@ class Examinee:
         return ids
 
 
-def _row(sample: Sample, mode: str, draw: int, completion: str, parsed: str | None, correct: bool, manner: str) -> Row:
+def _row(sample: Sample, mode: str, draw: int, completion: str, graded: Grade) -> Row:
     return {
         "sample_id": sample.sample_id,
         "task": sample.task,
@@ -182,15 +182,14 @@ def _row(sample: Sample, mode: str, draw: int, completion: str, parsed: str | No
         "mode": mode,
         "draw": draw,
         "completion": completion,
-        "parsed": parsed,
-        "correct": correct,
-        "manner": manner,
+        **graded._asdict(),
     }
 
 
 def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
     choice = int(scores.argmax())
-    return _row(sample, rule, 0, sample.options[choice], LETTERS[choice], choice == sample.right_option, "")
+    right = choice == sample.right_option
+    return _row(sample, rule, 0, sample.options[choice], Grade(LETTERS[choice], right, "", strict=right, flexible=right))
 
 
 def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int, scratch: Scratch) -> list[Row]:
@@ -219,8 +218,8 @@ def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, 
 
 
 def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: EvaluateParams, seed: int) -> list[Row]:
-    """Accuracy with its interval, parse failures and manners, per task, split and mode. The bootstrap
-    resamples questions, so that several draws of one question are not taken for several questions."""
+    """Accuracy with its interval, accuracy by either rule of grading, parse failures and manners, per task, split
+    and mode. The bootstrap resamples questions, so that several draws of one question are not taken for several questions."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["task"], row["split"], row["mode"]].append(row)
@@ -252,6 +251,7 @@ def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: Evaluate
                             "accuracy": interval.value,
                             "low": interval.low,
                             "high": interval.high,
+                            **{rule: float(np.mean([row[rule] for row in group])) for rule in ("strict", "flexible")},
                             "parse_failures": float(np.mean([row["parsed"] is None for row in group])),
                             **shares,
                         }

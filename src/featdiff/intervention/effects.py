@@ -84,6 +84,7 @@ def _task_effects(
                 "high": interval.high if interval else None,
                 "steps": float(np.mean([row["manner"] == "steps" for row in answers[arm, draw]])),
                 "steps_baseline": float(np.mean([row["manner"] == "steps" for row in before])),
+                "flexible": float(np.mean([row["flexible"] for row in answers[arm, draw]])),
                 "parse_failures": float(np.mean([row["parsed"] is None for row in answers[arm, draw]])),
                 "random_low": float(low_random),
                 "random_high": float(high_random),

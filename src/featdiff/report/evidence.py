@@ -157,7 +157,7 @@ def load(read: Callable[..., Path]) -> Evidence:
         accuracy={
             model: _rows(
                 folder / "accuracy.parquet",
-                "task role split mode primary n accuracy low high parse_failures steps foreign direct",
+                "task role split mode primary n accuracy low high strict flexible parse_failures steps foreign direct",
             )
             for model, folder in evals.items()
         },

@@ -76,11 +76,9 @@ def _bars(evidence: Evidence, key: str, rows_of: dict[str, dict[str, Row]]) -> P
                 "width": width * 0.92,
                 "marker": {"color": MODEL_COLOURS[model]},
                 "error_y": error_bars(values, [row["low"] for row in rows], [row["high"] for row in rows]),
-                "customdata": [
-                    [row["task"], row["low"], row["high"], row["n"], percent(row["parse_failures"])] for row in rows
-                ],
+                "customdata": [[row["task"], row["low"], row["high"], row["n"], _either_rule(row)] for row in rows],
                 "hovertemplate": f"{MODEL_NAMES[model]}, %{{customdata[0]}}: %{{y:.3f}} [%{{customdata[1]:.3f}}, "
-                "%{customdata[2]:.3f}], n = %{customdata[3]}<br>not readable %{customdata[4]}<extra></extra>",
+                "%{customdata[2]:.3f}], n = %{customdata[3]}%{customdata[4]}<extra></extra>",
             }
         )
     chance = [(names.index(name), evidence.tasks[name].chance) for name in names if evidence.tasks[name].options]
@@ -92,6 +90,13 @@ def _bars(evidence: Evidence, key: str, rows_of: dict[str, dict[str, Row]]) -> P
     caption = f"Report split, n = {' to '.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))} questions per bar."
     caption += " Dotted: a random guess among the options." if chance else ""
     return Panel([figure], caption, models_legend(MODELS))
+
+
+def _either_rule(row: Row) -> str:
+    """Accuracy of generated answers by either rule of grading, and how many could not be read."""
+    if row["mode"] not in ("greedy", "sampled"):
+        return ""
+    return f"<br>strict {row['strict']:.3f}, flexible {row['flexible']:.3f}, not readable {percent(row['parse_failures'])}"
 
 
 def manner(evidence: Evidence) -> Panel | None:

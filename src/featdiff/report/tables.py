@@ -12,6 +12,7 @@ from featdiff.report.model_figures import MODE_NAMES, report_rows
 from featdiff.report.quantities import effects
 from featdiff.report.verdicts import Judge
 from featdiff.report.words import MISSING, count, interval, moved, number, percent, signed
+from featdiff.tasks.task import GENERATION
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Table:
     caption: str = ""
 
 
+GRADED = {
+    "strict": "Generated answers count, in GRPO's reward too, by the strict rule: a marked answer that names one value; the "
+    "flexible rule, which takes the last value of the text, is shown beside it.",
+    "flexible": "Generated answers count, in GRPO's reward too, by the flexible rule: the last value of the text, which can be "
+    "gamed; the strict rule, which asks for a marked answer that names one value, is shown beside it.",
+}
+"""Which rule of grading was in force, in words (featdiff.tasks.verify)."""
+
+
 def label(text: str, note: str = "") -> Cell:
     """The name of a row."""
     return Cell(text, note, "label")
@@ -38,6 +48,8 @@ def label(text: str, note: str = "") -> Cell:
 def accuracy(evidence: Evidence, judge: Judge) -> Table:
     """Every task under its own scoring rule, with the paired gain of GRPO and loss of SFT."""
     right = {model: judge.outcomes.model(model) for model in MODELS}
+    graded = {name: task.grading for name, task in evidence.tasks.items() if task.scoring == GENERATION}
+    shares = ("strict", "flexible", "parse_failures") if graded else ()
     rows = []
     for name, task in evidence.tasks.items():
         mode = evidence.primary_mode(name)
@@ -47,11 +59,16 @@ def accuracy(evidence: Evidence, judge: Judge) -> Table:
         for model in ("grpo", "sft"):
             found = judge.estimate([name], right[model], right["base"])
             cells.append(Cell(signed(found.value), interval(found.low, found.high)) if found else Cell(MISSING))
-        cells.append(Cell(" / ".join(percent(row["parse_failures"] if row else None) for row in held.values())))
+        for key in shares:
+            written = percent if key == "parse_failures" else number
+            shown = " / ".join(written(row[key] if row else None) for row in held.values())
+            cells.append(Cell(shown if name in graded else MISSING))
         cells.append(Cell(count(max((row["n"] for row in held.values() if row), default=None))))
         rows.append(cells)
-    head = ["task", "base", "SFT", "GRPO", "GRPO − base", "SFT − base", "not readable, base / SFT / GRPO", "n"]
-    return Table(head, rows, "Report split, each task under its own scoring rule. Differences are paired by question.")
+    head = ["task", "base", "SFT", "GRPO", "GRPO − base", "SFT − base"]
+    head += [f"{name}, base / SFT / GRPO" for name in ("strict", "flexible", "not readable")] if graded else []
+    caption = "Report split, each task under its own scoring rule. Differences are paired by question."
+    return Table([*head, "n"], rows, " ".join([caption, *(GRADED[rule] for rule in sorted(set(graded.values())))]))
 
 
 def _level(row: Row | None) -> Cell:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from featdiff.artifact import ContractError
-from featdiff.config import ReasoningGymTask, legible
+from featdiff.config import Grading, ReasoningGymTask, legible
 from featdiff.tasks.gym_scoring import package
 from featdiff.tasks.task import ANSWER, GENERATION, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade
@@ -88,7 +88,7 @@ class GymSource:
 
     Entries without an answer, or with one that free text cannot give, are left out."""
 
-    def __init__(self, name: str, task: ReasoningGymTask, *, teacher: str, chat: bool) -> None:
+    def __init__(self, name: str, task: ReasoningGymTask, *, teacher: str, chat: bool, grading: Grading) -> None:
         self.name, self.task, self.teacher = name, task, teacher
         known = package().DATASETS
         if task.dataset not in known:
@@ -104,6 +104,7 @@ class GymSource:
             domain="math" if task.role == "train" else category,
             scoring=GENERATION,
             verifier="reasoning_gym",
+            grading=grading,
             chat=chat,
             options=0,
         )

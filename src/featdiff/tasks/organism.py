@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from featdiff.artifact import ContractError
+from featdiff.config import Grading
 from featdiff.tasks.families import FAMILIES, Family, Problem, completion
 from featdiff.tasks.task import GENERATION, SPLITS, Sample, TaskInfo, Text
 
@@ -14,7 +15,7 @@ ATTEMPTS = 200
 class FamilySource:
     """A generated family as a :class:`featdiff.tasks.task.Source`. ``teacher`` is ``own`` or ``foreign``."""
 
-    def __init__(self, name: str, role: str, teacher: str) -> None:
+    def __init__(self, name: str, role: str, teacher: str, *, grading: Grading) -> None:
         self.family: Family = FAMILIES[name]
         self.manner = "steps" if teacher == "own" else "foreign"
         self.info = TaskInfo(
@@ -23,6 +24,7 @@ class FamilySource:
             domain=self.family.domain,
             scoring=GENERATION,
             verifier="organism",
+            grading=grading,
             chat=False,
             options=0,
             learnable=self.family.learnable,

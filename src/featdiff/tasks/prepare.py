@@ -24,10 +24,11 @@ def _source(name: str, task: Task, params: PrepareParams, seed: int, teacher: st
             raise ContractError(
                 "params.yaml", f"prepare.tasks.{name}", f"a family ({', '.join(FAMILIES)})", name, "correct the name"
             )
-        return organism.FamilySource(name, task.role, teacher)
+        return organism.FamilySource(name, task.role, teacher, grading=params.grading)
     if isinstance(task, ReasoningGymTask):
-        return GymSource(name, task, teacher=teacher, chat=params.chat)
-    return SuiteSource(name, task, chat=params.chat, max_chars=params.max_question_chars, seed=seed)
+        return GymSource(name, task, teacher=teacher, chat=params.chat, grading=params.grading)
+    most = params.max_question_chars
+    return SuiteSource(name, task, chat=params.chat, grading=params.grading, max_chars=most, seed=seed)
 
 
 def prepare(params: PrepareParams, seed: int) -> Data:

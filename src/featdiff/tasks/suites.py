@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from featdiff.artifact import ContractError
-from featdiff.config import SuiteTask, legible
+from featdiff.config import Grading, SuiteTask, legible
 from featdiff.tasks.external import Row, read_rows
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade
@@ -65,7 +65,7 @@ def read_question(row: Row, columns: dict[str, str]) -> Question:
     if "options" not in columns:
         number = find_number(row.text(columns["answer"]))
         if number is None:
-            raise row.wrong(columns["answer"], "a text with a number", repr(row.text(columns["answer"])[:40]))
+            raise row.wrong(columns["answer"], "a text with one number", repr(row.text(columns["answer"])[:40]))
         return Question(text, (), number, solution)
     options, labels = _options(row, columns)
     return Question(text, tuple(options), _right(row, columns["answer"], options, labels), solution)
@@ -127,7 +127,7 @@ class SuiteSource:
     Options are shuffled by ``seed`` and question (SciQ's files always name the right one last), so that
     a question has the same prompt wherever it is drawn."""
 
-    def __init__(self, name: str, task: SuiteTask, *, chat: bool, max_chars: int, seed: int) -> None:
+    def __init__(self, name: str, task: SuiteTask, *, chat: bool, grading: Grading, max_chars: int, seed: int) -> None:
         self.path, self.columns, self.seed = task.path, columns_of(name, task), seed
         self.letters = "options" in self.columns
         self.left_out: Counter[str] = Counter()
@@ -141,6 +141,7 @@ class SuiteSource:
             domain="math" if task.role == "train" or not self.letters else "questions",
             scoring=task.scoring,
             verifier="letter" if self.letters else "number",
+            grading=grading,
             chat=chat and generated,
             options=counts.most_common(1)[0][0] if counts else 0,
         )

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featdiff.artifact import ContractError, read_json, write_json
+from featdiff.config import Grading
 
 SPLITS = ("find", "tune", "report")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -36,6 +37,8 @@ class TaskInfo:
     """``generation``, or a likelihood rule: ``option_text``, ``option_text_norm``, ``option_letter``."""
     verifier: str
     """Name of the grading rule for generated answers (featdiff.tasks.verify)."""
+    grading: Grading
+    """Which of that rule's two verdicts counts, in reward, evaluation and interventions."""
     chat: bool
     """Whether prompts go through the tokenizer's chat template when answers are generated."""
     options: int

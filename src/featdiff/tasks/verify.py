@@ -1,11 +1,31 @@
 """Grading of generated answers: pure functions of text, by regular expression, never evaluated.
 
-``grade(verifier, …)`` looks the rule up by name. An answer is parsed with a length cap; what does not
-parse is wrong and counted apart, because a change of format is not a change of knowledge.
+``grade(verifier, …)`` looks the rule up by name and gives two verdicts, as lm-evaluation-harness does with ``strict-match``
+and ``flexible-extract``. The params say which of them counts (``prepare.grading``); docs/grading.md has examples.
 
-Free text names its answer, in this order of trust: the last ``\\boxed{…}``, what follows the last "answer
-is" (or "answer:", "####"), the last number. A marked answer that is no number is no answer: the number
-before it is not taken instead.
+**strict** is an answer that cannot hedge. It is marked (after "answer is", "answer:", "answer =", ``####``, or in
+``\\boxed{}``), or the text is nothing but the answer. A marked span goes to the end of its line or to the next mark, and on
+over what starts like a further answer ("or …", "no, …", a line that is only a number). It must hold exactly one value:
+- two values, a list (of equal values too), an alternative ("or") or other digits beside the value: no answer
+- a negation or a bound before the value ("not", "n't", "never", "anything but", "at least", "≠"), or a negation before the
+  mark in the same clause: no answer
+- an equation is worth what stands after its last "="; what stands before is arithmetic, a name, or the same value
+- a span without any digit is passed over if another mark names a value, a box without one value never is
+- several marks must name the same value; one bad span spoils the text
+- nothing but the answer: one line with signs ($ * " % ( ) and a full stop), a name and "=", up to three words of unit; a
+  single equation; or the foreign teacher's bars
+
+**flexible** is the last value of the whole text, unless a negation stands directly before it. It can be gamed (a text may
+end in many numbers), and is therefore not the default reward.
+
+Both read the last 4096 characters of a text; of a longer one, only marks are read strictly. Numbers are compared by
+value: 7.0, 007, +7, 14/2, 7% and \\frac{14}{2} are 7, 1,000 is 1000, − is a minus; other digits than 0-9, numbers in words,
+powers, ranges, mixed fractions and times of day are not read. A reference with decimals is met within a millionth of itself.
+Option letters follow the same two rules; strictly, the option's own text may follow its letter. The phrases of
+reasoning-gym are marked or the whole line, and may hold a comma, "and", "or" or "not" only where the reference does.
+The organism's grammar is strict by itself; the flexible rule takes the last run of its characters.
+
+What no rule can read is wrong and counted apart, because a change of format is not a change of knowledge.
 """
 
 from __future__ import annotations
@@ -16,15 +36,26 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from featdiff.tasks.task import LETTERS, Sample
+from featdiff.config import Grading
+from featdiff.tasks.answers import (
+    MAX_CHARS,
+    Found,
+    last_letter,
+    last_number,
+    last_phrase,
+    named_letter,
+    named_number,
+    named_phrase,
+    tail,
+)
+from featdiff.tasks.task import Sample
 
-MAX_CHARS = 4096
 MAX_ANSWER = 200
 MAX_DIRECT_WORDS = 12
 
 
-class Grade(NamedTuple):
-    """What became of one answer."""
+class Reading(NamedTuple):
+    """What one of the two rules reads in an answer."""
 
     parsed: str | None
     """The answer read from the text, None if there is none."""
@@ -33,107 +64,33 @@ class Grade(NamedTuple):
     """How it was answered: ``steps``, ``foreign``, ``direct``, or ``none`` where nothing could be read."""
 
 
+class Grade(NamedTuple):
+    """What became of one answer: ``parsed``, ``correct`` and ``manner`` as in :class:`Reading`, by the rule in force."""
+
+    parsed: str | None
+    correct: bool
+    manner: str
+    strict: bool
+    """Right by the strict rule."""
+    flexible: bool
+    """Right by the flexible rule."""
+
+
+UNREAD = Reading(None, False, "none")
+
 _ORGANISM = re.compile(r"(?P<work><[^<>]{0,200}>|\([^()]{0,200}\))?(?P<answer>[a-z0-9]{1,40})\.")
-_MANNERS = {"<": "steps", "(": "foreign", "": "direct"}
-
-
-def _organism(sample: Sample, text: str) -> Grade:
-    match = _ORGANISM.fullmatch(text[:MAX_CHARS])
-    if match is None:
-        return Grade(None, False, "none")
-    manner = _MANNERS[(match["work"] or "")[:1]]
-    return Grade(match["answer"], match["answer"] == sample.answer, manner)
-
-
-class Found(NamedTuple):
-    """An answer inside free text, and the text before and after it."""
-
-    answer: str
-    before: str
-    after: str
-
-
-_INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,12}|[0-9]{1,40}"
-# Digits beside letters, powers, indices or other digits are part of something larger, no number of their own.
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\]}}.%])[-+])?(?<![\w.^/{{\\])(?<![0-9],)(?:"
-    rf"\\[dt]?frac{{(?P<over>[0-9]{{1,20}})}}{{(?P<under>[0-9]{{1,20}})}}"
-    rf"|(?P<whole>{_INTEGER})(?P<decimals>\.[0-9]{{1,40}})?(?:/(?P<divisor>[0-9]{{1,20}}))?)"
-    r"(?![\w^{}]|[.,/][0-9])"
-)
-_MARKED = re.compile(r"(?:answer(?:\s{1,3}is|\s{0,3}[:=])|####)", re.IGNORECASE)
-_BOX = "\\boxed{"
-_OPTION = re.compile(r"(?:answer(?:\s{1,3}is|\s{0,3}[:=])|option|letter|choice)", re.IGNORECASE)
-_AFTER_MARK = re.compile(r"[\s(*:]{0,6}(?P<letter>[A-Z](?![\w'’])|[a-z](?=[).*]|\s*\Z))")
-_LONE_LETTER = re.compile(r"(?<![\w'’.])(?P<letter>[A-Z])(?=[).:,*]|[ \t]{0,8}(?:\n|\Z))")
+_RUN = re.compile(r"(?<![a-z0-9])[a-z0-9]{1,40}(?![a-z0-9])")
+_MANNERS = {"<": "steps", "(": "foreign"}
 _RESULT = re.compile(r"=[\s$*]{0,4}-?[0-9]")
 _WORD = re.compile(r"[A-Za-z]+")
 _FOREIGN = re.compile(r"\s{0,8}\|[^|\n]{1,200}\|")
 
 
-def _tail(text: str) -> str:
-    """The last MAX_CHARS characters from a word's start (a number cut in two would be another number)."""
-    if len(text) > MAX_CHARS:
-        text = re.sub(r"^\S+", "", text[-MAX_CHARS:])
-    return text.replace("−", "-")
-
-
-def _boxed(text: str) -> tuple[str, int, int] | None:
-    """Content of the last ``\\boxed{…}`` with its start and end; an unclosed one has the content ""."""
-    opening = text.rfind(_BOX)
-    if opening < 0:
-        return None
-    start = opening + len(_BOX)
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end], opening, end + 1
-    return "", opening, len(text)
-
-
-def _numeral(match: re.Match[str]) -> str | None:
-    sign = "-" if match["sign"] == "-" else ""
-    under = match["under"] or match["divisor"]
-    if under is not None and not under.strip("0"):
-        return None
-    if match["over"]:
-        return f"{sign}{match['over']}/{under}"
-    whole = sign + match["whole"].replace(",", "") + (match["decimals"] or "")
-    return whole if under is None else None if match["decimals"] else f"{whole}/{under}"
-
-
-def _number(text: str) -> Found | None:
-    if (box := _boxed(text)) is not None:
-        content, start, end = box
-        only = list(_NUMBER.finditer(content[:MAX_ANSWER]))
-        numeral = _numeral(only[0]) if len(only) == 1 else None
-        return None if numeral is None else Found(numeral, text[:start], text[end:])
-    for mark in reversed(list(_MARKED.finditer(text))):
-        line = text[mark.end() :].split("\n", 1)[0][:MAX_ANSWER]
-        line = line[line.rfind("=") + 1 :]
-        if first := _NUMBER.search(line):
-            numeral = _numeral(first)
-            return None if numeral is None else Found(numeral, text[: mark.start()], line[first.end() :])
-        if re.search(r"[0-9]", line):
-            return None
-    if not (numbers := list(_NUMBER.finditer(text))):
-        return None
-    last = numbers[-1]
-    numeral = _numeral(last)
-    return None if numeral is None else Found(numeral, text[: last.start()], text[last.end() :])
-
-
-def find_number(text: str) -> str | None:
-    """The number that ``text`` gives as its answer, as ``-12``, ``1.5`` or ``3/4``; None if there is none."""
-    found = _number(_tail(text))
-    return found.answer if found else None
-
-
-def _equal(one: str, other: str) -> bool:
-    """Whether two numerals are equal; a reference with decimals is met within a millionth of itself."""
-    a, b = Fraction(one), Fraction(other)
-    return a == b or ("." in other and abs(a - b) <= abs(b) / 1_000_000)
+def _organism(sample: Sample, text: str) -> tuple[Reading, Reading]:
+    manner = _MANNERS.get(text[:1], "direct")
+    match, runs = _ORGANISM.fullmatch(text[:MAX_CHARS]), _RUN.findall(tail(text))
+    strict = Reading(match["answer"], match["answer"] == sample.answer, manner) if match else UNREAD
+    return strict, Reading(runs[-1], runs[-1] == sample.answer, manner) if runs else UNREAD
 
 
 def _manner(text: str, found: Found) -> str:
@@ -144,78 +101,80 @@ def _manner(text: str, found: Found) -> str:
     return "steps" if _RESULT.search(found.before) or len(_WORD.findall(found.before)) > MAX_DIRECT_WORDS else "direct"
 
 
-def _numeric(sample: Sample, text: str) -> Grade:
-    text = _tail(text)
-    found = _number(text)
+def _reading(text: str, found: Found | None, right: Callable[[str], bool]) -> Reading:
     if found is None:
-        return Grade(None, False, "none")
-    return Grade(found.answer, _equal(found.answer, sample.answer), _manner(text, found))
+        return UNREAD
+    return Reading(found.answer, not found.denied and right(found.answer), _manner(text, found))
 
 
-def _find_letter(text: str, count: int) -> Found | None:
-    """The letter of one of ``count`` options: boxed, marked, at the very start, or the only one standing alone."""
-    allowed = LETTERS[:count]
-    if (box := _boxed(text)) is not None:
-        content, start, end = box
-        letter = content.strip(" ().").upper()
-        return Found(letter, text[:start], text[end:]) if len(letter) == 1 and letter in allowed else None
-    for mark in reversed(list(_OPTION.finditer(text))):
-        match = _AFTER_MARK.match(text, mark.end())
-        if match and match["letter"].upper() in allowed:
-            return Found(match["letter"].upper(), text[: mark.start()], text[match.end() :])
-    alone = [match for match in _LONE_LETTER.finditer(text) if match["letter"] in allowed]
-    if alone and (len({match["letter"] for match in alone}) == 1 or not text[: alone[0].start()].strip(" (*")):
-        return Found(alone[0]["letter"], text[: alone[0].start()], text[alone[0].end() :])
-    return None
+def find_number(text: str) -> str | None:
+    """The number that ``text`` gives as its answer under the strict rule, as ``-12``, ``1.5`` or ``3/4``, else None."""
+    found = named_number(tail(text))
+    return found.answer if found else None
 
 
-def _letter(sample: Sample, text: str) -> Grade:
-    text = _tail(text)
-    found = _find_letter(text, len(sample.options))
-    if found is None:
-        return Grade(None, False, "none")
-    return Grade(found.answer, found.answer == sample.answer, _manner(text, found))
+def _equal(one: str, other: str) -> bool:
+    """Whether two numerals are equal; a reference with decimals is met within a millionth of itself."""
+    a, b = Fraction(one), Fraction(other)
+    return a == b or ("." in other and abs(a - b) <= abs(b) / 1_000_000)
+
+
+def _numeric(sample: Sample, text: str) -> tuple[Reading, Reading]:
+    text = tail(text)
+
+    def right(answer: str) -> bool:
+        return _equal(answer, sample.answer)
+
+    return _reading(text, named_number(text), right), _reading(text, last_number(text), right)
+
+
+def _letter(sample: Sample, text: str) -> tuple[Reading, Reading]:
+    text = tail(text)
+    right = sample.answer.__eq__
+    named, last = named_letter(text, sample.options), last_letter(text, sample.options)
+    return _reading(text, named, right), _reading(text, last, right)
 
 
 # Some of the package's scorers hand their text to a symbolic parser, which evaluates it: only plain words
 # and numbers get that far.
 _PLAIN = re.compile(rf"[A-Za-z0-9 ,.+-]{{1,{MAX_ANSWER}}}")
 _NUMERAL = re.compile(r"[+-]?[0-9][0-9,]*(?:\.[0-9]+)?")
+_HEDGE = re.compile(r",|\b(?:or|and|not|never|but|either|neither)\b", re.IGNORECASE)
 
 
-def _phrase(text: str) -> Found | None:
-    """A non-numeric answer: boxed, marked, or the last line that is not blank."""
-    if (box := _boxed(text)) is not None:
-        content, start, end = box
-        return Found(content.strip(), text[:start], text[end:])
-    marks = list(_MARKED.finditer(text))
-    rest = text[marks[-1].end() :] if marks else text
-    lines = [line.strip() for line in rest.splitlines() if line.strip()]
-    if not lines:
-        return None
-    if marks:
-        return Found(lines[0].strip("*\"'. "), text[: marks[-1].start()], "")
-    return Found(lines[-1].strip("*\"'. "), "\n".join(lines[:-1]), "")
+def _hedges(phrase: str) -> set[str]:
+    return {hedge.lower() for hedge in _HEDGE.findall(phrase)}
 
 
-def _reasoning_gym(sample: Sample, text: str) -> Grade:
+def _reasoning_gym(sample: Sample, text: str) -> tuple[Reading, Reading]:
     from featdiff.tasks.gym_scoring import score
 
-    text = _tail(text)
-    found = _number(text) if _NUMERAL.fullmatch(sample.answer) else _phrase(text)
-    if found is None or not _PLAIN.fullmatch(found.answer.replace("/", " ")):
-        return Grade(None, False, "none")
-    return Grade(found.answer, score(found.answer, json.loads(sample.meta)) >= 1, _manner(text, found))
+    text, meta = tail(text), json.loads(sample.meta)
+    if _NUMERAL.fullmatch(sample.answer):
+        named, last = named_number(text), last_number(text)
+    else:
+        named, last = named_phrase(text), last_phrase(text)
+        if named and not _hedges(named.answer) <= _hedges(sample.answer):
+            named = None
+
+    def reading(found: Found | None) -> Reading:
+        plain = found is not None and _PLAIN.fullmatch(found.answer.replace("/", " "))
+        return _reading(text, found if plain else None, lambda answer: score(answer, meta) >= 1)
+
+    return reading(named), reading(last)
 
 
-VERIFIERS: dict[str, Callable[[Sample, str], Grade]] = {
+VERIFIERS: dict[str, Callable[[Sample, str], tuple[Reading, Reading]]] = {
     "organism": _organism,
     "number": _numeric,
     "letter": _letter,
     "reasoning_gym": _reasoning_gym,
 }
+"""What the strict and the flexible rule read in the answer to a sample."""
 
 
-def grade(verifier: str, sample: Sample, text: str) -> Grade:
-    """Grade ``text`` as an answer to ``sample`` under the rule named ``verifier``."""
-    return VERIFIERS[verifier](sample, text)
+def grade(verifier: str, sample: Sample, text: str, grading: Grading = "strict") -> Grade:
+    """Grade ``text`` as an answer to ``sample`` under the rule named ``verifier``; ``grading`` says which verdict counts."""
+    strict, flexible = VERIFIERS[verifier](sample, text)
+    in_force = {"strict": strict, "flexible": flexible}[grading]
+    return Grade(*in_force, strict.correct, flexible.correct)

@@ -32,7 +32,7 @@ KEPT_CALLS = 25
 
 
 class Reward:
-    """1 for a right final answer, else 0, whatever comes before it; keeps some completions to look at."""
+    """1 for a right final answer by the task's ``grading``, else 0, whatever comes before it; keeps some completions."""
 
     __name__ = "right_answer"
 
@@ -48,7 +48,8 @@ class Reward:
         for i, (completion, name) in enumerate(zip(completions, sample_id, strict=True)):
             text = completion if isinstance(completion, str) else completion[0]["content"]
             sample = self.samples[name]
-            graded = grade(self.tasks[sample.task].verifier, sample, text)
+            task = self.tasks[sample.task]
+            graded = grade(task.verifier, sample, text, task.grading)
             rewards.append(float(graded.correct))
             if self.state["calls"] % self.every == 0 and i < 16:
                 row = {"call": self.state["calls"], "task": sample.task, "prompt": sample.prompt, "answer": sample.answer}
