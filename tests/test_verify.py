@@ -460,10 +460,10 @@ grade(rule, sample, "60")  # imports and compiles
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 300 * 2**20,) * 2)
 
-def measure(seconds, peak):
-    for piece in HOSTILE:
+def measure(pieces, seconds, peak):
+    for piece in pieces:
         text = "The answer is 60. " + piece * (10_000_000 // len(piece.encode()))
-        for whole in (text, text[18:]):
+        for whole in (text, piece + text[-5_000_000:]):
             took = []
             for _ in range(3):  # the least of three: other processes share the cores
                 begun = time.perf_counter()
@@ -474,10 +474,10 @@ def measure(seconds, peak):
             assert not graded.strict, piece
             tracemalloc.reset_peak()
 
-measure(seconds=0.05, peak=1)
+measure(HOSTILE, seconds=0.05, peak=1)
 with ThreadPoolExecutor(1) as thread:  # where no alarm signal could end a verifier that hangs
     tracemalloc.start()
-    thread.submit(measure, seconds=1, peak=100 * 2**20).result()
+    thread.submit(measure, HOSTILE[::3], seconds=1, peak=100 * 2**20).result()
 """
 
 
