@@ -29,7 +29,8 @@ import featdiff.training.imported, featdiff.training.pretrain
 def stage(job):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (2**34 if hard < 0 else min(2**34, hard), hard))
     signal.alarm(100)
     os.chdir(job["cwd"])
     sys.argv = job["argv"]
