@@ -15,8 +15,8 @@ with stage("report", out="report") as run:
     evidence = load(run.read)
     judge = Judge(evidence, run.params, run.seed)
     verdicts = judge.verdicts()
-    (run.out / "figures").mkdir()
     for name, page in render(evidence, judge, verdicts, run.params, load_study().profile, run.parents).items():
+        (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)
     summary = summarise(evidence, judge, verdicts)

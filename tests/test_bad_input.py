@@ -199,7 +199,7 @@ def test_sizes_and_names_that_can_only_be_typos(project: Project, run: Run, chan
         ([question(1, answer="neither")], "option_text", [":1: answer: expected", "'neither'"]),
         ([question(1, answer=2)], "option_text", [":1: answer: expected an index from 0 to 1, found 2"]),
         ([question(1, options=["this", " "])], "option_text", [":1: options: expected a text, found a blank one"]),
-        ([question(1, answer="no number")], "generation", [":1: answer: expected a text with a number, found 'no number'"]),
+        ([question(1, answer="no number")], "generation", [":1: answer: expected a text with one number, found 'no number'"]),
         ([question(i) for i in range(4)], "option_text", ["expected", "found 4"]),
         ([question(1)] * 9, "option_text", ["found 1"]),
         ([question(1), question(2, question="half \ud800")], "option_text", [":2: question: expected a text, found half"]),

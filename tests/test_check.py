@@ -30,7 +30,7 @@ def named(project: Project, name: str) -> None:
     """params.yaml with one more crosscoder of this name."""
     project.fill_params()
     fits = yaml.safe_load((project.path / "params.yaml").read_text(encoding="utf-8"))["crosscoder"]["fits"]
-    project.set({"crosscoder.fits": fits | {name: fits["joint_l1"]}})
+    project.set({"crosscoder.fits": fits | {name: dict(fits["joint_l1"], models=list(fits["joint_l1"]["models"]))}})
 
 
 @pytest.mark.graph
