@@ -30,7 +30,7 @@ RANKS = "FEATDIFF_RANKS"
 """Environment variable: a folder in which each rank writes a file, named after its pid and holding its exit status at last."""
 GRACE = 2
 """Seconds that ranks have to end by themselves after a second request."""
-SPIN = "2000"
+SPIN = "5000"
 """How often a thread of OpenMP looks for its fellows before it sleeps. The default, some millions, wastes a core for as long as
 a fellow waits for its turn: beside two busy processes training was up to thirty times slower (docs/reliability.md)."""
 
