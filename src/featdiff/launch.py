@@ -54,12 +54,15 @@ class Launch:
         self._group = child.pid
         if self._requests.asked:  # while it was being started
             self._signal_group(signal.SIGTERM)
-        ended = 0
+        ended: int | None = None
         with suppress(ChildProcessError):
             while True:  # ranks whose launcher was killed are children of this process now
                 pid, status = os.waitpid(-self._group, 0)
                 ended = status if pid == child.pid else ended
-        if ended == 0:
+                if ended is not None and not any(map(_exists, self._pids())):  # whatever a rank left behind
+                    signal.alarm(GRACE)
+        signal.alarm(0)
+        if not ended:
             return 0
         found = {path.read_text(encoding="utf-8") for path in self._ranks.iterdir()}
         for status in (EXIT_BAD_INPUT, EXIT_STOPPED):
@@ -76,7 +79,7 @@ class Launch:
         first = self._requests.first(number)
         if first is None:
             return
-        ranks = [int(path.name) for path in self._ranks.iterdir()]
+        ranks = self._pids()
         if not ranks:  # nothing has begun that would be worth keeping
             self._signal_group(signal.SIGTERM)
         for pid in ranks:
@@ -84,6 +87,9 @@ class Launch:
                 os.kill(pid, signal.SIGTERM if number == stopping.PARENT_ENDED else number)
         if not first:
             signal.alarm(GRACE)
+
+    def _pids(self) -> list[int]:
+        return [int(path.name) for path in self._ranks.iterdir()]
 
     def _signal_group(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -95,6 +101,14 @@ class Launch:
         self._signal_group(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._signal_group(signal.SIGCONT)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _follow() -> None:

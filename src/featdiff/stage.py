@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -159,7 +159,8 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
 def _report(status: object) -> None:
     """Tell the launcher that this rank is there (""), or how it ends."""
     if folder := os.environ.get(RANKS):
-        (Path(folder) / str(os.getpid())).write_text(str(status), encoding="utf-8")
+        with suppress(OSError):  # a launcher that was killed no longer asks
+            (Path(folder) / str(os.getpid())).write_text(str(status), encoding="utf-8")
 
 
 def scratch_folder(target: Path) -> Path:

@@ -241,6 +241,14 @@ def test_the_next_repro_waits_for_a_stage_that_outlived_its_dvc(tmp_path: Path) 
     assert "from 1\n" in project.said()
 
 
+def test_a_process_that_a_stage_leaves_behind_does_not_hold_up_its_end(tmp_path: Path) -> None:
+    project = stand(tmp_path / "stand", 0.1)
+    script = project.path / "stages/base.py"
+    script.write_text(f"import subprocess\nsubprocess.Popen(['sleep', '600'])\n{STAGE}", encoding="utf-8")
+    assert project.start_dvc().wait(60) == 0, project.said()
+    assert not running(project.path)
+
+
 @pytest.mark.parametrize("hardware", ["cpu", "cpu_2ranks"])
 def test_bad_input_keeps_its_status_through_the_launcher(tmp_path: Path, hardware: str) -> None:
     project = stand(tmp_path / "stand", 0.1)
