@@ -15,10 +15,18 @@ from typing import Any
 import yaml
 
 from featdiff import artifact
+from featdiff.provenance import Provenance, place
 
 ALPHABET = "abcdef =."
 ROOT = Path(__file__).resolve().parents[1]
 PROGRESS = re.compile(r"[^\n\r]*?\d+%\|.*?\|.*?\[.*?\]")
+
+
+def describe(folder: Path, root: Path, parents: dict[str, str]) -> None:
+    """Write the provenance of the published ``folder``, which was made from ``parents``."""
+    manifest = artifact.sha256_file(folder / artifact.MANIFEST)
+    params = {"seed": 0, "sft": {"lr": 0.1}}
+    place(folder, root, Provenance(manifest, "sft", params, artifact.hash_json("code"), {"torch": "2.8.0+cpu"}, parents))
 
 
 class Project:
@@ -58,7 +66,7 @@ class Project:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         yield artifact.begin(target)
-        artifact.publish(target, params={}, code="", parents={})
+        artifact.publish(target)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A Python process in the project's folder."""

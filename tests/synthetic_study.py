@@ -76,7 +76,7 @@ class Plan:
 @contextmanager
 def published(root: Path, name: str) -> Iterator[Path]:
     yield artifact.begin(root / name)
-    artifact.publish(root / name, params={}, code="", parents={})
+    artifact.publish(root / name)
 
 
 def _skill(plan: Plan, model: str, task: str, greedy: bool) -> float:

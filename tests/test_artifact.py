@@ -32,16 +32,12 @@ from featdiff.artifact import (
     publish,
     read_json,
     read_manifest,
-    require_parents,
     seal,
     staging_path,
     verify,
 )
 
 BODY = b"0123456789" * 20
-CODE = hash_json("code")
-PARENT = hash_json("parent")
-NONE: dict[str, Any] = {"params": {}, "code": "", "parents": {}}
 
 
 @pytest.fixture
@@ -60,32 +56,36 @@ def fill(target: Path) -> Path:
 
 def published(target: Path) -> str:
     fill(target)
-    return publish(target, params={"lr": 0.1}, code=CODE, parents={"data": PARENT})
+    return publish(target)
 
 
-def test_what_is_published_verifies_and_says_where_it_comes_from(target: Path) -> None:
+def test_what_is_published_verifies_and_says_only_what_it_is(target: Path) -> None:
     digest = published(target)
     assert verify(target) == {target.as_posix(): digest}
     assert digest == hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
     assert not staging_path(target).exists()
     manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-    assert (manifest["schema"], manifest["code"], manifest["parents"]) == (artifact.SCHEMA, CODE, {"data": PARENT})
-    assert manifest["params"] == hash_json({"lr": 0.1})
+    assert manifest.keys() == {"schema", "files", "self"}
+    assert manifest["schema"] == artifact.SCHEMA
     assert manifest["files"].keys() == {"weights.bin", "config.json", "checkpoints/1/weights.bin"}
     assert manifest["files"]["weights.bin"] == {"size": len(BODY), "sha256": hashlib.sha256(BODY).hexdigest()}
 
 
-def test_equal_work_gives_equal_bytes_and_other_params_another_manifest(target: Path) -> None:
+def test_equal_files_are_equal_folders_and_other_bytes_or_names_another_manifest(target: Path) -> None:
     first = published(target)
+    written = (target / MANIFEST).read_bytes()
     assert published(target) == first
-    fill(target)
-    assert publish(target, params={"lr": 0.2}, code=CODE, parents={"data": PARENT}) != first
+    assert (target / MANIFEST).read_bytes() == written
+    (fill(target) / "config.json").write_text("[]", encoding="utf-8")
+    second = publish(target)
+    (fill(target) / "config.json").rename(staging_path(target) / "settings.json")
+    assert len({first, second, publish(target)}) == 3
 
 
 def test_publishing_again_leaves_nothing_of_the_old_artifact(target: Path) -> None:
     published(target)
     (begin(target) / "only.txt").write_text("new", encoding="utf-8")
-    publish(target, params={}, code="", parents={})
+    publish(target)
     assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "only.txt"]
     verify(target)
 
@@ -151,7 +151,7 @@ def test_every_damage_names_the_file_and_what_to_do(target: Path, damage: Callab
 def test_no_flipped_bit_goes_unseen(tmp_path_factory: pytest.TempPathFactory, position: int, bit: int) -> None:
     target = tmp_path_factory.mktemp("flip") / "a"
     (begin(target) / "weights.bin").write_bytes(BODY)
-    publish(target, params={}, code="", parents={})
+    publish(target)
     body = bytearray(BODY)
     body[position] ^= 1 << bit
     (target / "weights.bin").write_bytes(body)
@@ -166,7 +166,7 @@ def test_no_flipped_bit_goes_unseen(tmp_path_factory: pytest.TempPathFactory, po
         ("{", ["JSON", "dvc checkout"]),
         ("[]", ["schema", "rerun"]),
         ('{"files": {}}', ["schema", "found None"]),
-        ('{"schema": 1, "files": {}}', ["schema", "expected 2, found 1", "rerun its stage with this version"]),
+        ('{"schema": 2, "files": {}}', ["schema", "expected 3, found 2", "rerun its stage with this version"]),
         ("\udcff", ["JSON"]),
     ],
 )
@@ -205,12 +205,12 @@ def within(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def described(folder: Path, names: list[str], parents: int) -> bytes:
+def described(folder: Path, names: list[str]) -> bytes:
     """The manifest of an artifact with files of these ``names``."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name, encoding="utf-8")
-    seal(folder, params={}, code=CODE, parents={f"models/{i}": PARENT for i in range(parents)})
+    seal(folder)
     return (folder / MANIFEST).read_bytes()
 
 
@@ -221,18 +221,17 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 MANIFESTS = {
-    "one file, every bit": (["a"], 0, None),
-    "nested": ([f"checkpoints/{i}/weights-{j}.safetensors" for i in range(5) for j in range(4)], 2, 400),
-    "unicode": (["größe.csv", "数/模型.json", "🙂", "a b/c d"], 1, 400),
-    "many parents": (["report.html"], 60, 400),
-    "many files": ([f"acts-{i:05d}.safetensors" for i in range(300)], 5, 100),
+    "one file, every bit": (["a"], None),
+    "nested": ([f"checkpoints/{i}/weights-{j}.safetensors" for i in range(5) for j in range(4)], 400),
+    "unicode": (["größe.csv", "数/模型.json", "🙂", "a b/c d"], 400),
+    "many files": ([f"acts-{i:05d}.safetensors" for i in range(300)], 100),
 }
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path, kind: str) -> None:
-    names, parents, sample = MANIFESTS[kind]
-    content, path = described(tmp_path / "a", names, parents), tmp_path / MANIFEST
+    names, sample = MANIFESTS[kind]
+    content, path = described(tmp_path / "a", names), tmp_path / MANIFEST
     bits = range(8 * len(content))
     for bit in bits if sample is None else random.Random(kind).sample(bits, sample):
         path.write_bytes(flipped(content, bit))
@@ -242,7 +241,7 @@ def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path, kind: str) -> 
 
 
 def test_without_the_hash_over_itself_flipped_bits_would_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content, path = described(tmp_path / "a", ["a"], 0), tmp_path / MANIFEST
+    content, path = described(tmp_path / "a", ["a"]), tmp_path / MANIFEST
     monkeypatch.setattr(Manifest, "written", lambda _: ANY)
     taken = 0
     for bit in range(8 * len(content)):
@@ -286,10 +285,9 @@ UNSAFE = [
 @pytest.mark.parametrize("name", UNSAFE)
 def test_a_name_that_leads_out_or_breaks_a_line_is_not_safe(tmp_path: Path, name: str) -> None:
     assert not inside(name)
-    for field, value in (("files", SOUND), ("parents", PARENT)):
-        forge(tmp_path / MANIFEST, {field: {name: value}})
-        expected = "content: expected JSON" if name == "\ud800" else f"{field}: expected relative names that stay inside"
-        assert expected in refusal(read_manifest, tmp_path / MANIFEST)
+    forge(tmp_path / MANIFEST, {"files": {name: SOUND}})
+    expected = "content: expected JSON" if name == "\ud800" else "files: expected relative names that stay inside"
+    assert expected in refusal(read_manifest, tmp_path / MANIFEST)
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.c", ".hidden", "...", "a b", "größe/数", "🙂", "a" * 255, "a:b", "~", "-rf"])
@@ -304,7 +302,7 @@ def test_what_is_no_text_is_no_name(name: object) -> None:
 
 def forge(path: Path, changes: dict[str, Any]) -> None:
     """A manifest with these fields, written as manifests are and with the right hash; those that are LEFT_OUT are not there."""
-    fields = {"schema": artifact.SCHEMA, "params": PARENT, "code": CODE, "parents": {}, "files": {}} | changes
+    fields = {"schema": artifact.SCHEMA, "files": {}} | changes
     rest = {name: value for name, value in fields.items() if value is not LEFT_OUT}
     rest |= {} if "self" in rest else {"self": hash_json(rest)}
     path.write_text(json.dumps(rest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -316,26 +314,23 @@ LEFT_OUT = object()
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        *(({name: LEFT_OUT}, f"{name}: expected a value, found nothing") for name in ("params", "code", "parents", "files")),
-        *(({name: None}, f"{name}: expected") for name in ("params", "code", "parents", "files", "self")),
-        *(({name: 1}, f"{name}: expected") for name in ("params", "code", "parents", "files", "self")),
-        ({"schema": 2.0}, "self: expected"),
-        ({"schema": True}, "schema: expected 2, found True"),
-        ({"schema": 3}, "schema: expected 2, found 3"),
+        ({"files": LEFT_OUT}, "files: expected a value, found nothing"),
+        *(({name: value}, f"{name}: expected") for name in ("files", "self") for value in (None, 1)),
+        ({"schema": 3.0}, "self: expected"),
+        ({"schema": True}, "schema: expected 3, found True"),
+        ({"schema": 4}, "schema: expected 3, found 4"),
         ({"size": 1}, "fields: expected"),
-        ({"params": "0" * 63}, "params: expected a sha256"),
-        ({"params": "A" * 64}, "params: expected a sha256"),
-        ({"params": "0" * 64 + "\n"}, "params: expected a sha256"),
-        ({"code": " "}, "code: expected a sha256 or nothing"),
+        ({"code": "0" * 64}, "fields: expected files, schema, self, found 'code'"),
         ({"self": "0" * 64}, "self: expected"),
-        ({"parents": []}, "parents: expected"),
-        ({"parents": {"data": None}}, "parents: data"),
         ({"files": []}, "files: expected"),
         ({"files": {"a": []}}, "files: a"),
         ({"files": {"a": {}}}, "files: a"),
         (with_file(mode=1), "files: a"),
         *((with_file(size=size), "files: a") for size in (-1, 1.0, True, "1", None, 1 << 63, 10**4000)),
-        *((with_file(sha256=digest), "files: a") for digest in (None, "", "0" * 65, "g" * 64, 1)),
+        *(
+            (with_file(sha256=digest), "files: a")
+            for digest in (None, "", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 64 + "\n", 1)
+        ),
     ],
 )
 def test_a_manifest_with_the_right_hash_has_every_field_of_its_type_and_no_other(
@@ -355,7 +350,7 @@ def test_a_manifest_with_the_right_hash_has_every_field_of_its_type_and_no_other
         lambda text: " " + text,
         lambda text: json.dumps(json.loads(text), sort_keys=True),
         lambda text: json.dumps(dict(reversed(json.loads(text).items())), indent=1) + "\n",
-        lambda text: text.replace('{\n "code"', '{\n "code": "",\n "code"'),
+        lambda text: text.replace('{\n "files"', '{\n "files": {},\n "files"'),
         lambda text: text.replace('"a"', '"\\u0061"'),
         lambda text: text.replace('"size": 1', '"size": ' + "1" * 5000),
         lambda text: text.replace('"size": 1', '"size": NaN'),
@@ -432,7 +427,7 @@ def test_an_artifact_holds_regular_files_in_folders_that_are_not_empty(
 ) -> None:
     published(target)
     (target / "hard.bin").hardlink_to(target / "weights.bin")  # as DVC and the scratch make them
-    seal(target, **NONE)
+    seal(target)
     verify(target)
     make(target / name)
     message = refusal(verify, target)
@@ -442,7 +437,7 @@ def test_an_artifact_holds_regular_files_in_folders_that_are_not_empty(
 
     staging = fill(target)
     make(staging / name)
-    message = refusal(lambda: publish(target, **NONE))
+    message = refusal(lambda: publish(target))
     assert f"found {ODD[make]}; a stage must leave nothing else" in message
     assert not (staging / MANIFEST).exists()
     assert not (staging / artifact.DESCRIBING).exists()
@@ -451,7 +446,7 @@ def test_an_artifact_holds_regular_files_in_folders_that_are_not_empty(
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\udcff", "a\\b", "folder\n/a"])
 def test_a_file_whose_name_is_not_safe_is_neither_published_nor_read(target: Path, name: str) -> None:
     published(target)
-    for folder, act in ((target, verify), (fill(target.with_name("new")), lambda _: publish(target.with_name("new"), **NONE))):
+    for folder, act in ((target, verify), (fill(target.with_name("new")), lambda _: publish(target.with_name("new")))):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
         assert one_line(str(folder / name)) in refusal(act, folder)
@@ -466,7 +461,7 @@ def test_a_manifest_is_a_regular_file(target: Path, make: Callable[[Path], None]
     else:
         make(target / MANIFEST)
     found = "a folder" if make is Path.mkdir else ODD[make]
-    for act in (verify, lambda folder: require_parents(folder, folder.parent), lambda folder: read_json(folder / MANIFEST)):
+    for act in (verify, lambda folder: read_json(folder / MANIFEST)):
         assert f"{target / MANIFEST}: file: expected a file, found {found}; delete it" in refusal(act, target)
 
 
@@ -521,29 +516,11 @@ def test_a_link_on_the_way_to_a_named_file_is_refused(target: Path) -> None:
 def test_a_folder_that_was_sealed_is_sealed_again(target: Path) -> None:
     published(target)
     (target / "more.bin").write_bytes(BODY)
-    seal(target, **NONE)
+    seal(target)
     assert read_manifest(target / MANIFEST).files.keys() == {
         *("weights.bin", "config.json", "checkpoints/1/weights.bin", "more.bin")
     }
     verify(target)
-
-
-def test_what_could_not_be_read_again_is_not_published(target: Path) -> None:
-    staging = fill(target)
-    refusal(lambda: publish(target, params={}, code="", parents={"../data": PARENT}))
-    refusal(lambda: publish(target, params={}, code="v1", parents={}))
-    assert not (staging / MANIFEST).exists()
-    assert not target.exists()
-
-
-def test_a_damaged_manifest_of_a_parent_is_named(target: Path) -> None:
-    data = target.with_name("data")
-    published(data)
-    fill(target)
-    publish(target, params={}, code="", parents={"data": read_manifest(data / MANIFEST).digest()})
-    require_parents(target, target.parent)
-    (data / MANIFEST).write_bytes(flipped((data / MANIFEST).read_bytes(), 1000))
-    assert str(data / MANIFEST) in refusal(require_parents, target, target.parent)
 
 
 @given(st.text())
@@ -567,7 +544,7 @@ def test_what_a_crash_leaves_is_no_artifact_and_does_not_get_into_the_next(targe
         verify(staging)
     assert sorted(path.name for path in begin(target).iterdir()) == []
     (staging / "config.json").write_text("{}", encoding="utf-8")
-    publish(target, params={}, code="", parents={})
+    publish(target)
     assert sorted(path.name for path in target.iterdir()) == ["config.json", MANIFEST]
 
 
@@ -580,7 +557,7 @@ def test_a_failure_while_publishing_leaves_the_old_artifact(target: Path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        publish(target, params={}, code="", parents={})
+        publish(target)
     discard(target)
     assert verify(target) == {target.as_posix(): digest}
     assert not staging_path(target).exists()

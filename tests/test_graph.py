@@ -25,6 +25,7 @@ PLUMBING = {
     "config",
     "profiles",
     "artifact",
+    "provenance",
     "tracking",
     "launch",
     "stage",
@@ -111,6 +112,14 @@ def test_artifacts_read_and_written_are_declared(name: str) -> None:
     assert {plain(out) for out in written} & set(outs)
 
 
+@pytest.mark.parametrize("name", COMPUTING)
+def test_every_artifact_has_a_provenance_on_which_nothing_depends(name: str) -> None:
+    outs = [out for out in stages()[name]["outs"] if isinstance(out, str)]
+    made = [out for out in outs if not out.startswith("provenance/")]
+    assert sorted(outs) == sorted([*made, *(f"provenance/{out}.json" for out in made)])
+    assert [dep for dep in stages()[name]["deps"] if dep.startswith("provenance")] == []
+
+
 def test_no_command_holds_anything_from_params() -> None:
     """DVC fills in ``${…}`` as it is and hands the command to a shell."""
     assert [entry["cmd"] for entry in stages().values() if "$" in entry["cmd"]] == []
@@ -170,6 +179,11 @@ class Repository:
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         return done.stdout + done.stderr
+
+    def outputs(self) -> dict[str, dict[str, str]]:
+        """What dvc.lock has: the md5 of every output by stage and path."""
+        found = yaml.safe_load((self.path / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        return {name: {out["path"]: out["md5"] for out in entry["outs"]} for name, entry in found.items()}
 
     def executed(self, output: str) -> list[str]:
         """Stages that DVC ran, by its own words."""
@@ -262,6 +276,27 @@ def test_a_clone_pulls_and_recomputes_nothing_and_an_experiment_reruns_only_what
     shown = two.run("dvc", "exp", "show", "--csv")
     assert "higher" in shown
     assert {"0.2", "0.9"} <= set(re.findall(r"0\.\d+", shown))
+
+
+@pytest.mark.graph
+def test_a_changed_comment_reruns_the_stages_with_that_code_and_nothing_after_them(nano: Repository) -> None:
+    nano.run("git", "clone", "--quiet", ".", "../three")
+    three = Repository(nano.path.parent / "three", nano.path.parent)
+    three.environment["FEATDIFF_MIRROR"] = "off"
+    three.run("dvc", "cache", "dir", "--local", str(nano.path / ".dvc/cache"))
+    three.run("dvc", "checkout")
+    code = three.path / "src/featdiff/crosscoder/fit.py"
+    code.write_text(code.read_text(encoding="utf-8") + "# a comment\n", encoding="utf-8")
+    executed = three.executed(three.run("dvc", "repro"))
+    fits = [name for name in three.outputs() if name.startswith("crosscoder@")]
+    assert sorted(executed) == sorted([*fits, "dynamics"])
+    for name, before in nano.outputs().items():
+        after = three.outputs()[name]
+        changed = {path for path in before if after[path] != before[path]}
+        assert changed == {path for path in before if name in executed and path.startswith("provenance/")}
+    said = [json.loads((one.path / "provenance/crosscoders/joint_topk.json").read_text()) for one in (nano, three)]
+    assert {field for field in said[0] if said[0][field] != said[1][field]} == {"code", "self"}
+    three.run(sys.executable, "-m", "featdiff.integrity")
 
 
 def test_profiles_change_known_numbers_only() -> None:

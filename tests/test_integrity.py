@@ -16,6 +16,8 @@ import yaml
 from featdiff import artifact, integrity
 from featdiff.artifact import ContractError
 from featdiff.integrity import problems
+from featdiff.provenance import path_of, require_parents
+from project import describe
 
 
 def md5(data: bytes) -> str:
@@ -38,10 +40,12 @@ def repository(tmp_path: Path) -> Path:
     for name in ("one", "two"):
         target = tmp_path / name
         (artifact.begin(target) / "x.bin").write_bytes(name.encode())
-        digest = artifact.publish(target, params={}, code="", parents=parents)
-        parents = {name: digest}
+        digest = artifact.publish(target)
+        describe(target, tmp_path, parents)
+        parents, described = {name: digest}, path_of(target, tmp_path)
         listed = [{"md5": store(path.read_bytes()), "relpath": path.name} for path in sorted(target.iterdir())]
-        stages[name] = {"outs": [{"path": name, "md5": store(json.dumps(listed).encode(), ".dir")}]}
+        outs = {name: store(json.dumps(listed).encode(), ".dir"), f"provenance/{name}.json": store(described.read_bytes())}
+        stages[name] = {"outs": [{"path": path, "md5": md5} for path, md5 in outs.items()]}
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     return tmp_path
 
@@ -58,7 +62,8 @@ def found(root: Path) -> list[str]:
 
 def test_sound_things_are_counted(repository: Path) -> None:
     assert found(repository) == []
-    assert len(list(problems(repository))) == 2 + 2 * 3  # artifacts, and in the cache each one's listing and two files
+    # artifacts and provenance, and in the cache each one's listing, two files and provenance
+    assert len(list(problems(repository))) == 2 * 2 + 2 * 4
 
 
 def test_what_git_keeps_is_compared_with_the_lock_and_not_looked_for_in_the_cache(repository: Path) -> None:
@@ -99,24 +104,29 @@ def test_an_artifact_that_is_not_checked_out_is_named(repository: Path) -> None:
 
 def test_sound_artifacts_that_do_not_belong_together_are_told_apart(repository: Path) -> None:
     (artifact.begin(repository / "one") / "x.bin").write_bytes(b"another")
-    artifact.publish(repository / "one", params={}, code="", parents={})
-    with pytest.raises(ContractError, match=r"parent .*one: expected .*made from another version"):
-        artifact.require_parents(repository / "two", repository)
-    assert any("parent" in line for line in found(repository))
+    artifact.publish(repository / "one")
+    describe(repository / "one", repository, {})
+    with pytest.raises(ContractError, match=r"two\.json: parent one: expected .*made from another version"):
+        require_parents(repository / "two", repository)
+    assert any("two.json: parent one: " in line for line in found(repository))
 
 
-def test_a_parent_that_is_one_file_is_held_against_its_folders_manifest(tmp_path: Path) -> None:
-    (artifact.begin(tmp_path / "data") / "a.bin").write_bytes(b"a")
-    artifact.publish(tmp_path / "data", params={}, code="", parents={})
-    parents = artifact.verify(tmp_path / "data", "a.bin")
-    relative = {Path(name).relative_to(tmp_path).as_posix(): digest for name, digest in parents.items()}
-    artifact.begin(tmp_path / "model")
-    artifact.publish(tmp_path / "model", params={}, code="", parents=relative)
-    artifact.require_parents(tmp_path / "model", tmp_path)
-    (artifact.begin(tmp_path / "data") / "a.bin").write_bytes(b"b")
-    artifact.publish(tmp_path / "data", params={}, code="", parents={})
-    with pytest.raises(ContractError, match=r"parent data/a\.bin"):
-        artifact.require_parents(tmp_path / "model", tmp_path)
+def test_a_damaged_a_foreign_and_a_missing_provenance_are_named(repository: Path) -> None:
+    path, other = (repository / f"provenance/{name}.json" for name in ("two", "one"))
+    sound = path.read_bytes()
+    for content, word in ((sound.replace(b'"sft"', b'"sfT"'), "self"), (other.read_bytes(), "manifest"), (b"{", "content")):
+        path.write_bytes(content)
+        lines = found(repository)
+        assert len(lines) == 2
+        assert f"{path}: {word}: expected" in lines[1]
+        assert "provenance/two.json: not what dvc.lock names" in lines[0]
+        assert "run dvc checkout" in lines[0]
+    path.unlink()
+    assert found(repository) == ["provenance/two.json: not in the workspace; run dvc pull or dvc checkout"]
+    os.mkfifo(path)
+    lines = found(repository)
+    assert len(lines) == 2
+    assert all(f"{path}: file: expected a file, found a FIFO; delete it" in line for line in lines)
 
 
 def test_a_listing_that_cannot_be_used_is_one_line(repository: Path) -> None:

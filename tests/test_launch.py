@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from featdiff import artifact
+from featdiff import artifact, provenance
 from project import ROOT, Project
 
 GRAPH = """
@@ -78,10 +79,14 @@ def test_success_publishes_the_whole(project: Project, monkeypatch: pytest.Monke
         "curves.csv",
         "manifest.json",
     }
-    manifest = artifact.read_json(data / "manifest.json")
-    assert manifest["parents"] == {}
+    said = artifact.read_statement(project.path / "provenance/data.json", provenance.Provenance)
+    assert said.manifest == artifact.sha256_file(data / "manifest.json")
+    assert (said.stage, said.parents, said.versions) == ("prepare", {}, provenance.versions())
+    params = yaml.safe_load((project.path / "params.yaml").read_text(encoding="utf-8"))
+    assert said.params.keys() == {"seed", "prepare"}
+    assert (said.params["seed"], said.params["prepare"]["samples"]) == (params["seed"], params["prepare"]["samples"])
     monkeypatch.chdir(project.path)
-    assert manifest["code"] == artifact.hash_files([Path("stages/prepare.py")])
+    assert said.code == artifact.hash_files([Path("stages/prepare.py")])
     assert artifact.read_json(data / "metrics.json") == {"rows": 3}
     assert statuses(project) == ["FINISHED"]
 
@@ -92,12 +97,34 @@ def test_a_stage_reads_what_another_published(project: Project) -> None:
     body(project, "assert (run.read('models/base') / 'weights').read_text() == 'w'")
     assert project.run("stages/prepare.py").returncode == 0
     digest = artifact.sha256_file(project.path / "models/base" / artifact.MANIFEST)
-    assert artifact.read_json(project.path / "data/manifest.json")["parents"] == {"models/base": digest}
+    assert artifact.read_json(project.path / "provenance/data.json")["parents"] == {"models/base": digest}
     (project.path / "models/base/weights").write_text("x", encoding="utf-8")
     shutil.rmtree(project.path / "data")
     project.refused(
         project.run("stages/prepare.py"), "data", "prepare: models/base/weights: sha256", "dvc checkout models/base"
     )
+
+
+def test_other_code_and_params_give_another_provenance_and_the_same_artifact(project: Project) -> None:
+    said, files = [], []
+    for line, samples in (("pass", 1), ("pass", 1), ("pass  # a comment", 1), ("pass", 2)):
+        body(project, line)
+        project.set({"prepare.samples.find": samples})
+        assert project.run("stages/prepare.py").returncode == 0
+        files.append({path.name: path.read_bytes() for path in (project.path / "data").iterdir()})
+        said.append((project.path / "provenance/data.json").read_bytes())
+    assert files == 4 * [files[0]]
+    assert said[0] == said[1], "no clock and no host"
+    assert len(set(said)) == 3
+
+
+def test_a_provenance_that_could_not_be_read_again_is_not_written(project: Project) -> None:
+    body(project, "run.parents['../data'] = '0' * 64")
+    result = project.run("stages/prepare.py")
+    assert result.returncode == 2
+    assert "provenance/data.json: parents: expected relative names that stay inside, found '../data'" in result.stderr
+    assert not (project.path / "provenance").exists()
+    assert statuses(project) == ["FAILED"]
 
 
 def test_an_exception_publishes_nothing_and_shows_its_traceback(project: Project) -> None:

@@ -1,8 +1,8 @@
 """The only door to disk: stage outputs are folders that are published whole and verified on reading.
 
-A stage writes into a sibling folder; :func:`publish` describes it in ``manifest.json`` (size and sha256
-of every file, hash of parameters and code, hashes of the parents' manifests, and a hash of all this), flushes
-it and renames it into place. :func:`verify` checks a folder against its manifest before anything is computed from it.
+A stage writes into a sibling folder; :func:`publish` describes it in ``manifest.json`` (size and sha256 of every file, and a
+hash of all this), flushes it and renames it into place. :func:`verify` checks a folder against its manifest before anything
+is computed from it. How an artifact came about lies beside it (featdiff.provenance), so that equal files are equal folders.
 
 An artifact holds regular files in folders that are not empty. No link is followed, and nothing else is opened.
 """
@@ -17,18 +17,17 @@ import re
 import reprlib
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self, TypeVar
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 DESCRIBING = f".{MANIFEST}"
 """A manifest not yet whole."""
-FIELDS = {"schema", "params", "code", "parents", "files", "self"}
 JSON_BYTES = 64 << 20
-"""The largest manifest that is read: some 400,000 files."""
+"""The largest statement that is read: a manifest of some 400,000 files."""
 NAME_BYTES = 1024
 """The longest relative name; a part of it may have 255, as file systems allow."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -155,24 +154,16 @@ def _parsed(path: Path, content: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class File:
-    size: int
-    sha256: str
+class Statement:
+    """What a JSON file says about an artifact, with the schema and a hash over it all; every hash is a sha256."""
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact holds and what it was made from; every hash is a sha256."""
-
-    params: str
-    code: str
-    """Empty where no stage made it."""
-    parents: dict[str, str]
-    """The hash of the manifest of each artifact that was read, or of the single file."""
-    files: dict[str, File]
+    @classmethod
+    def checked(cls, path: Path, found: dict[str, Any]) -> Self:
+        """Made of ``found``, the fields in ``path``. Raises ContractError for one that is not of its type."""
+        raise NotImplementedError
 
     def fields(self) -> dict[str, Any]:
-        """All that is written: also the schema, and a hash over the rest."""
+        """All that is written."""
         rest = {"schema": SCHEMA} | asdict(self)
         return rest | {"self": hash_json(rest)}
 
@@ -184,35 +175,68 @@ class Manifest:
         return hashlib.sha256(self.written()).hexdigest()
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in the file ``path``. Raises ContractError for one in which a single bit is not as it was written."""
-    content = read_bytes(path, JSON_BYTES)
+S = TypeVar("S", bound=Statement)
+
+
+def read_statement(path: Path, of: type[S]) -> S:
+    """The statement in the file ``path``. Raises ContractError for one in which a single bit is not as it was written."""
+    return parse_statement(path, read_bytes(path, JSON_BYTES), of)
+
+
+def parse_statement(path: Path, content: bytes, of: type[S]) -> S:
+    """The same, of the ``content`` of that file."""
     found = _parsed(path, content)
     schema = found.get("schema") if isinstance(found, dict) else None
     require(schema == SCHEMA, path, "schema", SCHEMA, schema, "rerun its stage with this version")
-    for field in sorted(FIELDS ^ found.keys()):
-        require(field in FIELDS, path, "fields", ", ".join(sorted(FIELDS)), field, RESTORE)
+    names = {"schema", "self", *(field.name for field in fields(of))}
+    for field in sorted(names ^ found.keys()):
+        require(field in names, path, "fields", ", ".join(sorted(names)), field, RESTORE)
         raise ContractError(path, field, "a value", NOTHING, RESTORE)
-    params, code, parents, files = (found[field] for field in ("params", "code", "parents", "files"))
-    require(_is_digest(params), path, "params", "a sha256", params, RESTORE)
-    require(code == "" or _is_digest(code), path, "code", "a sha256 or nothing", code, RESTORE)
-    for field, table in (("parents", parents), ("files", files)):
-        require(isinstance(table, dict), path, field, "a mapping of names", table, RESTORE)
-        for name in table:
-            require(inside(name), path, field, "relative names that stay inside", name, RESTORE)
-    for name, digest in parents.items():
-        require(_is_digest(digest), path, f"parents: {name}", "a sha256", digest, RESTORE)
-    for name, entry in files.items():
-        holds = isinstance(entry, dict) and entry.keys() == {"size", "sha256"} and _is_digest(entry["sha256"])
-        holds = holds and type(entry["size"]) is int and 0 <= entry["size"] < 1 << 63
-        require(holds, path, f"files: {name}", "a size and a sha256", entry, RESTORE)
-    manifest = Manifest(params, code, parents, {name: File(**entry) for name, entry in files.items()})
-    if content != manifest.written():
+    statement = of.checked(path, found)
+    try:
+        holds = content == statement.written()
+    except (ValueError, RecursionError):  # numbers that JSON has not, or values nested too deeply
+        holds = False
+    if not holds:
         raise ContractError(path, "self", "the hash and the writing of these fields", "another", RESTORE)
-    return manifest
+    return statement
 
 
-def _is_digest(value: object) -> bool:
+def require_table(path: Path, field: str, table: Any) -> None:
+    """Raise ContractError unless ``table`` is a mapping whose keys are names that stay inside."""
+    require(isinstance(table, dict), path, field, "a mapping of names", table, RESTORE)
+    for name in table:
+        require(inside(name), path, field, "relative names that stay inside", name, RESTORE)
+
+
+@dataclass(frozen=True)
+class File:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest(Statement):
+    """What an artifact holds."""
+
+    files: dict[str, File]
+
+    @classmethod
+    def checked(cls, path: Path, found: dict[str, Any]) -> Self:
+        files = found["files"]
+        require_table(path, "files", files)
+        for name, entry in files.items():
+            holds = isinstance(entry, dict) and entry.keys() == {"size", "sha256"} and is_digest(entry["sha256"])
+            holds = holds and type(entry["size"]) is int and 0 <= entry["size"] < 1 << 63
+            require(holds, path, f"files: {name}", "a size and a sha256", entry, RESTORE)
+        return cls({name: File(**entry) for name, entry in files.items()})
+
+
+def read_manifest(path: Path) -> Manifest:
+    return read_statement(path, Manifest)
+
+
+def is_digest(value: object) -> bool:
     return isinstance(value, str) and DIGEST.fullmatch(value) is not None
 
 
@@ -230,10 +254,10 @@ def begin(target: Path) -> Path:
     return staging
 
 
-def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapping[str, str]) -> str:
+def publish(target: Path) -> str:
     """Describe, flush and rename the staging folder of ``target``; returns the manifest's sha256."""
     staging = staging_path(target)
-    digest = seal(staging, params=params, code=code, parents=parents)
+    digest = seal(staging)
     if target.exists():
         shutil.rmtree(target)
     staging.rename(target)
@@ -241,13 +265,13 @@ def publish(target: Path, *, params: Mapping[str, Any], code: str, parents: Mapp
     return digest
 
 
-def seal(folder: Path, *, params: Mapping[str, Any], code: str, parents: Mapping[str, str]) -> str:
+def seal(folder: Path) -> str:
     """Flush what is in ``folder``, then describe it in its manifest, which appears whole; returns the manifest's sha256."""
     sizes = _sizes(folder, "a stage must leave nothing else in its output; mend it and run it again")
     files = {name: File(size, sha256_file(folder / name)) for name, size in sizes.items() if name not in (MANIFEST, DESCRIBING)}
     for path in folder.rglob("*"):
         _flush(path)
-    manifest = Manifest(hash_json(dict(params)), code, dict(parents), files)
+    manifest = Manifest(files)
     temporary = folder / DESCRIBING
     write_json(temporary, manifest.fields())
     read_manifest(temporary)  # what could not be read must not be published
@@ -338,19 +362,3 @@ def _require_folder(folder: Path, *allowed: str) -> None:
         if found != NOTHING:
             todo = "put a folder in its place; links, as DVC's cache type symlink makes them, are not supported"
         raise ContractError(folder, "folder", "a published artifact", found, todo)
-
-
-def require_parents(folder: Path, root: Path) -> None:
-    """Raise ContractError where a parent of the artifact ``folder`` that lies under ``root`` is no longer the one that it
-    was made from: each may be sound, and the two do not belong together."""
-    for name, digest in read_manifest(folder / MANIFEST).parents.items():
-        parent = root / name
-        home, file = (parent, None) if parent.is_dir() else (parent.parent, parent.name)
-        if kind(home / MANIFEST) == NOTHING:
-            continue  # not at hand: nothing to compare with
-        manifest = read_manifest(home / MANIFEST)
-        files = {None: manifest.digest()} | {name: entry.sha256 for name, entry in manifest.files.items()}
-        now = files.get(file, NOTHING)
-        if now != digest:
-            todo = "it was made from another version; run dvc repro (or dvc checkout)"
-            raise ContractError(folder / MANIFEST, f"parent {name}", digest[:12], now[:12], todo)

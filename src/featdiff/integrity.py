@@ -1,7 +1,8 @@
 """Is everything on disk what it says it is? ``python -m featdiff.integrity`` (``make verify``).
 
-Every artifact is hashed against its manifest, its parents against the manifests it was made from, and every object of
-DVC's cache that dvc.lock names against its own name: DVC checks out an object whose mode says "protected" without looking.
+Every artifact is hashed against its manifest, its parents against its provenance, every other output against dvc.lock, and
+every object of DVC's cache that dvc.lock names against its own name: DVC checks out an object whose mode says "protected"
+without looking.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from featdiff import artifact
-from featdiff.artifact import ContractError
+from featdiff.artifact import FILE, RESTORE, ContractError, kind
+from featdiff.provenance import require_parents
 from featdiff.restore import cache_folder, cached, listing, locked, md5_file
 from featdiff.tracking import read_yaml
 
@@ -33,10 +35,10 @@ def problems(root: Path) -> Iterator[str | None]:
             yield f"{path}: not in the workspace; run dvc pull or dvc checkout"
         elif md5.endswith(".dir"):
             yield _artifact(root, path)
+        else:
+            yield _compared(root, path, md5, "git" if path in uncached else "dvc")
         if path not in uncached:
             yield from _objects(cache, path, md5, seen)
-        elif (root / path).is_file():
-            yield _compared(root, path, md5)
 
 
 def _uncached(root: Path) -> set[str]:
@@ -47,18 +49,20 @@ def _uncached(root: Path) -> set[str]:
     return {name for out in outs for name, options in out.items() if options.get("cache") is False}
 
 
-def _compared(root: Path, path: str, md5: str) -> str | None:
+def _compared(root: Path, path: str, md5: str, keeper: str) -> str | None:
     try:
+        if (what := kind(root / path)) != FILE:
+            raise ContractError(root / path, "file", FILE, what, f"delete it, then {RESTORE}")
         found = md5_file(root / path)
     except ContractError as error:
         return str(error)
-    return None if found == md5 else f"{path}: not what dvc.lock names (md5 {found}); run git checkout, or dvc repro"
+    return None if found == md5 else f"{path}: not what dvc.lock names (md5 {found}); run {keeper} checkout, or dvc repro"
 
 
 def _artifact(root: Path, path: str) -> str | None:
     try:
         artifact.verify(root / path)
-        artifact.require_parents(root / path, root)
+        require_parents(root / path, root)
     except ContractError as error:
         return str(error)
     return None

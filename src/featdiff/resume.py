@@ -81,7 +81,7 @@ class Scratch:
             self._say("finished parts")
         else:
             write(artifact.begin(path))
-            artifact.publish(path, params={}, code="", parents={})
+            artifact.publish(path)
         return path
 
     def _say(self, source: str) -> None:

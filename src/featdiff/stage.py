@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import yaml
 from safetensors import SafetensorError
 
-from featdiff import artifact, stopping
+from featdiff import artifact, provenance, stopping
 from featdiff.artifact import ContractError
 from featdiff.config import ConfigError, Study, closest, load_params, load_study
 from featdiff.launch import EXIT_BAD_INPUT, RANKS
@@ -68,7 +68,7 @@ class Run:
         """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
         folder, began = Path(path), time.monotonic()
         self.parents |= artifact.verify(folder, *files)
-        artifact.require_parents(folder, Path())
+        provenance.require_parents(folder, Path())
         self.door_seconds += time.monotonic() - began
         self.record.input(folder.as_posix())
         return folder
@@ -127,7 +127,11 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
                         where = "params.yaml" if changed == "params" else "src"
                         raise ContractError(where, changed, "unchanged since the stage began", "an edit", "run dvc repro again")
                     began = time.monotonic()
-                    artifact.publish(target, params=signature["params"], code=signature["code"], parents=run.parents)
+                    digest = artifact.publish(target)
+                    described = provenance.Provenance(
+                        digest, label, signature["params"], signature["code"], provenance.versions(), run.parents
+                    )
+                    provenance.place(target, Path(), described)
                     for path, value in run.beside.items():
                         artifact.place_json(path, value)
                     record.observe(door_seconds=round(run.door_seconds + time.monotonic() - began, 3))

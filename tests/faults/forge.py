@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifact import MANIFEST, sha256_file
+from featdiff.provenance import path_of
 from project import Project
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -68,7 +69,7 @@ GRAPH = [
 ]
 
 
-CHANGEABLE = ("params.yaml", "src", *sorted({out.split("/")[0] for out, _ in GRAPH}))
+CHANGEABLE = ("params.yaml", "src", "provenance", *sorted({out.split("/")[0] for out, _ in GRAPH}))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -169,6 +170,9 @@ class Study(Project):
         folder = self.path / out
         return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
+    def provenance(self, out: str) -> Path:
+        return path_of(self.path / out, self.path)
+
     def scratch(self, out: str) -> Path:
         return self.path / ".featdiff/scratch" / out
 
@@ -179,6 +183,7 @@ class Study(Project):
     def clear(self, out: str) -> None:
         """As DVC does before it runs a stage; and forget what could be resumed."""
         shutil.rmtree(self.path / out, ignore_errors=True)
+        self.provenance(out).unlink(missing_ok=True)
         shutil.rmtree(self.scratch(out), ignore_errors=True)
         self.said()
 

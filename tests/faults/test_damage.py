@@ -165,7 +165,30 @@ def test_sound_artifacts_of_different_runs_are_not_mixed(study: Study) -> None:
     assert study.finish(LONG["models/sft"]) == 0
     study.said()
     assert study.finish(LONG["crosscoders/joint_topk"]) == 2
-    assert "activations/sft/manifest.json: parent models/sft: expected" in study.said()
+    assert "provenance/activations/sft.json: parent models/sft: expected" in study.said()
+
+
+def mix_anything() -> None:
+    from featdiff import provenance
+
+    provenance.require_parents = lambda *_: None
+
+
+def test_without_a_look_at_parents_artifacts_of_different_runs_would_be_mixed(study: Study) -> None:
+    study.set({"sft.lr": 0.002})
+    assert study.finish(LONG["models/sft"]) == 0
+    assert study.finish(LONG["crosscoders/joint_topk"], mix_anything) == 0, (
+        "the test above would not notice that the guard is gone"
+    )
+
+
+def test_an_artifact_beside_the_provenance_of_another_version_is_not_read(study: Study) -> None:
+    old = study.provenance("models/sft").read_bytes()
+    study.set({"sft.lr": 0.002})
+    assert study.finish(LONG["models/sft"]) == 0
+    study.provenance("models/sft").write_bytes(old)
+    assert study.finish(["activations", "--model", "sft"]) == 2
+    assert "provenance/models/sft.json: manifest: expected" in study.said()
 
 
 @pytest.mark.parametrize("edited", ["params.yaml", "src"])

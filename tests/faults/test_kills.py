@@ -23,12 +23,13 @@ WORKING = re.compile(r"\| [1-9]\d*/")
 
 def kill_at(place: str, count: int) -> None:
     """End this process for good when it comes to ``place`` for the ``count``-th time."""
-    from featdiff import artifact
+    from featdiff import artifact, provenance
 
     owner, name = {
         "written, not yet described": (artifact, "write_json"),
         "described, not yet renamed": (artifact.Path, "rename"),
         "old one removed, new one not yet in place": (artifact.shutil, "rmtree"),
+        "in place, provenance not yet written": (provenance, "place"),
     }[place]
     original, calls = getattr(owner, name), 0
 
@@ -47,6 +48,7 @@ def kill_at(place: str, count: int) -> None:
 @pytest.mark.parametrize("out", LONG)
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(study: Study, out: str) -> None:
     wanted, rng = study.files(out), random.Random(out)
+    described = study.provenance(out).read_bytes()
     study.clear(out)
     kills = went_on = 0
     while kills < KILLS:
@@ -73,6 +75,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(study: Study, out: s
     assert study.files(out) == wanted
     went_on += "going on" in study.said()
     assert not study.scratch(out).exists(), "scratch is cleaned after success"
+    assert study.provenance(out).read_bytes() == described
     assert went_on
 
 
@@ -110,6 +113,17 @@ def test_killed_between_removing_the_old_artifact_and_placing_the_new_one(study:
     assert not (study.path / "models/base").exists()
     assert study.finish(LONG["models/base"]) == 0
     assert study.files("models/base") == wanted
+
+
+def test_killed_between_placing_an_artifact_and_its_provenance(study: Study) -> None:
+    wanted, described = study.files("models/base"), study.provenance("models/base").read_bytes()
+    study.clear("models/base")
+    assert study.finish(LONG["models/base"], partial(kill_at, "in place, provenance not yet written", 1)) == -signal.SIGKILL
+    assert study.files("models/base") == wanted
+    assert not study.provenance("models/base").exists()
+    assert study.finish(LONG["models/base"]) == 0
+    assert study.files("models/base") == wanted
+    assert study.provenance("models/base").read_bytes() == described
 
 
 @pytest.mark.parametrize("out", LONG)

@@ -128,7 +128,7 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero:
             folder = self.folder / f"checkpoint-{state.global_step}"
             self.scratch.note(folder, step=state.global_step, state=self.state)
-            seal(folder, params={}, code="", parents={})
+            seal(folder)
         self.scratch.saved()
 
 
