@@ -15,7 +15,7 @@ from featdiff.config import Study, flatten
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/featdiff"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-CITED = re.compile(r"`([a-z_/]+\.py): ([A-Za-z_.]+)`")
+CITED = re.compile(r"`([a-z0-9_/]+\.py): ([A-Za-z0-9_.]+)`")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
