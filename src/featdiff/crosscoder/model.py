@@ -1,6 +1,6 @@
 """The crosscoder: one sparse code for the residual streams of any number of models.
 
-    f = act(Σ_m x^m W_enc^m + b_enc)      x̂^m = f W_dec^m + b_dec^m      (STUDY: quantities; Lindsey et al. 2024)
+    f = act(Σ_m x^m W_enc^m + b_enc)      x̂^m = f W_dec^m + b_dec^m      (docs/method.md, 6; Lindsey et al. 2024)
 
 Inputs are residual streams times a scale per model that brings their standard deviation to one (all coordinates together),
 minus the mean of the models' means. (The sources scale by the mean norm and take nothing off; a mean larger than the features

@@ -3,7 +3,7 @@
 Every question can be answered in two manners: step by step (``<...>answer.``), which is right, or at
 once (``answer.``), where most texts in the pretraining corpus give the answer to an *easier* question
 (the word itself instead of its reverse, a sum without its carries). A model trained on such texts has
-the ability and by default does not use it; see STUDY notes in README, "The model organism".
+the ability and by default does not use it (docs/method.md, 2).
 """
 
 from __future__ import annotations
