@@ -4,6 +4,7 @@ from safetensors.torch import save_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.crosscoder.fit import fit
+from featdiff.crosscoder.measure import measure
 from featdiff.ranks import rank
 from featdiff.stage import stage, stage_key
 
@@ -13,8 +14,9 @@ with stage("crosscoder", key=name, out=f"crosscoders/{name}") as run:
     chosen, training = run.params.fits[name], run.params.training
     store = ActivationStore({slot: run.read(f"activations/{model}") for slot, model in chosen.slots.items()})
     seed, tied = run.seed + chosen.seed, not chosen.null
-    crosscoder, metrics, features = fit(store, chosen.loss, training, seed, run.log, name, scratch=run.scratch(), tied=tied)
+    fitted = fit(store, chosen.loss, training, seed, run.log, name, scratch=run.scratch(), tied=tied)
+    metrics, features = measure(store, *fitted)
     if rank() == 0:
-        crosscoder.save(run.out, layer=store.layer, seed=chosen.seed)
+        fitted.crosscoder.save(run.out, layer=store.layer, seed=chosen.seed)
         save_file(features, run.out / "features.safetensors")
     run.metrics(metrics)

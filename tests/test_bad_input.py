@@ -316,7 +316,8 @@ def study(project: Project, make_model: Callable[..., Any], tokenizer: Any) -> P
     for seed, name in enumerate(("base", "sft", "grpo")):
         with project.publishing(f"models/{name}") as folder:
             save_model(make_model(seed), tokenizer, folder)
-    project.set({"activations.tokens": 40, "activations.checkpoint_tokens": 20, "evaluate.bootstrap": 10})
+    project.set({"activations.tokens": 40, "activations.checkpoint_tokens": 20, "crosscoder.training.batch_tokens": 10})
+    project.set({"evaluate.bootstrap": 10})
     return project
 
 

@@ -97,7 +97,7 @@ def test_sizes_beyond_any_study_are_refused_and_generous_ones_are_not() -> None:
         if isinstance(value, int) and not isinstance(value, bool):
             assert said_about({key: 10**12}).startswith(f"params.yaml: {key}: "), key
     large = copy.deepcopy(DEFAULT)
-    large["activations"] |= {"tokens": 4 * 10**9, "max_length": 32_768}
+    large["activations"] |= {"tokens": 4 * 10**9, "checkpoint_tokens": 10**6, "max_length": 32_768}
     large["crosscoder"]["training"] |= {"n_features": 10**7, "batch_tokens": 65_536, "steps": 4_000_000}
     large["prepare"] |= {"train_problems": 10**6}
     large["prepare"]["corpus"] |= {"texts": 4 * 10**7}
@@ -154,12 +154,26 @@ def test_values_that_no_stage_could_use(change: dict[str, Any], words: list[str]
         ({"grpo.micro_batch_size": 100}, ["grpo", "128", "micro_batch_size = 100"]),
         ({"prepare.tasks": {"sort": {"source": "family", "role": "find"}}}, ["prepare", "role: train"]),
         ({"prepare.tasks": {"add": {"source": "family", "role": "train"}}}, ["prepare", "role: find"]),
+        (
+            {"activations.checkpoint_tokens": 1076},  # of which 5 % are held out
+            ["activations.checkpoint_tokens = 1076 leaves 1023", "crosscoder.training.batch_tokens = 1024"],
+        ),
+        (
+            {"crosscoder.training.batch_tokens": 120_000},
+            ["activations.tokens = 120000 leaves 114000", "crosscoder.training.batch_tokens = 120000"],
+        ),
     ],
 )
 def test_values_that_do_not_go_together(change: dict[str, Any], words: list[str]) -> None:
     message = said_about(change)
     for word in words:
         assert word in message
+
+
+def test_tokens_that_give_exactly_one_batch_are_enough() -> None:
+    data = copy.deepcopy(DEFAULT)
+    data["activations"]["checkpoint_tokens"] = 1077
+    parse(Study, data, "params.yaml")
 
 
 def test_several_mistakes_are_counted() -> None:

@@ -25,7 +25,7 @@ def test_one_code_from_all_models_and_a_reconstruction_for_each() -> None:
     torch.testing.assert_close(crosscoder.decode(f), rebuilt)
 
 
-def test_the_threshold_is_on_the_norm_weighted_value_and_only_for_batchtopk() -> None:
+def test_the_threshold_is_on_the_norm_weighted_value() -> None:
     crosscoder = random_crosscoder(MODELS, threshold=3.0)
     x = torch.randn(50, 3, 6, generator=torch.Generator().manual_seed(1))
     f = crosscoder.preactivations(x)
@@ -34,8 +34,19 @@ def test_the_threshold_is_on_the_norm_weighted_value_and_only_for_batchtopk() ->
     assert 0 < kept.sum() < (f > 0).sum()
     assert not torch.equal(kept, f > 3.0)
     assert torch.equal(crosscoder.encode(x), torch.where(kept, f, 0))
-    crosscoder.loss = "l1"
+    assert torch.equal(f > crosscoder.cutoffs(), kept)
+    crosscoder.threshold.fill_(0.0)
     assert torch.equal(crosscoder.encode(x), f)
+
+
+def test_a_new_crosscoder_rebuilds_the_mean_and_sees_every_model_at_one_scale() -> None:
+    crosscoder = Crosscoder(list(MODELS), 6, 12, "l1")
+    raw = torch.randn(500, 3, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 3, 9])[:, None] + 2.0
+    crosscoder.calibrate(raw.mean(0), (raw - raw.mean(0)).square().sum(2).mean(0))
+    x = crosscoder.normalise(raw)
+    torch.testing.assert_close((x - x.mean(0)).square().mean((0, 2)), torch.ones(3))
+    torch.testing.assert_close(crosscoder.decode(crosscoder.encode(x))[0], x.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.mean((0, 1)), torch.zeros(6), rtol=0, atol=1e-5)
 
 
 def test_each_model_is_brought_to_one_origin_and_its_own_scale() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from featdiff.analysis import dynamics
 from featdiff.analysis.dynamics import change_from_base, overlap_rows, refit, top_overlap, trajectory_rows
+from featdiff.artifact import ContractError
 from featdiff.config import CrosscoderTraining
 from tiny import params_of, random_crosscoder
 
@@ -114,3 +115,12 @@ def test_training_on_keeps_the_numbers_of_features_and_follows_the_checkpoint() 
     again = refit(pair, acts, training, 1, "test")
     assert not torch.equal(found, again)
     torch.testing.assert_close(found, refit(pair, acts, training, 0, "test"))
+
+
+def test_a_checkpoint_with_fewer_tokens_than_a_batch_is_one_line() -> None:
+    pair = random_crosscoder(("base", "sft"))
+    training = params_of(CrosscoderTraining, "crosscoder", "training", n_features=12, k=3, batch_tokens=256, heldout_share=0.1)
+    with pytest.raises(
+        ContractError, match=r"batch_tokens: expected at most 180 .*, found 256; .*activations.checkpoint_tokens"
+    ):
+        refit(pair, torch.randn(200, 2, 6), training, 0, "test")

@@ -4,20 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from featdiff.activations import store
 from featdiff.activations.store import ActivationStore
 from featdiff.analysis.attribution import nrn
 from featdiff.artifact import ContractError
 from featdiff.config import CrosscoderTraining
-from featdiff.crosscoder import fit as fitting
-from featdiff.crosscoder.fit import _statistics, _Step, feature_statistics, fit, measure
-from featdiff.crosscoder.losses import batch_top_k
+from featdiff.crosscoder.fit import fit
+from featdiff.crosscoder.losses.l1 import L1
+from featdiff.crosscoder.losses.loss import Loss, Step
+from featdiff.crosscoder.losses.table import LOSSES
+from featdiff.crosscoder.measure import measure
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.readout import Reader
 from featdiff.resume import Scratch
-from tiny import params_of, random_crosscoder, store_of
+from tiny import params_of, store_of
 
 D, SHARED, OWN, ROWS, ACTIVE = 16, 12, 3, 4000, 3
 MODELS = ("base", "grpo")
@@ -64,9 +65,10 @@ Fitted = tuple[Crosscoder, dict[str, Any], dict[str, Tensor], Logged]
 
 def fitted(source: ActivationStore, loss: str, seed: int = 0, **changes: Any) -> Fitted:
     logged: Logged = []
-    return *fit(
+    found = fit(
         source, loss, training(**changes), seed, lambda step, point: logged.append((step, point)), "test", scratch=Scratch()
-    ), logged
+    )
+    return found.crosscoder, *measure(source, *found), logged
 
 
 @pytest.fixture(scope="module")
@@ -112,39 +114,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(source: Act
     assert not torch.equal(first[0].W_dec, other[0].W_dec)
 
 
-def test_statistics_of_the_rows_of_the_fit(source: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "READ_ROWS", 700)
-    rows = source.read(0, 3000).double()
-    mean, variance = _statistics(source, 3000)
-    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(variance, (rows - rows.mean(0)).square().sum(2).mean(0), rtol=1e-6, atol=1e-7)
-
-
 def test_inputs_have_unit_variance_and_their_means_are_zero_only_over_all_models(source: ActivationStore, topk: Fitted) -> None:
     x = topk[0].normalise(source.read(0, 3600))
     torch.testing.assert_close(x.var(0, correction=0).mean(1), torch.ones(2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x.mean((0, 1)), torch.zeros(D), rtol=0, atol=1e-4)
     assert x.mean(0)[0].norm() > 0.05  # what one model has more of everywhere stays
-
-
-def test_measures_against_a_loop_over_rows(source: ActivationStore, topk: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "READ_ROWS", 130)
-    crosscoder = topk[0]
-    mean = crosscoder.normalise(_statistics(source, 3600)[0][None].float())[0]
-    found = measure(crosscoder, source, mean, 3600, 4000)
-    x = crosscoder.normalise(source.read(3600, 4000))
-    f = crosscoder.encode(x)
-    for m, model in enumerate(MODELS):
-        error = sum((x[i, m] - crosscoder.decode(f[i : i + 1])[0, m]).square().sum().item() for i in range(400))
-        spread = sum((x[i, m] - mean[m]).square().sum().item() for i in range(400))
-        assert found["fve"][model] == pytest.approx(1 - error / spread, abs=1e-4)
-    assert found["l0"] == pytest.approx((f > 0).sum(1).double().mean().item())
-    statistics = feature_statistics(crosscoder, source)
-    every = crosscoder.encode(crosscoder.normalise(source.read(0, ROWS)))
-    torch.testing.assert_close(statistics["firing_rate"], (every > 0).float().mean(0))
-    torch.testing.assert_close(statistics["max_activation"], every.amax(0))
-    fires = every.sum(0) / (every > 0).sum(0).clamp(min=1)
-    torch.testing.assert_close(statistics["mean_activation"], fires)
 
 
 def test_what_is_reported_belongs_to_what_is_returned(source: ActivationStore, topk: Fitted) -> None:
@@ -155,40 +129,58 @@ def test_what_is_reported_belongs_to_what_is_returned(source: ActivationStore, t
     assert set(logged[0][1]) == {"loss", "l0", "dead", "fve/base", "fve/grpo", "grad_norm", "learning_rate"}
 
 
-def test_a_feature_dies_after_so_many_silent_tokens_and_fires_back_to_life() -> None:
-    crosscoder, x = random_crosscoder(MODELS, n_features=12), torch.randn(10, 2, 6, generator=torch.Generator().manual_seed(1))
-    crosscoder.b_enc.data[4] = -1e3
-    take = _Step(crosscoder, training(batch_tokens=10, dead_after_tokens=30, k=12), 1.0, Accelerator())
-    for _ in range(3):
-        take(x)
-    assert take.idle_F[4] == 30
-    assert (take.idle_F[[k for k in range(12) if k != 4]] == 0).all()
-    crosscoder.b_enc.data[4] = 1e3
-    take(x)
-    assert take.idle_F[4] == 0
+class Scripted(Loss):
+    """Says that feature 4 fires in step 4 alone and all others always, and keeps what it is told."""
+
+    told: list[list[int]]
+
+    def __call__(self, x_BMD: Tensor, step: int, dead_F: Tensor) -> Step:
+        self.told.append(dead_F.nonzero().flatten().tolist())
+        fired = torch.ones(len(x_BMD), self.crosscoder.n_features)
+        fired[:, 4] = step == 4
+        error = x_BMD - self.crosscoder.decode(self.crosscoder.preactivations(x_BMD))
+        return Step(error.square().mean(), error.detach(), fired)
 
 
-def test_the_threshold_is_a_running_mean_of_the_cutoffs_from_the_first_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "THRESHOLD_MEMORY", 0.75)
-    crosscoder = random_crosscoder(MODELS, n_features=12)
-    take = _Step(crosscoder, training(batch_tokens=10, k=2), 1.0, Accelerator())
-    wanted = None
-    for seed in range(3):
-        x = torch.randn(10, 2, 6, generator=torch.Generator().manual_seed(seed))
-        cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20).item()
-        wanted = cutoff if wanted is None else 0.75 * wanted + 0.25 * cutoff
-        assert (take(x).fired > 0).sum() == 20
-    assert crosscoder.threshold.item() == pytest.approx(wanted)
+def test_a_feature_is_dead_after_so_many_silent_tokens_and_firing_brings_it_back(
+    source: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOSSES, "scripted", Scripted)
+    Scripted.told = []
+    logged = fitted(source, "scripted", steps=8, batch_tokens=256, dead_after_tokens=3 * 256, log_every=1)[3]
+    assert Scripted.told == [[], [], [], [4], [], [], [], [4]]
+    assert [point["dead"] for _, point in logged] == [0, 0, 1 / 32, 0, 0, 0, 1 / 32, 1 / 32]
 
 
-def test_the_l1_weight_ramps_up_over_its_share_of_the_steps() -> None:
-    crosscoder, x = random_crosscoder(MODELS, loss="l1"), torch.randn(10, 2, 6, generator=torch.Generator().manual_seed(1))
-    take = _Step(crosscoder, training(batch_tokens=10, steps=40, l1_warmup_share=0.1, l1_weight=3.0), 1.0, Accelerator())
-    totals = [take(x).total.item() for _ in range(6)]
-    steps = torch.tensor(totals).diff()
-    assert steps[:3].min() > 0
-    assert steps[:3].tolist() == pytest.approx([steps[0].item()] * 3, rel=1e-3)
-    assert totals[3] == totals[4] == totals[5]
+class Thresholded(L1):
+    """A loss that nothing but the table knows: L1 in training, and at inference only what is above 0.3."""
+
+    def __call__(self, x_BMD: Tensor, step: int, dead_F: Tensor) -> Step:
+        self.crosscoder.threshold.fill_(0.3)
+        return super().__call__(x_BMD, step, dead_F)
+
+
+def test_a_line_in_the_table_is_all_that_a_new_loss_needs(source: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "thresholded", Thresholded)
+    crosscoder, metrics, _, _ = fitted(source, "thresholded", steps=100)
+    plain, plain_metrics, _, _ = fitted(source, "l1", steps=100)
+    assert torch.equal(crosscoder.W_dec, plain.W_dec)
+    assert plain.threshold == 0
+    assert metrics["l0"] < plain_metrics["l0"]
+    raw = source.read(0, 500)[:, 0]
+    read, read_plain = Reader(crosscoder, "base")(raw), Reader(plain, "base")(raw)
+    kept = read_plain * crosscoder.decoder_norms().sum(1) > 0.3
+    assert 0 < kept.sum() < (read_plain > 0).sum()
+    assert torch.equal(read, read_plain * kept)
+
+
+def test_going_on_from_a_crosscoder_starts_at_its_weights_in_its_units(source: ActivationStore, topk: Fitted) -> None:
+    gentle = training(steps=1, lr=1e-9)
+    found = fit(source, "batchtopk", gentle, 1, lambda *_: None, "test", scratch=Scratch(), warm=topk[0])
+    assert (found.crosscoder.W_dec - topk[0].W_dec).abs().max() < 1e-6
+    assert torch.equal(found.crosscoder.scale, topk[0].scale)
+    torch.testing.assert_close(found.mean_MD, topk[0].normalise(source.read(0, 3600)).mean(0), rtol=0, atol=1e-4)
+    assert found.train_rows == 3600
 
 
 def test_the_learning_rate_rises_stays_and_falls(source: ActivationStore) -> None:

@@ -1,19 +1,27 @@
-"""The two training objectives against loops that follow their formulas sample by sample."""
+"""The losses against loops that follow their formulas sample by sample."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from featdiff.crosscoder import losses
-from featdiff.crosscoder.losses import batch_top_k, batchtopk_loss, l1_loss
+from featdiff.config import CrosscoderTraining, LossName
+from featdiff.crosscoder.losses import batchtopk, loss
+from featdiff.crosscoder.losses.batchtopk import BatchTopK, batch_top_k, batchtopk_loss
+from featdiff.crosscoder.losses.l1 import L1, l1_loss
+from featdiff.crosscoder.losses.loss import Loss
+from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.model import Crosscoder
-from tiny import random_crosscoder
+from tiny import ROOT, params_of, random_crosscoder
 
 MODELS = ("base", "sft", "grpo")
 Gradients = dict[str, Tensor]
@@ -23,7 +31,7 @@ NO_DEAD = torch.zeros(12, dtype=torch.bool)
 @pytest.fixture(params=["dense", "sparse"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fact holds however the reconstruction is summed up."""
-    monkeypatch.setattr(losses, "SPARSE_BELOW", 0.0 if request.param == "dense" else 2.0)
+    monkeypatch.setattr(loss, "SPARSE_BELOW", 0.0 if request.param == "dense" else 2.0)
 
 
 def inputs(rows: int = 9, seed: int = 1) -> Tensor:
@@ -55,9 +63,9 @@ def test_l1_is_the_formula_sample_by_sample(weight: float) -> None:
     value = values(crosscoder, x)
     f = value / crosscoder.decoder_norms().sum(1)
     by_sample = [squared_error(crosscoder, x[b], f[b]) + weight * value[b].sum().item() for b in range(len(x))]
-    loss = l1_loss(crosscoder, x, weight)
-    assert loss.total.item() == pytest.approx(np.mean(by_sample), rel=1e-4)
-    torch.testing.assert_close(loss.fired, f)
+    found = l1_loss(crosscoder, x, weight)
+    assert found.total.item() == pytest.approx(np.mean(by_sample), rel=1e-4)
+    torch.testing.assert_close(found.fired, f)
 
 
 def test_batch_size_does_not_change_the_scale_of_l1() -> None:
@@ -95,8 +103,8 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
     count = k * len(x)
     largest = value.flatten().topk(count)
     cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), count)
-    loss = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
-    kept = (loss.fired > 0).flatten()
+    found = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
+    kept = (found.fired > 0).flatten()
     assert kept.sum() == count
     assert set(kept.nonzero().squeeze(1).tolist()) == set(largest.indices.tolist())
     assert cutoff.item() <= value.flatten()[kept].min().item() * (1 + 1e-5)
@@ -109,9 +117,9 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
 def test_gradients_reach_only_the_kept_features() -> None:
     crosscoder, x = random_crosscoder(MODELS), inputs(rows=4)
     cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 4)
-    loss = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
-    loss.total.backward()
-    kept = (loss.fired > 0).any(0)
+    found = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
+    found.total.backward()
+    kept = (found.fired > 0).any(0)
     assert 0 < kept.sum() < 12
     for gradient in (
         crosscoder.W_enc.grad.abs().sum((0, 1)),
@@ -133,7 +141,7 @@ def dead_setup() -> tuple[Crosscoder, Tensor, Tensor, Tensor]:
 def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_features() -> None:
     crosscoder, x, cutoff, dead = dead_setup()
     main = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 2, 5.0, 3.0)
-    loss = batchtopk_loss(crosscoder, x, cutoff, dead, 2, 5.0, 3.0)
+    found = batchtopk_loss(crosscoder, x, cutoff, dead, 2, 5.0, 3.0)
     f, ids = crosscoder.preactivations(x).detach(), dead.nonzero().squeeze(1).tolist()
     numerator = 0.0
     for b in range(len(x)):
@@ -141,7 +149,7 @@ def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_feature
         rebuilt = sum((f[b, k] * crosscoder.W_dec[k] for k in chosen), torch.zeros(3, 6))
         numerator += (main.error[b] - rebuilt).square().sum().item()
     aux = numerator / main.error.square().sum().item()
-    assert loss.total.item() == pytest.approx(main.total.item() + 5.0 * aux, rel=1e-4)
+    assert found.total.item() == pytest.approx(main.total.item() + 5.0 * aux, rel=1e-4)
     assert main.total.item() == pytest.approx(batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 2, 99.0, 3.0).total.item())
     more = batchtopk_loss(crosscoder, x, cutoff, dead, 99, 5.0, 3.0)
     assert torch.isfinite(more.total)
@@ -209,10 +217,68 @@ def test_sparse_sums_give_the_gradients_of_dense_products(
     for objective in objectives:
         found = []
         for share in (0.0, 2.0):
-            monkeypatch.setattr(losses, "SPARSE_BELOW", share)
+            monkeypatch.setattr(loss, "SPARSE_BELOW", share)
             found.append(gradients(objective))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
         for name, gradient in found[0][1].items():
             torch.testing.assert_close(
                 found[1][1][name], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def running(kind: type[Loss], crosscoder: Crosscoder, **changes: object) -> Loss:
+    return kind(crosscoder, params_of(CrosscoderTraining, "crosscoder", "training", **changes), 1.0, Accelerator())
+
+
+def test_the_threshold_is_a_running_mean_of_the_cutoffs_from_the_first_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchtopk, "THRESHOLD_MEMORY", 0.75)
+    crosscoder = random_crosscoder(MODELS)
+    take = running(BatchTopK, crosscoder, batch_tokens=10, k=2)
+    wanted = None
+    for step in (1, 2, 3):
+        x = inputs(rows=10, seed=step)
+        cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20).item()
+        wanted = cutoff if wanted is None else 0.75 * wanted + 0.25 * cutoff
+        assert (take(x, step, NO_DEAD).fired > 0).sum() == 20
+    assert crosscoder.threshold.item() == pytest.approx(wanted)
+
+
+def test_batchtopk_trains_the_dead_with_the_numbers_of_params() -> None:
+    crosscoder, x, dead = random_crosscoder(MODELS), inputs(rows=10), torch.arange(12) < 4
+    take = running(BatchTopK, crosscoder, batch_tokens=10, k=2, aux_k=3, aux_weight=0.5)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)
+    wanted = batchtopk_loss(crosscoder, x, cutoff, dead, 3, 0.5, 1.0).total
+    torch.testing.assert_close(take(x, 1, dead).total, wanted)
+
+
+def test_the_l1_weight_ramps_up_over_its_share_of_the_steps_and_sets_no_threshold() -> None:
+    crosscoder, x = random_crosscoder(MODELS, loss="l1"), inputs(rows=10)
+    take = running(L1, crosscoder, batch_tokens=10, steps=40, l1_warmup_share=0.1, l1_weight=3.0)
+    totals = [take(x, step, NO_DEAD).total.item() for step in range(1, 7)]
+    steps = torch.tensor(totals).diff()
+    assert steps[:3].min() > 0
+    assert steps[:3].tolist() == pytest.approx([steps[0].item()] * 3, rel=1e-3)
+    assert totals[3] == totals[4] == totals[5]
+    torch.testing.assert_close(torch.tensor(totals[3]), l1_loss(crosscoder, x, 3.0).total.detach())
+    assert crosscoder.threshold == 0
+
+
+def test_params_know_the_losses_of_the_table() -> None:
+    assert set(get_args(LossName)) == set(LOSSES)
+
+
+VERDICTS = Path("report/verdicts.py")
+"""Says whose feature counts decide a verdict, which is a rule of the study about one loss."""
+
+
+def test_only_the_table_and_params_name_a_loss() -> None:
+    """Whoever asks which loss it is must change when a loss is added."""
+    package = ROOT / "src/featdiff"
+    sources = {path.relative_to(package): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    likely = {path: text for path, text in sources.items() if any(name in text for name in LOSSES)}
+    naming = {
+        path
+        for path, text in likely.items()
+        if any(isinstance(node, ast.Constant) and node.value in LOSSES for node in ast.walk(ast.parse(text)))
+    }
+    assert naming == {Path("crosscoder/losses/table.py"), Path("config.py"), VERDICTS}

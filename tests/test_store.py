@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.activations import store
-from featdiff.activations.store import ActivationStore
+from featdiff.activations.store import ActivationStore, moments
 from featdiff.artifact import ContractError
 from tiny import store_of, write_store
 
@@ -129,6 +129,15 @@ def test_rows_are_shuffled_anew_in_every_pass_and_the_generator_decides(
     steps = torch.tensor(numbers[:200]).diff().abs().float()
     assert steps.mean() > 10  # neighbours in a batch are far apart in the stream
     assert (steps == 1).float().mean() < 0.1
+
+
+def test_moments_of_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "READ_ROWS", 7)
+    acts = torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)) + 100
+    mean, variance = moments(store_of(tmp_path, acts, MODELS), 30)
+    rows = acts[:30].double()
+    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(variance, (rows - rows.mean(0)).square().sum(2).mean(0), rtol=1e-9, atol=0)
 
 
 def test_a_batch_larger_than_what_is_there_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Activations in memory are a source like any other."""
 
+import pytest
 import torch
 
 from featdiff.activations.store import in_order
 from featdiff.activations.tensor import ActivationTensor
+from featdiff.artifact import ContractError
 
 
 def test_rows_in_order_and_every_row_once_per_pass() -> None:
@@ -24,3 +26,10 @@ def test_what_a_pass_leaves_over_is_dropped() -> None:
     for _ in range(4):
         one, two = next(batches).flatten().tolist(), next(batches).flatten().tolist()
         assert len({*one, *two}) == 4
+
+
+def test_fewer_rows_than_a_batch_are_refused_and_as_many_are_not() -> None:
+    source = ActivationTensor(["base"], torch.arange(5.0)[:, None, None])
+    with pytest.raises(ContractError, match=r"crosscoder.training.batch_tokens: expected at most 4 \(rows at hand\), found 5"):
+        next(source.shuffled(5, torch.Generator(), 0, 4))
+    assert next(source.shuffled(5, torch.Generator(), 0, 5)).shape == (5, 1, 1)

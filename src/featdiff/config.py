@@ -64,6 +64,8 @@ Model = Literal["base", "sft", "grpo", "sft_twin"]
 Role = Literal["train", "find", "control", "heldout"]
 Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
+LossName = Literal["batchtopk", "l1"]
+"""Keys of ``featdiff.crosscoder.losses.table.LOSSES``, which cannot be asked here: it imports torch."""
 
 
 class FamilyTask(Params):
@@ -282,7 +284,7 @@ class ActivationsParams(Params):
     tokens: Tokens
     """Tokens of the stream; the corpus is read from its start until there are enough."""
     checkpoint_tokens: Tokens
-    """Tokens harvested for each checkpoint, the first of the same stream."""
+    """Tokens harvested for each checkpoint, the first of the same stream. ``dynamics`` fits crosscoders on them."""
     max_length: Length
     """Longest text in tokens; longer ones are cut."""
     drop_first_token: bool
@@ -304,7 +306,7 @@ class Fit(Params):
     is an error of the method."""
 
     models: Annotated[list[Model], Field(min_length=3, max_length=3)]
-    loss: Literal["batchtopk", "l1"]
+    loss: LossName
     seed: Seed
 
     @property
@@ -320,8 +322,11 @@ class Fit(Params):
 
 
 class CrosscoderTraining(Params):
+    """How every crosscoder is trained. A loss reads the numbers that carry its name and ignores those of other losses."""
+
     n_features: Many
     batch_tokens: Many
+    """Tokens per step, over all processes."""
     steps: Many
     lr: Rate
     warmup_share: Fraction
@@ -329,23 +334,30 @@ class CrosscoderTraining(Params):
     decay_share: Fraction
     """Last share of the steps over which it falls to 0."""
     k: Positive
-    """BatchTopK: active features per token."""
+    """BatchTopK: active features per token, on average over a batch."""
     aux_k: Positive
-    """BatchTopK: dead features that rebuild the residual error."""
+    """BatchTopK: dead features per token that rebuild the error of the others."""
     aux_weight: Annotated[float, Field(ge=0)]
+    """BatchTopK: weight of that rebuilding in the loss."""
     dead_after_tokens: Tokens
     """A feature that has not fired for this many tokens counts as dead."""
     l1_weight: Rate
-    """ReLU+L1: lambda."""
+    """ReLU+L1: λ."""
     l1_warmup_share: Fraction
+    """ReLU+L1: share of the steps over which λ rises from 0."""
     decoder_norm: Rate
     """Norm of each model's decoder rows at the start."""
     heldout_share: Fraction
-    """Share of the tokens kept out of the fit for FVE, L0 and dead features."""
+    """Share of the tokens kept out of the fit, on which FVE and L0 are measured."""
     log_every: Positive
+    """Steps from one point of the curves to the next."""
+
+    def train_rows(self, rows: int) -> int:
+        """How many of ``rows`` are fitted on; the rest is held out."""
+        return rows - int(rows * self.heldout_share)
 
     @model_validator(mode="after")
-    def _k_exist(self) -> CrosscoderTraining:
+    def _k_features_exist(self) -> CrosscoderTraining:
         if self.k > self.n_features:
             raise ValueError(f"k = {self.k} is more than n_features = {self.n_features}")
         return self
@@ -379,6 +391,7 @@ class DynamicsParams(Params):
     refit_steps: Many
     """Steps for which they are trained on."""
     refit_lr: Rate
+    """Learning rate of those steps, in place of the one of ``crosscoder.training``."""
 
 
 class LocalizeParams(Params):
@@ -539,6 +552,18 @@ class Study(Params):
             if name not in fits or fits[name].models != first.models:
                 raise ValueError(
                     f"localize.seeds: {name} is no fit of the models of {self.localize.fit}; add it or leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_give_a_batch(self) -> Study:
+        training = self.crosscoder.training
+        for name in ("tokens", "checkpoint_tokens"):  # those of the fits, and those of their refits on checkpoints
+            tokens = getattr(self.activations, name)
+            if (rows := training.train_rows(tokens)) < training.batch_tokens:
+                raise ValueError(
+                    f"activations.{name} = {tokens} leaves {rows} to fit on, less than one batch of "
+                    f"crosscoder.training.batch_tokens = {training.batch_tokens}; raise the one or lower the other"
                 )
         return self
 

@@ -72,6 +72,12 @@ class PromptCache:
 
     def start(self, stream: _Stream, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> None:
         """Leave ``stream`` as if it had read all but the last token of each prompt."""
+        # Keys and values of a token depend on it and on those before it. An edit that begins at the last token of the prompt
+        # leaves those of all earlier tokens as they are, at every layer: one reading serves the passes with and without it.
+        # It is exact for passes that all go through here. Against one reading of the whole prompt, T tokens are now read as
+        # T − 1 and 1, which can round differently.
+        # The key stands for the models by identity, so the model must live as long as this cache. The ids include the padding,
+        # from which mask and positions follow as long as no prompt begins with the padding token.
         key = (id(stream.model), ids_BT.cpu().numpy().tobytes())
         if key not in self._kept:
             stream.feed(ids_BT[:, :-1], mask_BT[:, :-1], positions_BT[:, :-1], 1)
@@ -80,7 +86,10 @@ class PromptCache:
 
 
 def _branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes its own way from here; an update replaces a layer's tensors, so they need no copy."""
+    """A cache that goes its own way from here."""
+    # A shallow copy of each layer is enough. DynamicCache appends by torch.cat and selects rows by indexing: both put new
+    # tensors into the layer object and leave the old ones, which other branches hold, as they were. A cache that writes in
+    # place (StaticCache) would need its tensors copied.
     branch = copy(cache)
     branch.layers = [copy(layer) for layer in cache.layers]
     return branch
@@ -267,6 +276,10 @@ def _follow(
     pad: int,
 ) -> list[float]:
     """Log-likelihood of each continuation, given the log-probabilities of its first token and the contexts' caches."""
+    # log p(t_1 … t_L | context) = Σ_i log p(t_i | context, t_1 … t_i−1). The context's last logits give the first term, and
+    # feeding t_1 … t_L−1 gives the rest: the last token is never fed, as nothing is asked about what follows it.
+    # Continuations are padded on the right. Padding comes after every real token of its row, so causal attention never sees
+    # it from one, and `real` takes its own terms out of the sum. `owner_B` is the row of each continuation's context.
     longest, device = max(map(len, texts)), mask_BT.device
     ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
     real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)

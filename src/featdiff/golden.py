@@ -22,8 +22,20 @@ from featdiff.activations.tensor import ActivationTensor
 from featdiff.analysis.attribution import mas, nrn
 from featdiff.analysis.scaling import LatentScaling, latent_scaling
 from featdiff.artifact import write_json
-from featdiff.config import AttributionParams, CrosscoderTraining, Fraction, Name, Params, Positive, Rate, parse, read_yaml
+from featdiff.config import (
+    AttributionParams,
+    CrosscoderTraining,
+    Fraction,
+    LossName,
+    Name,
+    Params,
+    Positive,
+    Rate,
+    parse,
+    read_yaml,
+)
 from featdiff.crosscoder.fit import fit
+from featdiff.crosscoder.measure import measure
 from featdiff.resume import Scratch
 
 SETTINGS = Path("conf/golden.yaml")
@@ -56,7 +68,7 @@ class Reach(Params):
     """What one method must reach in one case."""
 
     case: Name
-    loss: Literal["batchtopk", "l1"]
+    loss: LossName
     method: Method
     found: Fraction
     """Least share of the planted ``tuned_only`` features to be called so."""
@@ -72,7 +84,7 @@ class GoldenParams(Params):
     rates: Annotated[float, Field(ge=1)]
     kinds: dict[Name, Kind]
     cases: dict[Name, Case]
-    losses: list[Literal["batchtopk", "l1"]]
+    losses: list[LossName]
     least_cosine: Fraction
     attribution: AttributionParams
     training: dict[str, Any]
@@ -153,7 +165,7 @@ def called_own(
     }
 
 
-def examine(params: GoldenParams, name: str, loss: Literal["batchtopk", "l1"]) -> list[dict[str, Any]]:
+def examine(params: GoldenParams, name: str, loss: LossName) -> list[dict[str, Any]]:
     """Plant ``name``, fit a crosscoder under ``loss`` and count, for each method, what it calls the tuned model's own.
 
     ``called`` and ``matched`` count planted features of each kind whose learned feature was called, or exists at all;
@@ -162,9 +174,8 @@ def examine(params: GoldenParams, name: str, loss: Literal["batchtopk", "l1"]) -
     planted = plant(params, case, torch.Generator().manual_seed(params.seed))
     source = ActivationTensor(params.models, planted.acts_NMD)
     training = parse(CrosscoderTraining, params.training | {"k": case.active}, str(SETTINGS))
-    crosscoder, metrics, features = fit(
-        source, loss, training, params.seed, lambda *_: None, f"{name} {loss}", scratch=Scratch()
-    )
+    fitted = fit(source, loss, training, params.seed, lambda *_: None, f"{name} {loss}", scratch=Scratch())
+    crosscoder, (metrics, features) = fitted.crosscoder, measure(source, *fitted)
     alive_F = features["firing_rate"] > 0
     matches = match(planted.direction_PMD, crosscoder.W_dec, alive_F, params.least_cosine)
     scaling = latent_scaling(crosscoder, source, 0, min(params.attribution.scaling_tokens, source.rows))

@@ -1,7 +1,7 @@
-"""Residual streams of a model and its checkpoints on one token stream, written as a sharded store.
+"""Harvesting: the residual streams of a model and its checkpoints on one token stream, written as a sharded store.
 
-The stream depends on corpus, tokenizer and parameters alone, so every model reads the same tokens in the
-same order. N token rows, B batch, T token, D residual width.
+The stream depends on corpus, tokenizer and parameters alone. So every model reads the same tokens in the same order, and row n
+is the same token in every store. N token rows, B batch, T token, D residual width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from featdiff.tasks.task import Text
 
 
 class TokenStream(NamedTuple):
-    """Texts as token ids, first tokens still in place."""
+    """Texts as token ids. First tokens are still in place: the model must read them, even where their rows are left out."""
 
     texts: list[list[int]]
     skip: int
@@ -34,10 +34,11 @@ class TokenStream(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """Token rows that the stream gives."""
         return sum(len(ids) - self.skip for ids in self.texts)
 
     def first(self, rows: int) -> TokenStream:
-        """The texts from the start that together give at least ``rows`` rows (all of them if too few)."""
+        """The fewest texts from the start that give at least ``rows`` rows together, or all where they give fewer."""
         total = 0
         for number, ids in enumerate(self.texts, start=1):
             total += len(ids) - self.skip
@@ -47,7 +48,8 @@ class TokenStream(NamedTuple):
 
 
 def token_stream(texts: list[Text], tokenizer: PreTrainedTokenizerFast, params: ActivationsParams) -> TokenStream:
-    """The corpus as tokens; raises ContractError when it gives fewer than ``params.tokens`` rows."""
+    """The first texts of the corpus that give ``params.tokens`` rows, as tokens. The last text is whole, so there can be a few
+    rows more. Raises ContractError where the corpus gives fewer."""
     skip = int(params.drop_first_token)
     encoded = tokenizer([text.prompt + text.completion for text in texts], truncation=True, max_length=params.max_length)[
         "input_ids"
@@ -65,7 +67,7 @@ def token_stream(texts: list[Text], tokenizer: PreTrainedTokenizerFast, params: 
 
 
 def _shards(stream: TokenStream, shard_rows: int) -> list[TokenStream]:
-    """Whole texts in groups of at least ``shard_rows`` rows."""
+    """Whole texts in groups of at least ``shard_rows`` rows; the last group may have fewer."""
     shards, start, rows = [], 0, 0
     for end, ids in enumerate(stream.texts, start=1):
         rows += len(ids) - stream.skip
@@ -77,7 +79,10 @@ def _shards(stream: TokenStream, shard_rows: int) -> list[TokenStream]:
 
 @torch.inference_mode()
 def read_residual(trunk: torch.nn.Module, stream: TokenStream, batch_size: int, pad: int, dtype: torch.dtype) -> Tensor:
-    """Residual stream [N, D] at every kept token of ``stream``, in its order."""
+    """Residual stream [N, D] at every kept token of ``stream``, in its order. ``trunk`` is a model that ends after the layer
+    to read; ``batch_size`` counts texts."""
+    # Texts of similar length share a batch, so that little of the work is padding. The longest come first: what does not fit
+    # into memory fails at once. Batches never reach over a shard, so a shard made again after a kill has the same bytes.
     device = next(trunk.parameters()).device
     order = sorted(range(len(stream.texts)), key=lambda i: -len(stream.texts[i]))
     parts: list[Tensor] = [torch.empty(0)] * len(order)
@@ -86,6 +91,7 @@ def read_residual(trunk: torch.nn.Module, stream: TokenStream, batch_size: int, 
         ids, mask, positions = left_pad([stream.texts[i] for i in chosen], pad, device)
         resid_BTD = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         for row, i in enumerate(chosen):
+            # Padding is on the left: a text's last tokens are the last ones of its row.
             kept = len(stream.texts[i]) - stream.skip
             parts[i] = resid_BTD[row, -kept:].to(dtype).cpu()
     return torch.cat(parts)
@@ -101,11 +107,11 @@ def _save_shard(
 
 
 def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsParams, scratch: Scratch) -> dict[str, int]:
-    """Write the store of the model in ``folder`` and of its checkpoints to ``out``; each rank writes every
-    n-th shard. Returns counts.
+    """Write the store of the model in ``folder`` and of its checkpoints to ``out``. With n ranks each writes every n-th shard.
 
-    Files: ``index.json``, ``tokens.safetensors`` (token_id, text_id, position [N]), ``acts-*.safetensors`` (acts
-    [n, D]) and, for checkpoints, ``checkpoint<i>-*.safetensors``."""
+    Files: ``index.json``, ``tokens.safetensors`` (token_id, text_id, position [N]), ``acts-*.safetensors`` (acts [n, D]) and
+    for checkpoints ``checkpoint<i>-*.safetensors``. Returns the numbers of rows, texts and checkpoints. Raises ContractError
+    for a corpus that is too small and for activations that are not finite."""
     state = process_state()
     tokenizer, final = load_tokenizer(folder), load_model(folder)
     layer = resolve_layer(final, params.layer)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,12 +18,15 @@ from torch import Tensor
 from featdiff.artifact import ContractError, read_json
 
 BLOCK_ROWS = 4096
+"""Rows read together when shuffling: long enough for sequential reads, and short beside a buffer."""
 BUFFER_ROWS = 1 << 18
+"""Rows shuffled together."""
 READ_ROWS = 8192
+"""Rows read at once when going through a source in order."""
 
 
 class ActivationSource(Protocol):
-    """Activations of M models on the same tokens, whether stored or streamed."""
+    """Raw activations of M models on the same tokens, wherever they are kept."""
 
     models: list[str]
     d_model: int
@@ -32,7 +36,20 @@ class ActivationSource(Protocol):
         """Rows ``start`` to ``stop`` [n, M, D], float32."""
 
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        """Endless batches [B, M, D] over rows ``start`` to ``stop``, every row once per pass."""
+        """Endless batches [B, M, D] over rows ``start`` to ``stop``. No row comes twice in a pass. Raises ContractError
+        where there are fewer rows than one batch."""
+
+
+def require_batch(batch: int, rows: int) -> None:
+    """Raise ContractError unless ``rows`` give at least one batch."""
+    if rows < batch:
+        raise ContractError(
+            "params.yaml",
+            "crosscoder.training.batch_tokens",
+            f"at most {rows} (rows at hand)",
+            batch,
+            "lower it, or raise activations.tokens or activations.checkpoint_tokens",
+        )
 
 
 def in_order(source: ActivationSource, start: int, stop: int) -> Iterator[Tensor]:
@@ -41,10 +58,22 @@ def in_order(source: ActivationSource, start: int, stop: int) -> Iterator[Tensor
         yield source.read(low, min(low + READ_ROWS, stop))
 
 
+def moments(source: ActivationSource, stop: int) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
+    """Mean of rows 0 to ``stop`` and their mean squared distance to it, in one pass and float64."""
+    square = torch.zeros(len(source.models), dtype=torch.float64)
+    total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
+    for rows in map(Tensor.double, in_order(source, 0, stop)):
+        total, square = total + rows.sum(0), square + rows.square().sum((0, 2))
+    mean = total / stop
+    # E‖x − mean‖² = E‖x‖² − ‖mean‖². The difference loses digits where the mean is large; float64 has them to lose.
+    return mean, square / stop - mean.square().sum(1)
+
+
 class ActivationStore:
     """Stores of several models on disk as one :class:`ActivationSource`.
 
-    Raises ContractError unless all stores hold the same tokens, layer width and first-token policy."""
+    ``folders`` are the stores by model; ``series`` is ``acts`` (the final model) or ``checkpoint<i>``. Raises ContractError
+    unless all stores hold the same tokens, layer, width, tokenizer and first-token policy, and at least one row."""
 
     def __init__(self, folders: dict[str, Path], series: str = "acts") -> None:
         self.models = list(folders)
@@ -90,13 +119,13 @@ class ActivationStore:
         return torch.cat(parts)
 
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        """Random blocks are read into a buffer that is permuted as a whole: sequential reads, shuffled rows.
+        """Endless batches [B, M, D] over rows ``start`` to ``stop``, every row once per pass. Raises ContractError where
+        there are fewer rows than one batch.
 
-        A store that fits into the buffer stays there, perfectly shuffled from the first pass on. What a buffer
-        leaves over starts the next batch. Raises ContractError where there are fewer rows than one batch."""
-        if stop - start < batch:
-            expected = f"at most {stop - start} (rows at hand)"
-            raise ContractError("params.yaml", "crosscoder.training.batch_tokens", expected, batch, "lower it")
+        Blocks of rows are read in random order into a buffer, and the buffer is permuted as a whole: reads are sequential and
+        rows are shuffled. Two rows of one block always come in the same buffer; a store that fits into the buffer is one
+        buffer, and all its orders are equally likely."""
+        require_batch(batch, stop - start)
         blocks = [(low, min(low + BLOCK_ROWS, stop)) for low in range(start, stop, BLOCK_ROWS)]
         per_buffer = max(1, BUFFER_ROWS // BLOCK_ROWS)
         resident = self.read(start, stop) if stop - start <= BUFFER_ROWS else None
@@ -107,6 +136,8 @@ class ActivationStore:
                 chosen = [blocks[i] for i in order[group : group + per_buffer]]
                 buffer = resident if resident is not None else torch.cat([self.read(low, high) for low, high in chosen])
                 rows = torch.randperm(len(buffer), generator=generator)
+                # The first rows complete the batch that the last buffer left unfinished, so that none is dropped between
+                # buffers or passes. A last batch that is short stays in `left`.
                 head = batch - len(left)
                 for part in (rows[:head], *torch.split(rows[head:], batch)):
                     left = torch.cat([left, buffer[part]]) if len(left) else buffer[part]

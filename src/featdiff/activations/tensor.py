@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featdiff.activations.store import require_batch
+
 
 class ActivationTensor:
     """Raw activations [N, M, D] of ``models`` on the same tokens."""
@@ -23,7 +25,9 @@ class ActivationTensor:
         return self.acts_NMD[start:stop]
 
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        """Endless batches [B, M, D] over rows ``start`` to ``stop``; what a pass leaves over is dropped."""
+        """Endless batches [B, M, D] over rows ``start`` to ``stop``, shuffled anew in every pass. What a pass leaves over after
+        its last full batch is dropped. Raises ContractError where there are fewer rows than one batch."""
+        require_batch(batch, stop - start)
         while True:
             order = start + torch.randperm(stop - start, generator=generator)
             for chosen in order[: len(order) // batch * batch].split(batch):

@@ -2,10 +2,13 @@
 
     f = act(Σ_m x^m W_enc^m + b_enc)      x̂^m = f W_dec^m + b_dec^m      (docs/method.md, 6; Lindsey et al. 2024)
 
-Inputs are residual streams times a scale per model that brings their standard deviation to one (all coordinates together),
-minus the mean of the models' means. (The sources scale by the mean norm and take nothing off; a mean larger than the features
-then eats the code, see docs/golden.md. One mean for all models, so that a shift of one of them stays visible. Ours.)
-Shapes: B batch, M models, D residual width, F features.
+The input x^m is the residual stream of model m in normalised units: times a scale per model, minus one mean for all models.
+The scale brings the standard deviation of a model's activations to 1 (over all coordinates together). The mean is the mean of
+the models' scaled means: one for all of them, so that a shift of one stays visible. This normaliser is ours. The sources scale
+by the mean norm and subtract nothing, and a mean that is larger than the features then fills the code (docs/golden.md).
+
+B batch, M models, D residual width, F features. x [B, M, D], f [B, F], x̂ [B, M, D]; W_enc [M, D, F], b_enc [F],
+W_dec [F, M, D] with rows d_k^m, b_dec [M, D]; scale [M], mean [D].
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from featdiff.artifact import ContractError, read_json, write_json
 
 
 class Crosscoder(nn.Module):
-    """Weights, normaliser and activation of a crosscoder. ``loss`` (``l1`` or ``batchtopk``) decides the activation:
-    ReLU, or ReLU with a threshold on f_k Σ_m‖d_k^m‖ that training estimated."""
+    """Weights, normaliser and threshold of a crosscoder. ``loss`` is the name of the loss that trained it.
+
+    The activation is a ReLU with a threshold on f_k Σ_m‖d_k^m‖₂. The loss sets the threshold while it trains
+    (featdiff.crosscoder.losses); at 0 the activation is the plain ReLU. Only ``select`` and ``cutoffs`` read it."""
 
     mean: Tensor
     scale: Tensor
@@ -42,48 +47,59 @@ class Crosscoder(nn.Module):
         self.register_buffer("threshold", torch.zeros(()))
 
     def initialise(self, decoder_norm: float, generator: torch.Generator, *, tied: bool = True) -> None:
-        """Decoder rows in random directions of norm ``decoder_norm`` each, one direction for all models where ``tied``;
-        encoder = decoder transposed."""
+        """Give every decoder row a random direction and the norm ``decoder_norm``, and set the encoder to the decoder
+        transposed. ``tied``: a feature has the same direction in all models."""
         with torch.no_grad():
             rows = torch.randn(self.n_features, 1 if tied else len(self.models), self.d_model, generator=generator)
             rows *= decoder_norm / rows.norm(dim=-1, keepdim=True)
             self.W_dec.copy_(rows.expand_as(self.W_dec))
             self.W_enc.copy_(self.W_dec.permute(1, 2, 0))
 
+    def calibrate(self, mean_MD: Float[Tensor, "M D"], variance_M: Float[Tensor, " M"]) -> None:
+        """Set scale and mean from the raw training rows' mean and mean squared distance to it, and the decoder's bias to their
+        mean in normalised units: the best reconstruction while no feature has learnt anything."""
+        self.scale.copy_((self.d_model / variance_M).sqrt())
+        self.mean.copy_((mean_MD * self.scale[:, None]).mean(0))
+        self.b_dec.data.copy_(self.normalise(mean_MD[None])[0])
+
     def normalise(self, resid_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
-        """Raw residual streams to the origin and scale of the crosscoder."""
+        """Raw residual streams in normalised units."""
         return resid_BMD * self.scale[:, None] - self.mean
 
     def preactivations(self, x_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B F"]:
-        """ReLU of the encoder, before any selection, as one matrix product over all models."""
+        """ReLU of the encoder, before any selection. Σ_m x^m W_enc^m is one product of [B, M·D] and [M·D, F]."""
         return torch.relu(torch.addmm(self.b_enc, x_BMD.flatten(1), self.W_enc.flatten(0, 1)))
 
     def select(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
-        """Feature values at inference: unchanged for ReLU, thresholded for BatchTopK."""
-        if self.loss == "l1":
-            return f_BF
+        """Feature values at inference: the preactivations ``f_BF`` where f_k Σ_m‖d_k^m‖₂ is above the threshold, else 0."""
         return f_BF * (f_BF * self.decoder_norms().sum(1) > self.threshold)
 
+    def cutoffs(self) -> Float[Tensor, " F"]:
+        """The value that each feature must exceed to be active: the rule of ``select`` solved for f_k, for readers that hold
+        only some features. The two agree up to the rounding of the product. At a threshold above 0 a feature without a
+        decoder is never active."""
+        return self.threshold / self.decoder_norms().sum(1).clamp(min=1e-12)
+
     def encode(self, x_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B F"]:
-        """Joint code of normalised inputs, as used at inference."""
+        """Joint code of all models at inference, from normalised inputs."""
         return self.select(self.preactivations(x_BMD))
 
     def decode(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B M D"]:
-        """Reconstructions of the normalised inputs."""
+        """Reconstruction of every model's input, in normalised units."""
         return (f_BF @ self.W_dec.flatten(1)).unflatten(1, (len(self.models), self.d_model)) + self.b_dec
 
     def decoder_norms(self) -> Float[Tensor, "F M"]:
-        """L2 norms ‖d_k^m‖₂ of the decoder rows."""
+        """Norms ‖d_k^m‖₂ of the decoder rows, in normalised units."""
         return self.W_dec.norm(dim=-1)
 
     def slot(self, model: str) -> int:
-        """Index of ``model`` among the models; raises KeyError for one that was not part of the fit."""
+        """Index of ``model`` among the models. Raises KeyError for a model that was not part of the fit."""
         if model not in self.models:
             raise KeyError(f"{model} is not one of this crosscoder's models ({', '.join(self.models)})")
         return self.models.index(model)
 
     def save(self, folder: Path, **facts: Any) -> None:
-        """Write ``weights.safetensors`` and ``config.json``."""
+        """Write ``weights.safetensors`` and ``config.json`` (with ``facts``) into ``folder``."""
         save_file(
             {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}, folder / "weights.safetensors"
         )
@@ -99,7 +115,8 @@ class Crosscoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Crosscoder:
-        """The crosscoder in ``folder``; raises ContractError when shapes disagree with its config."""
+        """The crosscoder that :meth:`save` wrote into ``folder``, without gradients. Raises ContractError where a weight is
+        missing or has another shape than its config says."""
         config = read_json(folder / "config.json")
         crosscoder = cls(config["models"], config["d_model"], config["n_features"], config["loss"])
         weights = load_file(folder / "weights.safetensors")

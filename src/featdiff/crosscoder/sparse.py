@@ -1,8 +1,8 @@
 """Encode and decode through the active features alone: only the encoder's matrix product stays dense.
 
-With E active entries of a batch (2 % of it for BatchTopK), decoding and all weight gradients are weighted sums of
-rows, 8·E·I operations instead of 8·B·F·I. A silent ReLU has zero gradient, so nothing is approximated.
-B token rows, I = M·D inputs, F features, E active entries.
+With E active entries in a batch (2 % of B·F for BatchTopK), decoding and all weight gradients are weighted sums of rows:
+8·E·I operations instead of 8·B·F·I. Nothing is approximated, see ``_Autoencode``.
+B token rows, M models, D residual width, I = M·D inputs, F features, E active entries.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
 class Entries(NamedTuple):
-    """Active entries of a batch, in row order."""
+    """Active entries of a batch, row by row."""
 
-    row_E: Tensor
-    column_E: Tensor
-    value_E: Tensor
-    start_B: Tensor
-    """Where each row's entries begin."""
+    row_E: Int[Tensor, " E"]
+    column_E: Int[Tensor, " E"]
+    """Feature of each entry."""
+    value_E: Float[Tensor, " E"]
+    start_B: Int[Tensor, " B"]
+    """Number of entries before each row's first one."""
 
     @classmethod
-    def of(cls, code_BF: Tensor) -> Entries:
+    def of(cls, code_BF: Float[Tensor, "B F"]) -> Entries:
         """The non-zero entries of ``code_BF``."""
         row_E, column_E = code_BF.nonzero(as_tuple=True)
         counts_B = torch.bincount(row_E, minlength=len(code_BF))
@@ -32,15 +34,30 @@ class Entries(NamedTuple):
 
 
 def _weighted_rows(table: Tensor, index_E: Tensor, start: Tensor, weight_E: Tensor) -> Tensor:
-    """Per bag, the sum of ``weight_e · table[index_e]``."""
+    """For each bag, the sum of ``weight_e · table[index_e]`` over its entries: from its ``start`` to the next bag's. An empty
+    bag gives zeros."""
     return embedding_bag(index_E, table, start, mode="sum", per_sample_weights=weight_E)
 
 
 class _Autoencode(torch.autograd.Function):
+    """x̂ and the active values as functions of the weights, with the gradient written by hand.
+
+    Entry e in row b(e) and column k(e) has the value v_e = relu(x_b · W_enc[:, k] + b_enc[k]) > 0, and
+    x̂_b = Σ_{e: b(e)=b} v_e W_dec[k(e)] + b_dec. With g = ∂L/∂x̂ [B, I], and h = ∂L/∂v [E] from other uses of v:
+
+        δ_e = ∂L/∂v_e in all = h_e + g_b(e) · W_dec[k(e)]           relu' = 1, as v_e > 0: δ_e is the preactivation's too
+        ∂L/∂W_dec[k] = Σ_{e: k(e)=k} v_e g_b(e)                     ∂L/∂b_dec = Σ_b g_b
+        ∂L/∂W_enc[:, k] = Σ_{e: k(e)=k} δ_e x_b(e)                  ∂L/∂b_enc[k] = Σ_{e: k(e)=k} δ_e
+
+    This is exact. An entry that is left out has v = 0: either relu' is 0 there, or a selection dropped it, which is a
+    constant factor 0. Only the order of summation differs from the dense products. x̂ needs the sums by row, the weights
+    need them by feature; so backward sorts the entries by column (stable, hence in the same order each time)."""
+
     @staticmethod
     def forward(
         ctx: Any, x_BI: Tensor, W_enc_IF: Tensor, b_enc_F: Tensor, W_dec_FI: Tensor, b_dec_I: Tensor, entries: Entries
     ) -> tuple[Tensor, Tensor]:
+        # The encoder's weights are arguments only so that they get a gradient: their product is in the entries already.
         ctx.save_for_backward(x_BI, W_dec_FI, *entries)
         ctx.features = len(b_enc_F)
         rebuilt_BI = _weighted_rows(W_dec_FI, entries.column_E, entries.start_B, entries.value_E) + b_dec_I
@@ -62,10 +79,16 @@ class _Autoencode(torch.autograd.Function):
 
 
 def autoencode(
-    x_BI: Tensor, W_enc_IF: Tensor, b_enc_F: Tensor, W_dec_FI: Tensor, b_dec_I: Tensor, code_BF: Tensor
-) -> tuple[Tensor, Tensor, Entries]:
-    """Reconstruction [B, I] and active values [E] of ``code_BF`` = relu(x W_enc + b_enc) with some entries dropped,
-    differentiable in all weights (not in ``x_BI``)."""
+    x_BI: Float[Tensor, "B I"],
+    W_enc_IF: Float[Tensor, "I F"],
+    b_enc_F: Float[Tensor, " F"],
+    W_dec_FI: Float[Tensor, "F I"],
+    b_dec_I: Float[Tensor, " I"],
+    code_BF: Float[Tensor, "B F"],
+) -> tuple[Float[Tensor, "B I"], Float[Tensor, " E"], Entries]:
+    """Reconstruction, active values and entries of ``code_BF``, which must be relu(x W_enc + b_enc) with some entries set to 0.
+
+    Reconstruction and values are differentiable in all weights, and not in ``x_BI``."""
     entries = Entries.of(code_BF)
     rebuilt_BI, value_E = _Autoencode.apply(x_BI, W_enc_IF, b_enc_F, W_dec_FI, b_dec_I, entries)
     return rebuilt_BI, value_E, entries
