@@ -22,24 +22,24 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## create .venv and install from the constraints file (other targets do it too)
 
 profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits by hand)
-	@$(BIN)/python -m featdiff.profiles use $(PROFILE) $(if $(DISCARD),--discard)
+	@$(BIN)/python -m featdiff.config.profiles use $(PROFILE) $(if $(DISCARD),--discard)
 
 repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
 	dvc repro
-	-@$(BIN)/python -m featdiff.mirror sync --wait 60
+	-@$(BIN)/python -m featdiff.tracking.mirror sync --wait 60
 	@echo "report: $(CURDIR)/report/index.html"
 
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 verify: $(STAMP)  ## hash every artifact against its manifest and every object of DVC's cache against its name
-	@$(BIN)/python -m featdiff.integrity
+	@$(BIN)/python -m featdiff.artifacts.integrity
 
 faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about 20 minutes on two cores
 	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist loadscope
 
 golden: $(STAMP)  ## attribution methods against planted features; fails where the figures are missed
-	@$(BIN)/python -m featdiff.golden
+	@$(BIN)/python -m featdiff.attribution.golden
 
 check: $(STAMP)  ## format, lint, types, quick tests
 	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults"
@@ -48,6 +48,6 @@ format: $(STAMP)  ## format and mend what the linter can
 	@ruff format . && ruff check --fix .
 
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
-	@$(BIN)/python -m featdiff.mirror ui $(PORT)
+	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
 .PHONY: help install profile repro test verify faults golden check format ui

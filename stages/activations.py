@@ -1,8 +1,8 @@
 """The residual stream of one model, and of its checkpoints, on the token stream all models share."""
 
 from featdiff.activations.harvest import harvest
-from featdiff.models import require_same_tokenizer
-from featdiff.stage import stage, stage_key
+from featdiff.language.models import require_same_tokenizer
+from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import load_texts
 
 name = stage_key("--model", __doc__, lambda _: ("base", "sft", "grpo", "sft_twin"))

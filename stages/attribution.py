@@ -3,11 +3,11 @@
 from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
-from featdiff.analysis.attribution import attribute, class_counts
-from featdiff.analysis.scaling import latent_scaling, scaling_rows
-from featdiff.config import load_study
+from featdiff.attribution.norms import attribute, class_counts
+from featdiff.attribution.scaling import latent_scaling, scaling_rows
+from featdiff.config.params import load_study
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 from featdiff.tasks.task import write_rows
 
 with stage("attribution", out="analysis/attribution") as run:

@@ -1,8 +1,8 @@
 """The base model: pretrained here as the organism, or brought from a folder, a GGUF package or the hub."""
 
-from featdiff.models import save_model
-from featdiff.ranks import rank
-from featdiff.stage import stage
+from featdiff.language.models import save_model
+from featdiff.pipeline.stage import stage
+from featdiff.processes.ranks import rank
 from featdiff.tasks.task import load_texts
 from featdiff.training.imported import load_base
 from featdiff.training.pretrain import pretrain

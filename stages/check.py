@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from featdiff.config import ConfigError, load_study
-from featdiff.launch import EXIT_BAD_INPUT
-from featdiff.stopping import say
+from featdiff.config.params import load_study
+from featdiff.config.reading import ConfigError
+from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.signals import say
 
 try:
     load_study()

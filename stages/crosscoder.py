@@ -5,8 +5,8 @@ from safetensors.torch import save_file
 from featdiff.activations.store import ActivationStore
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.measure import measure
-from featdiff.ranks import rank
-from featdiff.stage import stage, stage_key
+from featdiff.pipeline.stage import stage, stage_key
+from featdiff.processes.ranks import rank
 
 name = stage_key("--fit", __doc__, lambda study: study.crosscoder.fits)
 

@@ -1,16 +1,16 @@
 """What the features of the set are: contexts, effect on the next token, positions, planted tokens, manner of answering."""
 
-from featdiff.activations.harvest import token_stream
+from featdiff.activations.residual import token_stream
 from featdiff.activations.store import ActivationStore
-from featdiff.analysis.describe import EMPTY, Sources, describe, summary, written_out
-from featdiff.analysis.lens import MODELS
-from featdiff.artifact import read_json, write_json
-from featdiff.config import load_study
+from featdiff.artifacts.artifact import read_json, write_json
+from featdiff.config.params import load_study
+from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.intervention.edits import Editor, largest_values
-from featdiff.models import load_model, load_tokenizer
-from featdiff.ranks import process_state
-from featdiff.stage import stage
+from featdiff.description.describe import EMPTY, Sources, describe, summary, written_out
+from featdiff.description.lens import MODELS
+from featdiff.language.models import load_model, load_tokenizer
+from featdiff.pipeline.stage import stage
+from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import load_samples, load_tasks, load_texts, read_rows, write_rows
 
 with stage("describe", out="analysis/describe") as run:

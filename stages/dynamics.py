@@ -3,11 +3,11 @@
 import torch
 
 from featdiff.activations.store import ActivationStore
-from featdiff.analysis.dynamics import change_from_base, overlap_rows, refit, trajectory_rows
-from featdiff.artifact import read_json
-from featdiff.config import load_study
+from featdiff.artifacts.artifact import read_json
+from featdiff.attribution.dynamics import change_from_base, overlap_rows, refit, trajectory_rows
+from featdiff.config.params import load_study
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 from featdiff.tasks.task import write_rows
 
 with stage("dynamics", out="analysis/dynamics") as run:

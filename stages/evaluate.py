@@ -1,8 +1,8 @@
 """Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
 
-from featdiff.evaluation import Examinee, accuracy_table, evaluate
-from featdiff.models import load_model, load_tokenizer, require_same_tokenizer
-from featdiff.stage import stage, stage_key
+from featdiff.language.evaluation import Examinee, accuracy_table, evaluate
+from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
+from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import load_samples, load_tasks, write_rows
 
 name = stage_key("--model", __doc__, lambda _: ("base", "sft", "grpo"))

@@ -1,6 +1,6 @@
 """GRPO of the base on the same problems, rewarded for the final answer alone."""
 
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 from featdiff.training.grpo import train_grpo
 
 with stage("grpo", out="models/grpo") as run:

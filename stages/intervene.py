@@ -3,13 +3,13 @@
 from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
-from featdiff.artifact import read_json, write_json
+from featdiff.artifacts.artifact import read_json, write_json
+from featdiff.crosscoder.edits import largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention.controls import Controls
-from featdiff.intervention.edits import largest_values
 from featdiff.intervention.sensitivity import sensitivity
 from featdiff.intervention.study import intervene, make_subjects
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 from featdiff.tasks.task import load_samples, load_tasks, load_texts, write_rows
 
 with stage("intervene", out="analysis/intervene") as run:

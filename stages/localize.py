@@ -2,13 +2,13 @@
 
 from safetensors.torch import save_file
 
-from featdiff.analysis.flipped import flipped_answers, read_flipped
-from featdiff.analysis.localize import describe, score_rows, select
-from featdiff.analysis.search import Search
-from featdiff.artifact import read_json, write_json
+from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.models import load_model, load_tokenizer, truncate
-from featdiff.stage import stage
+from featdiff.language.models import load_model, load_tokenizer, truncate
+from featdiff.localization.flipped import flipped_answers, read_flipped
+from featdiff.localization.localize import describe, score_rows, select
+from featdiff.localization.search import Search
+from featdiff.pipeline.stage import stage
 from featdiff.tasks.task import load_samples, load_tasks, read_rows, write_rows
 
 with stage("localize", out="analysis/localize") as run:

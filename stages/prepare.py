@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 from featdiff.tasks.prepare import prepare
 
 with stage("prepare", out="data") as run:

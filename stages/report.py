@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from featdiff.config import load_study
+from featdiff.config.params import load_study
+from featdiff.pipeline.stage import stage
 from featdiff.report.build import render
 from featdiff.report.evidence import load
 from featdiff.report.summary import curated, summarise
 from featdiff.report.verdicts import Judge
-from featdiff.stage import stage
 
 SUMMARY = Path("metrics/summary.json")
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 from featdiff.training.sft import train_sft
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -40,7 +40,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from featdiff.models import character_tokenizer
+    from featdiff.language.models import character_tokenizer
 
     return character_tokenizer([ALPHABET])
 
@@ -50,8 +50,8 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
     """Qwen3 models of ``layers`` blocks of width 16, with weights large enough to give varied answers."""
     import torch
 
-    from featdiff.config import Pretraining
-    from featdiff.models import organism_model
+    from featdiff.config.params import Pretraining
+    from featdiff.language.models import organism_model
 
     def make(seed: int = 0, layers: int = 2) -> Any:
         size = Pretraining(

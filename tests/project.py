@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from featdiff import artifact
-from featdiff.provenance import Provenance, place
+from featdiff.artifacts import artifact
+from featdiff.artifacts.provenance import Provenance, place
 
 ALPHABET = "abcdef =."
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from featdiff import artifact
-from featdiff.artifact import write_json
-from featdiff.config import load_params
+from featdiff.artifacts import artifact
+from featdiff.artifacts.artifact import write_json
+from featdiff.config.params import load_params
 from featdiff.intervention.effects import effects
 from featdiff.tasks.task import Sample, TaskInfo, write_rows
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from featdiff.artifact import ContractError, begin, sha256_file
-from featdiff.models import checkpoint_folders, load_model
-from featdiff.resume import Scratch
+from featdiff.artifacts.artifact import ContractError, begin, sha256_file
+from featdiff.language.models import checkpoint_folders, load_model
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.training.arm import Recorder, finish, per_process
 from tiny import tiny_model
 

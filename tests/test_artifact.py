@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featdiff import artifact
-from featdiff.artifact import (
+from featdiff.artifacts import artifact
+from featdiff.artifacts.artifact import (
     JSON_BYTES,
     MANIFEST,
     ContractError,

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from featdiff.analysis.attribution import attribute, class_counts, classify, mas, nrn, own
-from featdiff.analysis.scaling import LatentScaling
-from featdiff.config import AttributionParams
+from featdiff.attribution.norms import attribute, class_counts, classify, mas, nrn, own
+from featdiff.attribution.scaling import LatentScaling
+from featdiff.config.params import AttributionParams
 from featdiff.crosscoder.model import Crosscoder
 from tiny import params_of, random_crosscoder
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from featdiff import artifact
+from featdiff.artifacts import artifact
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text, read_rows, write_rows
 from project import ALPHABET, ROOT, Project
 
 FORKS = """
 import json, os, resource, runpy, signal, sys, traceback
-import featdiff.activations.harvest, featdiff.intervention.study, featdiff.models, featdiff.tasks.prepare
+import featdiff.activations.harvest, featdiff.intervention.study, featdiff.language.models, featdiff.tasks.prepare
 import featdiff.training.imported, featdiff.training.pretrain
 
 def stage(job):
@@ -289,7 +289,7 @@ def test_prepare_on_a_full_disk(small_disk: Path, run: Run) -> None:
 
 def test_an_unknown_profile(project: Project) -> None:
     before = (project.path / "params.yaml").read_bytes()
-    result = project.run("-m", "featdiff.profiles", "use", "smolm2")
+    result = project.run("-m", "featdiff.config.profiles", "use", "smolm2")
     assert (result.returncode, (project.path / "params.yaml").read_bytes()) == (2, before)
     project.refused(result, "data", "profile 'smolm2': unknown; did you mean smollm2?")
 
@@ -307,7 +307,7 @@ def sample(number: int, split: str = "find", task: str = "t") -> Sample:
 @pytest.fixture
 def study(project: Project, make_model: Callable[..., Any], tokenizer: Any) -> Project:
     """A project with small artifacts of prepare, base, sft and grpo."""
-    from featdiff.models import save_model
+    from featdiff.language.models import save_model
 
     evaluation = [sample(i, split) for split in ("find", "tune", "report") for i in range(2)]
     texts = [Text("abc", "def =.", "t")] * 8
@@ -383,7 +383,7 @@ def test_a_base_that_cannot_be_used(study: Project, run: Run, damage: Callable[[
 
 @pytest.mark.graph
 def test_an_arm_with_another_tokenizer_than_the_base(study: Project, run: Run, make_model: Callable[..., Any]) -> None:
-    from featdiff.models import character_tokenizer, save_model
+    from featdiff.language.models import character_tokenizer, save_model
 
     with study.publishing("models/sft") as folder:
         save_model(make_model(), character_tokenizer([ALPHABET.replace("f", "g")]), folder)

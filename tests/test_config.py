@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from featdiff import config
-from featdiff.config import ConfigError, Study, flatten, load_params, load_study, parse
-from featdiff.profiles import main, render_profile, use_profile
+from featdiff.config import params as config
+from featdiff.config.params import Study, load_params, load_study, parse
+from featdiff.config.profiles import main, render_profile, use_profile
+from featdiff.config.reading import ConfigError, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))
@@ -345,9 +346,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_reading_params_needs_no_torch() -> None:
-    code = (
-        "import sys, featdiff.config; print([name for name in ('torch', 'numpy', 'mlflow', 'ruamel') if name in sys.modules])"
-    )
+    heavy = ("torch", "numpy", "mlflow", "ruamel")
+    code = f"import sys, featdiff.config.params; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

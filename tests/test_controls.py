@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 from featdiff.intervention.controls import Controls, comparison_sets, matched_random_sets
 
 Floats = NDArray[np.float64]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 from featdiff.tasks.corpus import general_texts
 
 TEXTS = Path(__file__).parent / "data" / "texts.jsonl"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featdiff.artifact import ContractError, read_json
+from featdiff.artifacts.artifact import ContractError, read_json
 from featdiff.crosscoder.model import Crosscoder
 from tiny import random_crosscoder
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.decode import PromptCache, generate, left_pad, score_options
-from featdiff.models import block
+from featdiff.language.decode import PromptCache, generate, left_pad, score_options
+from featdiff.language.models import block
 
 PROMPTS = [
     [1, 4, 5, 6, 7],

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.activations.harvest import TokenStream, read_residual
+from featdiff.activations.residual import TokenStream, read_residual
 from featdiff.activations.store import ActivationStore
-from featdiff.analysis.describe import EMPTY, Sources, contexts, describe, summary, where_it_fires, written_out
-from featdiff.analysis.lens import Answered, Reading, answered
-from featdiff.config import DescribeParams
+from featdiff.config.params import DescribeParams
+from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.readout import Reader
-from featdiff.intervention.edits import Editor, largest_values
-from featdiff.models import truncate
+from featdiff.description.describe import EMPTY, Sources, contexts, describe, summary, where_it_fires, written_out
+from featdiff.description.lens import Answered, Reading, answered
+from featdiff.language.models import truncate
 from featdiff.stats import Interval
 from featdiff.tasks.task import Sample, TaskInfo, Text
 from tiny import params_of, random_crosscoder, tiny_model, write_store

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from featdiff.config import Study, flatten
+from featdiff.config.params import Study
+from featdiff.config.reading import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/featdiff"

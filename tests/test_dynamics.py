@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdiff.analysis import dynamics
-from featdiff.analysis.dynamics import change_from_base, overlap_rows, refit, top_overlap, trajectory_rows
-from featdiff.artifact import ContractError
-from featdiff.config import CrosscoderTraining
+from featdiff.artifacts.artifact import ContractError
+from featdiff.attribution import dynamics
+from featdiff.attribution.dynamics import change_from_base, overlap_rows, refit, top_overlap, trajectory_rows
+from featdiff.config.params import CrosscoderTraining
 from tiny import params_of, random_crosscoder
 
 MODELS = ("base", "sft", "grpo")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.activations import store
-from featdiff.config import Position
+from featdiff.config.params import Position
+from featdiff.crosscoder.edits import Editor, FeatureEdit, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
-from featdiff.decode import generate, score_options
-from featdiff.intervention.edits import Editor, FeatureEdit, largest_values
+from featdiff.language.decode import generate, score_options
 from tiny import random_crosscoder, store_of, tiny_model
 
 MODELS = ("base", "grpo")

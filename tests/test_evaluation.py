@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from featdiff import stats
-from featdiff.config import EvaluateParams
-from featdiff.decode import generate, score_options
-from featdiff.evaluation import LIKELIHOOD, Examinee, accuracy_table, evaluate, primary_mode
-from featdiff.resume import Scratch
+from featdiff.config.params import EvaluateParams
+from featdiff.language.decode import generate, score_options
+from featdiff.language.evaluation import LIKELIHOOD, Examinee, accuracy_table, evaluate, primary_mode
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import LETTERS, Sample, TaskInfo
 from featdiff.tasks.verify import grade

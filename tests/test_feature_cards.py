@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.config import load_params
+from featdiff.config.params import load_params
 from featdiff.report.build import render
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.feature_cards import cards, figures, manner_tables, token_table, visible

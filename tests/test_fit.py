@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from featdiff.activations.store import ActivationStore
-from featdiff.analysis.attribution import nrn
-from featdiff.artifact import ContractError
-from featdiff.config import CrosscoderTraining
+from featdiff.artifacts.artifact import ContractError
+from featdiff.attribution.norms import nrn
+from featdiff.config.params import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses.l1 import L1
 from featdiff.crosscoder.losses.loss import Loss, Step
@@ -17,7 +17,7 @@ from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.measure import measure
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
-from featdiff.resume import Scratch
+from featdiff.pipeline.checkpoint import Scratch
 from tiny import params_of, store_of
 
 D, SHARED, OWN, ROWS, ACTIVE = 16, 12, 3, 4000, 3

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.analysis.flipped import answer_text, feature_differences, flipped_answers, read_flipped
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader, read_all
-from featdiff.models import truncate
+from featdiff.language.models import truncate
+from featdiff.localization.flipped import answer_text, feature_differences, flipped_answers, read_flipped
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import Sample, TaskInfo
 from tiny import random_crosscoder, tiny_model

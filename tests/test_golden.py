@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from featdiff import golden
 from featdiff.activations.tensor import ActivationTensor
-from featdiff.analysis.scaling import latent_scaling
-from featdiff.config import parse, read_yaml
+from featdiff.attribution import golden
+from featdiff.attribution.golden import Case, GoldenParams, called_own, examine, match, missed, plant, table
+from featdiff.attribution.scaling import latent_scaling
+from featdiff.config.params import parse
+from featdiff.config.reading import read_yaml
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.golden import Case, GoldenParams, called_own, examine, match, missed, plant, table
 from tiny import ROOT
 
 SETTINGS = read_yaml(ROOT / golden.SETTINGS)

@@ -17,27 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from featdiff.config import PROFILES, Study, flatten
+from featdiff.config.params import Study
+from featdiff.config.reading import PROFILES, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
-PLUMBING = {
-    "featdiff",
-    "config",
-    "profiles",
-    "artifact",
-    "provenance",
-    "tracking",
-    "launch",
-    "stage",
-    "mirror",
-    "mlflow_view",
-    "restore",
-    "ranks",
-    "resume",
-    "stopping",
-    "integrity",
-}
-"""Modules that know nothing of the science: a change of them cannot change a result."""
+PLUMBING = {"artifacts", "config", "pipeline", "processes", "tracking"}
+"""Packages that know nothing of the science: a change of them cannot change a result."""
 
 
 def stages() -> dict[str, dict[str, Any]]:
@@ -118,6 +103,40 @@ def test_every_artifact_has_a_provenance_on_which_nothing_depends(name: str) -> 
     made = [out for out in outs if not out.startswith("provenance/")]
     assert sorted(outs) == sorted([*made, *(f"provenance/{out}.json" for out in made)])
     assert [dep for dep in stages()[name]["deps"] if dep.startswith("provenance")] == []
+
+
+LAYERS = [
+    {"report"},
+    {"intervention", "description"},
+    {"attribution", "localization"},
+    {"crosscoder"},
+    {"training", "activations"},
+    {"language"},
+    {"tasks"},
+    {"stats", "pipeline"},
+    {"tracking"},
+    {"processes"},
+    {"artifacts"},
+    {"config"},
+]
+"""Packages from the top down; those of one set do not know each other."""
+
+
+def test_no_import_leads_up() -> None:
+    place = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
+    package = ROOT / "src/featdiff"
+    assert place.keys() == {path.stem for path in package.iterdir() if path.stem not in ("__init__", "__pycache__")}
+    wrong = []
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "featdiff":
+                names = [node.module] if "." in node.module else [f"featdiff.{alias.name}" for alias in node.names]
+                others = {name.split(".")[1] for name in names} - {own}
+                wrong += [
+                    (path.relative_to(package).as_posix(), other) for other in others if place[other] <= place.get(own, -1)
+                ]
+    assert wrong == []
 
 
 def test_no_command_holds_anything_from_params() -> None:
@@ -203,11 +222,11 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Repository:
             (repository.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, repository.path / name)
     repository.run("git", "init", "--quiet", "--initial-branch", "main")
-    repository.run(sys.executable, "-m", "featdiff.profiles", "use", "nano")
+    repository.run(sys.executable, "-m", "featdiff.config.profiles", "use", "nano")
     output = repository.run("dvc", "repro")
     fits = len(yaml.safe_load((PROFILES / "nano.yaml").read_text())["crosscoder"]["fits!"])
     assert len(repository.executed(output)) == 6 + 3 + 4 + fits + 6
-    repository.run(sys.executable, "-m", "featdiff.mirror", "sync", "--wait", "60")
+    repository.run(sys.executable, "-m", "featdiff.tracking.mirror", "sync", "--wait", "60")
     repository.run("dvc", "remote", "add", "--default", "store", str(folder / "remote"))
     repository.run("git", "add", "--all")
     repository.run("git", "commit", "--quiet", "--message", "nano")
@@ -296,11 +315,11 @@ def test_a_changed_comment_reruns_the_stages_with_that_code_and_nothing_after_th
         assert changed == {path for path in before if name in executed and path.startswith("provenance/")}
     said = [json.loads((one.path / "provenance/crosscoders/joint_topk.json").read_text()) for one in (nano, three)]
     assert {field for field in said[0] if said[0][field] != said[1][field]} == {"code", "self"}
-    three.run(sys.executable, "-m", "featdiff.integrity")
+    three.run(sys.executable, "-m", "featdiff.artifacts.integrity")
 
 
 def test_profiles_change_known_numbers_only() -> None:
-    from featdiff.config import read_yaml
+    from featdiff.config.reading import read_yaml
 
     default = flatten(read_yaml(PROFILES / "organism.yaml"))
     nano_changes = flatten(read_yaml(PROFILES / "nano.yaml"))

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from featdiff.artifact import ContractError
-from featdiff.config import ReasoningGymTask
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import ReasoningGymTask
 from featdiff.tasks.verify import grade
 
 pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from featdiff.activations.harvest import TokenStream, _shards, harvest, read_residual, token_stream
+from featdiff.activations.harvest import _shards, harvest
+from featdiff.activations.residual import TokenStream, read_residual, token_stream
 from featdiff.activations.store import ActivationStore
-from featdiff.artifact import ContractError, read_json
-from featdiff.config import ActivationsParams
-from featdiff.models import block, load_model, save_model, truncate
-from featdiff.resume import Scratch
+from featdiff.artifacts.artifact import ContractError, read_json
+from featdiff.config.params import ActivationsParams
+from featdiff.language.models import block, load_model, save_model, truncate
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Text
 from tiny import params_of, tiny_model
 

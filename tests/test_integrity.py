@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from featdiff import artifact, integrity
-from featdiff.artifact import ContractError
-from featdiff.integrity import problems
-from featdiff.provenance import path_of, require_parents
+from featdiff.artifacts import artifact, integrity
+from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.integrity import problems
+from featdiff.artifacts.provenance import path_of, require_parents
 from project import describe
 
 

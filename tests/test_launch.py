@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from featdiff import artifact, provenance
+from featdiff.artifacts import artifact, provenance
 from project import ROOT, Project
 
 GRAPH = """
@@ -24,8 +24,8 @@ stages:
 """
 STAGE = """
 import sys
-from featdiff.artifact import ContractError
-from featdiff.stage import stage
+from featdiff.artifacts.artifact import ContractError
+from featdiff.pipeline.stage import stage
 with stage("prepare", out="data") as run:
     (run.out / "some.txt").write_text("half")
     run.log(1, {"loss": 0.5})
@@ -202,7 +202,7 @@ def test_after_a_kill_the_next_run_starts_clean(project: Project) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is told by Linux")
 @pytest.mark.parametrize(
-    "launcher", [[], pytest.param(["-m", "featdiff.launch"], marks=pytest.mark.graph)], ids=["alone", "launched"]
+    "launcher", [[], pytest.param(["-m", "featdiff.processes.launch"], marks=pytest.mark.graph)], ids=["alone", "launched"]
 )
 def test_a_stage_ends_with_the_process_that_started_it(project: Project, launcher: list[str]) -> None:
     body(project, "import time", "time.sleep(60)")
@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_line(small_disk: Path, write: str) -> None:
 def test_hardware_that_is_not_there_is_one_line(project: Project) -> None:
     body(project)
     project.environment["ACCELERATE_CONFIG"] = "conf/accelerate/tpu.yaml"
-    result = project.run("-m", "featdiff.launch", "stages/prepare.py")
+    result = project.run("-m", "featdiff.processes.launch", "stages/prepare.py")
     assert result.returncode == 2
     assert result.stderr == "featdiff: ACCELERATE_CONFIG: conf/accelerate/tpu.yaml: not found; use a file of conf/accelerate/\n"
     project.without("data")
@@ -250,4 +250,6 @@ def test_hardware_that_is_not_there_is_one_line(project: Project) -> None:
 def test_under_accelerate_bad_input_stays_one_line(project: Project) -> None:
     body(project, "raise ContractError('some.jsonl:3', 'answer', 'a text', 'a list', 'correct this row')")
     project.environment["ACCELERATE_CONFIG"] = str(ROOT / "conf/accelerate/cpu.yaml")
-    project.refused(project.run("-m", "featdiff.launch", "stages/prepare.py"), "data", "featdiff: prepare: some.jsonl:3")
+    project.refused(
+        project.run("-m", "featdiff.processes.launch", "stages/prepare.py"), "data", "featdiff: prepare: some.jsonl:3"
+    )

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdiff.analysis.localize import above_threshold, describe, score, score_rows, select
-from featdiff.config import LocalizeParams
+from featdiff.config.params import LocalizeParams
+from featdiff.localization.localize import above_threshold, describe, score, score_rows, select
 from tiny import params_of
 
 F = 30

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from featdiff.config import CrosscoderTraining, LossName
+from featdiff.config.params import CrosscoderTraining, LossName
 from featdiff.crosscoder.losses import batchtopk, loss
 from featdiff.crosscoder.losses.batchtopk import BatchTopK, batch_top_k, batchtopk_loss
 from featdiff.crosscoder.losses.l1 import L1, l1_loss

@@ -19,25 +19,24 @@ from pathlib import Path
 
 import pytest
 
-from featdiff import mirror
-from featdiff import restore as restoring
-from featdiff.artifact import ContractError
-from featdiff.config import load_study
-from featdiff.mlflow_view import EXPERIMENT, View, mask
-from featdiff.restore import restore
-from featdiff.tracking import runs_folder
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import load_study
+from featdiff.tracking import backfill, mirror
+from featdiff.tracking.backfill import restore
+from featdiff.tracking.mlflow_view import EXPERIMENT, View, mask
+from featdiff.tracking.record import runs_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 PREPARE = """
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 with stage("prepare", out="data") as run:
     (run.out / "train.csv").write_text("a")
     run.metrics({"train": 2000, "eval": {"find": 10}})
 """
 SFT = """
 import sys, time
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 steps, pause = int(sys.argv[1]), float(sys.argv[2])
 with stage("sft", out="models/sft") as run:
     if len(sys.argv) > 3:
@@ -51,7 +50,7 @@ with stage("sft", out="models/sft") as run:
     run.metrics({"accuracy": {"add": 0.9}, "loss": 0.25})
 """
 REPORT = """
-from featdiff.stage import stage
+from featdiff.pipeline.stage import stage
 with stage("report", out="report") as run:
     run.read("models/sft")
     (run.out / "index.html").write_text("<h1>verdict</h1>")
@@ -105,8 +104,8 @@ def start_stage(name, *arguments, **environment):
 
 
 def command(*arguments, **environment):
-    """``python -m featdiff.mirror …`` to its end."""
-    words = [sys.executable, "-m", "featdiff.mirror", *arguments]
+    """``python -m featdiff.tracking.mirror …`` to its end."""
+    words = [sys.executable, "-m", "featdiff.tracking.mirror", *arguments]
     return subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
@@ -308,7 +307,7 @@ def test_a_second_mirror_leaves_before_it_imports_mlflow(project):
         assert mine
         found = command("follow", PYTHONPROFILEIMPORTTIME="1")
         assert found.returncode == 0
-        assert "featdiff.tracking" in found.stderr
+        assert "featdiff.tracking.record" in found.stderr
         assert "mlflow.entities" not in found.stderr
         assert "another mirror" in command("sync").stdout
     assert not mirror_at_work()
@@ -341,7 +340,7 @@ def test_a_server_that_refuses_or_fails_is_given_up_and_caught_up_later(project)
         assert "secret" not in found.stdout + found.stderr + Path(".featdiff/mirror.log").read_text()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refuses)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "import featdiff.mirror as m; m.GIVE_UP_SECONDS = 1.0; m.POLL_SECONDS = 0.5; m.main(['follow'])"
+    code = "import featdiff.tracking.mirror as m; m.GIVE_UP_SECONDS = 1.0; m.POLL_SECONDS = 0.5; m.main(['follow'])"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.server_port}"}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=240
@@ -383,7 +382,7 @@ def test_a_server_that_stops_and_hangs_ends_with_every_point_once(project, monke
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    follow = "import featdiff.mirror as m; m.POLL_SECONDS = 0.2; m.REQUEST_SECONDS = 4; m.main(['follow'])"
+    follow = "import featdiff.tracking.mirror as m; m.POLL_SECONDS = 0.2; m.REQUEST_SECONDS = 4; m.main(['follow'])"
 
     with contextlib.ExitStack() as ending:
         with mlflow_server(project, port):
@@ -523,7 +522,7 @@ class Pulled:
 @pytest.fixture
 def pulled(project, monkeypatch):
     made = Pulled(project)
-    monkeypatch.setattr(restoring, "cache_folder", lambda _: made.cache)  # asking DVC takes a second
+    monkeypatch.setattr(backfill, "cache_folder", lambda _: made.cache)  # asking DVC takes a second
     return made
 
 
@@ -592,7 +591,7 @@ def test_a_hostile_listing_is_left_out_and_writes_nothing(pulled):
 def test_without_a_look_at_the_names_a_file_would_be_written_outside(pulled, monkeypatch):
     pulled.output("hostile", [{"md5": pulled.store(b"<h1>"), "relpath": "../../../x.html"}])
     pulled.lock()
-    monkeypatch.setattr(restoring, "inside", lambda _: True)
+    monkeypatch.setattr("featdiff.artifacts.dvc.inside", lambda _: True)
     assert "x.html" in pulled.restored()[1], "the test above would not notice that the guard is gone"
 
 

@@ -14,9 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from featdiff.artifact import ContractError
-from featdiff.decode import left_pad
-from featdiff.models import (
+from featdiff.artifacts.artifact import ContractError
+from featdiff.language.decode import left_pad
+from featdiff.language.models import (
     block,
     character_tokenizer,
     checkpoint_folders,
@@ -29,7 +29,7 @@ from featdiff.models import (
     tokenizer_hash,
     trl_row,
     truncate,
-)  # fmt: skip
+)
 from featdiff.tasks.task import Sample
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.analysis.next_token import direct_logits, effects_of, final_stream, next_token_effects
-from featdiff.config import DescribeParams
-from featdiff.decode import PromptCache, next_token_probabilities
-from featdiff.intervention.edits import Editor
-from featdiff.models import block
+from featdiff.config.params import DescribeParams
+from featdiff.crosscoder.edits import Editor
+from featdiff.description.next_token import direct_logits, effects_of, final_stream, next_token_effects
+from featdiff.language.decode import PromptCache, next_token_probabilities
+from featdiff.language.models import block
 from tiny import params_of, random_crosscoder, tiny_model
 
 PROMPTS = ["rev abcd=", "q=", "sort zx=", "12+7="]

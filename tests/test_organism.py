@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 from featdiff.tasks import organism
 from featdiff.tasks.organism import FamilySource
 from featdiff.tasks.verify import grade

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from featdiff.activations.harvest import TokenStream
-from featdiff.analysis.lens import Lens, Reading
-from featdiff.analysis.planting import plan, planted
-from featdiff.config import DescribeParams
+from featdiff.activations.residual import TokenStream
+from featdiff.config.params import DescribeParams
+from featdiff.description.lens import Lens, Reading
+from featdiff.description.planting import plan, planted
 from tiny import params_of
 
 TOKEN, BEFORE = 7, 3

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from featdiff.artifact import ContractError
-from featdiff.config import ConfigError, PrepareParams, parse
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import PrepareParams, parse
+from featdiff.config.reading import ConfigError
 from featdiff.tasks.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -151,8 +152,8 @@ def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
     if not (ROOT.parent / "shared/data/qa").is_dir():
         pytest.skip("../shared/data is not here")
-    from featdiff.config import Study
-    from featdiff.profiles import render_profile
+    from featdiff.config.params import Study
+    from featdiff.config.profiles import render_profile
 
     monkeypatch.chdir(ROOT)
     study = parse(Study, yaml.safe_load(render_profile("smollm2")), "smollm2.yaml")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from featdiff.artifact import ContractError
-from featdiff.config import Pretraining
-from featdiff.models import character_tokenizer
-from featdiff.resume import Scratch
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import Pretraining
+from featdiff.language.models import character_tokenizer
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Text
 from featdiff.training.pretrain import _loss, pack, pretrain
 from tiny import ALPHABET, params_of, tiny_model

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from featdiff import artifact, provenance
-from featdiff.artifact import MANIFEST, begin, hash_json, publish, read_manifest, read_statement, verify
-from featdiff.provenance import LIBRARIES, Provenance, path_of, require_parents
+from featdiff.artifacts import artifact, provenance
+from featdiff.artifacts.artifact import MANIFEST, begin, hash_json, publish, read_manifest, read_statement, verify
+from featdiff.artifacts.provenance import LIBRARIES, Provenance, path_of, require_parents
 from project import describe
 from test_artifact import DEEP, LEFT_OUT, ODD, UNSAFE, flipped, link_to_file, refusal
 
@@ -58,9 +58,8 @@ def test_versions_are_those_installed_and_nothing_is_imported_for_them() -> None
     assert provenance.versions() == {
         name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "numpy")
     }
-    program = (
-        f"from featdiff.provenance import versions; versions(); import sys; sys.exit(bool({set(LIBRARIES)} & set(sys.modules)))"
-    )
+    program = "import sys; from featdiff.artifacts.provenance import versions; versions(); "
+    program += f"sys.exit(bool({set(LIBRARIES)} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

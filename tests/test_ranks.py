@@ -25,7 +25,7 @@ STAGES = [
 
 def _run(project: Project, hardware: str, *command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "featdiff.launch", *command],
+        [sys.executable, "-m", "featdiff.processes.launch", *command],
         cwd=project.path,
         text=True,
         capture_output=True,
@@ -43,7 +43,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name, hardware in (("one", "cpu"), ("two", "cpu_2ranks")):
         project = Project(tmp_path_factory.mktemp(name)).fill()
         subprocess.run(
-            [sys.executable, "-m", "featdiff.profiles", "use", "nano"], cwd=project.path, check=True, capture_output=True
+            [sys.executable, "-m", "featdiff.config.profiles", "use", "nano"], cwd=project.path, check=True, capture_output=True
         )
         project.set({"grpo.lr": 1e-4, "grpo.steps": 2, "base.pretraining.steps": 30, "crosscoder.training.steps": 30})
         assert project.run("stages/prepare.py").returncode == 0

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from featdiff.artifact import ContractError
-from featdiff.config import ReportParams, load_params
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import ReportParams, load_params
 from featdiff.report import paper, tables, words
 from featdiff.report.build import examples, render
 from featdiff.report.charts import tile_for

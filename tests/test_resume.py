@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from featdiff import stopping
-from featdiff.resume import Scratch, require_finite, restore, snapshot
-from featdiff.tracking import Record
+from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
+from featdiff.processes import signals
+from featdiff.tracking.record import Record
 
 
 def eager(root: Path, record: Record | None = None) -> Scratch:
@@ -52,7 +52,7 @@ def test_the_interval_follows_what_saving_costs(
 ) -> None:
     """Saving takes at most its share of the time; where that is no matter, the interval asked for holds."""
     now = 1000.0
-    monkeypatch.setattr("featdiff.resume.time.monotonic", lambda: now)
+    monkeypatch.setattr("featdiff.pipeline.checkpoint.time.monotonic", lambda: now)
     scratch = Scratch(tmp_path, 60.0, 0.02)
     assert not scratch.due()
     now += 60
@@ -69,7 +69,7 @@ def test_an_interval_of_nothing_saves_at_every_opportunity_whatever_it_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("featdiff.resume.time.monotonic", lambda: now)
+    monkeypatch.setattr("featdiff.pipeline.checkpoint.time.monotonic", lambda: now)
     scratch = Scratch(tmp_path, 0.0, 0.02)
     assert scratch.due()
     now += 100
@@ -188,21 +188,21 @@ def test_a_request_to_stop_waits_for_the_next_checkpoint_and_is_never_forgotten(
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        stopping.listen()
+        signals.listen()
         scratch = Scratch(tmp_path, math.inf)
         with scratch.loop():
             assert not scratch.due()
             os.kill(os.getpid(), signal.SIGTERM)
             assert scratch.due()
-            with pytest.raises(stopping.Stopped, match="SIGTERM"):
+            with pytest.raises(signals.Stopped, match="SIGTERM"):
                 scratch.save(7, {})
-            stopping.listen()  # as if it had ended
+            signals.listen()  # as if it had ended
         assert (tmp_path / "checkpoints/00000007").is_dir()
-        stopping.listen()
-        with pytest.raises(stopping.Stopped, match="SIGTERM"), scratch.loop():
+        signals.listen()
+        with pytest.raises(signals.Stopped, match="SIGTERM"), scratch.loop():
             os.kill(os.getpid(), signal.SIGTERM)  # and nobody asked
-        stopping.listen()
-        with pytest.raises(stopping.Stopped, match="SIGTERM"):
+        signals.listen()
+        with pytest.raises(signals.Stopped, match="SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for number, handler in before.items():

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdiff.analysis.flipped import FlippedStreams
-from featdiff.analysis.robustness import common, mutual_matches, seed_stability, shuffled_identities, strongest, sweep
-from featdiff.analysis.search import Search
-from featdiff.config import LocalizeParams
+from featdiff.config.params import LocalizeParams
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.localization.flipped import FlippedStreams
+from featdiff.localization.robustness import common, mutual_matches, seed_stability, shuffled_identities, strongest, sweep
+from featdiff.localization.search import Search
 from tiny import params_of, random_crosscoder
 
 PLANTED = [4, 17]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featdiff.activations import store
 from featdiff.activations.tensor import ActivationTensor
-from featdiff.analysis.scaling import LatentScaling, latent_scaling, ratio, scaling_rows
+from featdiff.attribution.scaling import LatentScaling, latent_scaling, ratio, scaling_rows
 from featdiff.crosscoder.model import Crosscoder
 from tiny import random_crosscoder, store_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featdiff.activations import store
 from featdiff.activations.store import ActivationStore, moments
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 from tiny import store_of, write_store
 
 MODELS = ("base", "grpo")

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from featdiff import stats
-from featdiff.config import InterveneParams
-from featdiff.evaluation import Examinee
-from featdiff.intervention.edits import Editor
+from featdiff.config.params import InterveneParams
+from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.effects import effects
 from featdiff.intervention.sensitivity import sensitivity
 from featdiff.intervention.study import (
@@ -30,7 +29,8 @@ from featdiff.intervention.study import (
     tune,
     tune_directions,
 )
-from featdiff.resume import Scratch
+from featdiff.language.evaluation import Examinee
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo, Text
 from tiny import params_of, random_crosscoder, tiny_model
 

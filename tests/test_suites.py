@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featdiff.artifact import ContractError
-from featdiff.config import SuiteTask
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import SuiteTask
 from featdiff.tasks.external import Row, from_dataset, read_rows
 from featdiff.tasks.suites import ADAPTERS, SuiteSource, listed_prompt, read_question
 from featdiff.tasks.verify import grade
@@ -218,7 +218,7 @@ def test_hub_data_need_a_full_commit_and_a_split(path: str) -> None:
 def test_an_unreachable_hub_is_one_line() -> None:
     program = (
         "from featdiff.tasks.external import read_rows\n"
-        "from featdiff.artifact import ContractError\n"
+        "from featdiff.artifacts.artifact import ContractError\n"
         "try: list(read_rows('hub:allenai/sciq@' + '0' * 40 + '#test'))\n"
         "except ContractError as error: print(error)"
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, read_rows
 
 TASK = TaskInfo("t", "find", "questions", "option_text", "letter", "strict", False, 4)

@@ -5,7 +5,7 @@ import torch
 
 from featdiff.activations.store import in_order
 from featdiff.activations.tensor import ActivationTensor
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 
 
 def test_rows_in_order_and_every_row_once_per_pass() -> None:

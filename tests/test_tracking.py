@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.ranks import alive, process_start
-from featdiff.tracking import Record, curated, home, numbers, read_yaml
+from featdiff.artifacts.dvc import read_yaml
+from featdiff.processes.ranks import alive, process_start
+from featdiff.tracking.record import Record, curated, home, numbers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -205,7 +206,7 @@ def test_records_of_a_temporary_experiment_lie_beside_the_repository(tmp_path, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the process tree is read from /proc")
 def test_pipeline_is_the_outermost_dvc_process(tmp_path):
-    report = "import json; from featdiff.tracking import _pipeline; print(json.dumps(_pipeline()))"
+    report = "import json; from featdiff.tracking.record import _pipeline; print(json.dumps(_pipeline()))"
     launcher = tmp_path / "dvc"
     launcher.write_text(
         "import os, subprocess, sys\nprint(os.getpid(), flush=True)\n"
@@ -223,7 +224,7 @@ def test_pipeline_is_the_outermost_dvc_process(tmp_path):
 def test_peak_memory_is_the_stages_own_not_its_parents():
     ballast = bytearray(300 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from featdiff.tracking import _peak_memory_kib; print(_peak_memory_kib())"
+    code = "from featdiff.tracking.record import _peak_memory_kib; print(_peak_memory_kib())"
     kib = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 5_000 < kib < 150_000
     del ballast
@@ -231,7 +232,7 @@ def test_peak_memory_is_the_stages_own_not_its_parents():
 
 def test_importing_the_record_is_cheap():
     heavy = ("torch", "mlflow", "pydantic", "numpy", "yaml")
-    code = f"import sys, featdiff.tracking; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, featdiff.tracking.record; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.config import load_params
+from featdiff.config.params import load_params
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.quantities import early_checkpoint, null_rates, own_features
 from featdiff.report.verdicts import Criterion, Judge, Verdict, at_least, decide

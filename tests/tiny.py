@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff.activations.store import ActivationStore
-from featdiff.artifact import write_json
-from featdiff.config import P, Pretraining, parse
+from featdiff.artifacts.artifact import write_json
+from featdiff.config.params import P, Pretraining, parse
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.models import character_tokenizer, organism_model
+from featdiff.language.models import character_tokenizer, organism_model
 
 ROOT = Path(__file__).parents[1]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=<>(),."

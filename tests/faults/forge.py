@@ -19,15 +19,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifact import MANIFEST, sha256_file
-from featdiff.provenance import path_of
+from featdiff.artifacts.artifact import MANIFEST, sha256_file
+from featdiff.artifacts.provenance import path_of
 from project import Project
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "featdiff.analysis.dynamics",
-        "featdiff.analysis.describe",
+        "featdiff.attribution.dynamics",
+        "featdiff.description.describe",
         "featdiff.intervention.sensitivity",
         "featdiff.training.grpo",
         "featdiff.training.imported",
@@ -210,6 +210,6 @@ def running(folder: Path) -> dict[int, dict[str, str]]:
 def nano(path: Path) -> Study:
     study = Study(path)
     study.fill()
-    subprocess.run([sys.executable, "-m", "featdiff.profiles", "use", "nano"], cwd=path, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "featdiff.config.profiles", "use", "nano"], cwd=path, check=True, capture_output=True)
     study.set({"resume.every_seconds": 0.0})
     return study

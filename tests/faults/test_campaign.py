@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from forge import GRAPH, LONG, Study, running, wait_for
 
-from featdiff.artifact import sha256_file
+from featdiff.artifacts.artifact import sha256_file
 
 KILLS = [
     (number, target)
@@ -65,7 +65,7 @@ class Repository:
             dvc.send_signal(number)
         else:
             for pid in running(self.path):
-                if b"featdiff.launch" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                if b"featdiff.processes.launch" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                     os.kill(pid, number)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from forge import CHECKPOINT, LONG, Study
 
-from featdiff.artifact import MANIFEST, ContractError, verify
+from featdiff.artifacts.artifact import MANIFEST, ContractError, verify
 
 READERS = {
     "data": ("eval.parquet", "evals/base", ["evaluate", "--model", "base"]),
@@ -118,7 +118,7 @@ def test_every_damage_of_every_kind_of_artifact_is_seen_before_anything_is_compu
 
 
 def believe_any_file() -> None:
-    from featdiff import artifact
+    from featdiff.artifacts import artifact
 
     artifact.verify = lambda folder, *_names: {folder.as_posix(): "0" * 64}
 
@@ -130,7 +130,7 @@ def test_without_verification_a_flipped_bit_would_be_read(study: Study) -> None:
 
 
 def look_at_files_only() -> None:
-    from featdiff import artifact
+    from featdiff.artifacts import artifact
 
     artifact._sizes = lambda folder, *_: {  # type: ignore[assignment]
         path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
@@ -169,7 +169,7 @@ def test_sound_artifacts_of_different_runs_are_not_mixed(study: Study) -> None:
 
 
 def mix_anything() -> None:
-    from featdiff import provenance
+    from featdiff.artifacts import provenance
 
     provenance.require_parents = lambda *_: None
 
@@ -232,7 +232,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, computed: Study) -> tup
 
 
 def verified(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "featdiff.integrity"]
+    command = [sys.executable, "-m", "featdiff.artifacts.integrity"]
     return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=120)
 
 

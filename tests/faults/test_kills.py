@@ -23,7 +23,7 @@ WORKING = re.compile(r"\| [1-9]\d*/")
 
 def kill_at(place: str, count: int) -> None:
     """End this process for good when it comes to ``place`` for the ``count``-th time."""
-    from featdiff import artifact, provenance
+    from featdiff.artifacts import artifact, provenance
 
     owner, name = {
         "written, not yet described": (artifact, "write_json"),
@@ -93,7 +93,7 @@ def test_killed_inside_of_publishing_nothing_half_written_is_taken_up(study: Stu
 
 def written_in_place() -> None:
     """Take the guard of publishing away: outputs are written under their own name."""
-    from featdiff import artifact
+    from featdiff.artifacts import artifact
 
     artifact.staging_path = lambda target: target
     kill_at("written, not yet described", 1)
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(study: Study, how: Call
 
 def trust_anything() -> None:
     """Take the guard of resuming away: what lies in scratch is believed."""
-    from featdiff.resume import Scratch
+    from featdiff.pipeline.checkpoint import Scratch
 
     Scratch._whole = lambda self, folder, read: read(folder)  # type: ignore[method-assign]
 

@@ -41,7 +41,7 @@ def twins(study: Study, sabotage: Callable[[], None] | None = None) -> tuple[int
 
 
 def no_lock() -> None:
-    from featdiff import stage
+    from featdiff.pipeline import stage
 
     stage._lock = lambda target: contextlib.nullcontext()  # type: ignore[assignment]
 
@@ -117,7 +117,7 @@ def test_one_of_two_ranks_lost_ends_all_in_bounded_time_without_orphans(
     shutil.rmtree(folder / out)
     environment = study.environment | {"ACCELERATE_CONFIG": "conf/accelerate/cpu_2ranks.yaml"}
     script, *rest = LONG[out]
-    command = [sys.executable, "-m", "featdiff.launch", f"stages/{script}.py", *rest]
+    command = [sys.executable, "-m", "featdiff.processes.launch", f"stages/{script}.py", *rest]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     wait_for(lambda: [*(folder / ".featdiff/scratch" / out).glob("*/*/*[0-9]/manifest.json")])

@@ -24,8 +24,8 @@ STEPS = 3
 STAGE = f"""
 import sys, time
 import torch
-from featdiff.ranks import rank
-from featdiff.stage import stage
+from featdiff.processes.ranks import rank
+from featdiff.pipeline.stage import stage
 
 with stage("base", out="models/base") as run:
     length, scratch = float(open("length").read()), run.scratch()
@@ -77,7 +77,9 @@ class Stand(Project):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
             rank = command[1:2] == ["stages/base.py"] or command[2:3] == ["stages/base.py"]
             launcher = (
-                "featdiff.launch" if "featdiff.launch" in command else "accelerate" * ("accelerate_launch" in str(command))
+                "featdiff.processes.launch"
+                if "featdiff.processes.launch" in command
+                else "accelerate" * ("accelerate_launch" in str(command))
             )
             if wanted == (f"rank {environment.get('RANK', '0')}" if rank else launcher):
                 return pid
@@ -130,7 +132,7 @@ def test_the_step_in_hand_is_finished_and_kept_whatever_is_signalled(tmp_path: P
         elif cell.target == "dvc":
             process.send_signal(cell.number)
         else:
-            os.kill(project.pid("featdiff.launch" if cell.target == "launcher" else "rank 0"), cell.number)
+            os.kill(project.pid("featdiff.processes.launch" if cell.target == "launcher" else "rank 0"), cell.number)
     for cell, project in stands.items():
         assert (processes[cell].wait(STEPS * length + 30) == 0) != cell.heard, (cell, project.said())
         wait_for(lambda project=project: not running(project.path), length + 30)
@@ -168,7 +170,7 @@ def test_with_two_ranks_as_well(tmp_path: Path, number: signal.Signals, target: 
     if target == "group":
         os.killpg(process.pid, number)
     else:
-        name = "featdiff.launch" if target == "launcher" else target
+        name = "featdiff.processes.launch" if target == "launcher" else target
         os.kill(project.pid(name), number)
     process.wait(60)
     wait_for(lambda: not running(project.path), 60)
@@ -187,7 +189,9 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, target: str) -> None:
     wait_for(lambda: "step 1\n" in project.said())
     for _ in range(2):
         time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT) if target == "group" else os.kill(project.pid("featdiff.launch"), signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT) if target == "group" else os.kill(
+            project.pid("featdiff.processes.launch"), signal.SIGTERM
+        )
     began = time.monotonic()
     process.wait(30)
     wait_for(lambda: not running(project.path))
@@ -254,7 +258,7 @@ def test_bad_input_keeps_its_status_through_the_launcher(tmp_path: Path, hardwar
     project = stand(tmp_path / "stand", 0.1)
     project.environment["ACCELERATE_CONFIG"] = f"conf/accelerate/{hardware}.yaml"
     project.set({"base.pretraining.steps": -1})
-    done = project.run("-m", "featdiff.launch", "stages/base.py")
+    done = project.run("-m", "featdiff.processes.launch", "stages/base.py")
     assert done.returncode == 2, done.stderr
     assert "base.pretraining.steps" in done.stderr
     assert "Traceback" not in done.stderr
@@ -266,7 +270,7 @@ def test_a_stage_that_nothing_is_known_of_is_cleaned_up(tmp_path: Path) -> None:
     process = project.start_dvc()
     wait_for(lambda: running(project.path) and "Running stage" in project.said())
     with contextlib.suppress(AssertionError):
-        os.kill(project.pid("featdiff.launch"), signal.SIGTERM)
+        os.kill(project.pid("featdiff.processes.launch"), signal.SIGTERM)
     process.wait(30)
     wait_for(lambda: not running(project.path))
     assert process.returncode != 0 or (project.path / "models/base").exists()

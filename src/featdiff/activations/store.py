@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from featdiff.artifact import ContractError, read_json
+from featdiff.artifacts.artifact import ContractError, read_json
 
 BLOCK_ROWS = 4096
 """Rows read together when shuffling: long enough for sequential reads, and short beside a buffer."""

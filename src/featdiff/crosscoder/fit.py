@@ -16,13 +16,13 @@ from tqdm import tqdm
 from transformers import get_wsd_schedule
 
 from featdiff.activations.store import ActivationSource, moments
-from featdiff.artifact import ContractError
-from featdiff.config import CrosscoderTraining
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import CrosscoderTraining
 from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.measure import batch_quality
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.ranks import process_state
-from featdiff.resume import Scratch, require_finite, restore, snapshot
+from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
+from featdiff.processes.ranks import process_state
 
 Log = Callable[[int, dict[str, float]], None]
 """Takes a step and its numbers."""

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featdiff.artifact import ContractError, read_json, write_json
+from featdiff.artifacts.artifact import ContractError, read_json, write_json
 
 
 class Crosscoder(nn.Module):

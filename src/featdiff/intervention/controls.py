@@ -13,8 +13,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featdiff.analysis.attribution import mas
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
+from featdiff.attribution.norms import mas
 from featdiff.crosscoder.model import Crosscoder
 
 NEIGHBOURS = 10

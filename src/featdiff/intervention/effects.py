@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from featdiff import stats
-from featdiff.config import InterveneParams
-from featdiff.evaluation import Row
+from featdiff.config.params import InterveneParams
 from featdiff.intervention.purposes import sign_of
+from featdiff.language.evaluation import Row
 from featdiff.tasks.task import TaskInfo
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featdiff.decode import PromptCache
-from featdiff.intervention.edits import Change
+from featdiff.crosscoder.edits import Change
 from featdiff.intervention.purposes import PURPOSES, sign_of
 from featdiff.intervention.study import BASELINES, Outcome, Passes, Setting, Subject, answers, mean_accuracy, tuning
-from featdiff.resume import Scratch
+from featdiff.language.decode import PromptCache
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample
 
 

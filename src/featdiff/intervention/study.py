@@ -17,16 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featdiff import stats
-from featdiff.config import InterveneParams
+from featdiff.config.params import InterveneParams
+from featdiff.crosscoder.edits import WHOLE_PROMPT, Change, Editor
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.decode import PromptCache, text_nats
-from featdiff.evaluation import Examinee, Row
-from featdiff.intervention.edits import WHOLE_PROMPT, Change, Editor
 from featdiff.intervention.effects import effects
 from featdiff.intervention.purposes import PURPOSES, sign_of
-from featdiff.models import load_model, load_tokenizer
-from featdiff.ranks import process_state
-from featdiff.resume import Scratch
+from featdiff.language.decode import PromptCache, text_nats
+from featdiff.language.evaluation import Examinee, Row
+from featdiff.language.models import load_model, load_tokenizer
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, Text
 
 BASELINES = ("mean_difference", "first_component", "random_direction")

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from featdiff.config import ReportParams
+from featdiff.config.params import ReportParams
 from featdiff.report import battery, crosscoder_figures, feature_cards, model_figures, paper, set_figures, tables
 from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR, Panel
 from featdiff.report.evidence import MODELS, Evidence

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from featdiff.artifact import ContractError, read_json
-from featdiff.config import AGAIN, TWIN
+from featdiff.artifacts.artifact import ContractError, read_json
+from featdiff.config.params import AGAIN, TWIN
 from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
 
 MODELS = ("base", "sft", "grpo")

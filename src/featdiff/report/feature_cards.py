@@ -7,16 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from featdiff.report.charts import (
-    MODEL_COLOURS,
-    MODEL_NAMES,
-    Figure,
-    Panel,
-    Trace,
-    error_bars,
-    layout,
-    models_legend,
-)
+from featdiff.report.charts import MODEL_COLOURS, MODEL_NAMES, Figure, Panel, Trace, error_bars, layout, models_legend
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.tables import Cell, Table
 from featdiff.report.words import MISSING, interval, listed, moved, number, percent, signed

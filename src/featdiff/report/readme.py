@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifact import read_json
+from featdiff.artifacts.artifact import read_json
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 CLAIMS = {

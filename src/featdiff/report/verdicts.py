@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from featdiff.config import ReportParams
+from featdiff.config.params import ReportParams
 from featdiff.report.evidence import Evidence
 from featdiff.report.paired import Outcomes
 from featdiff.report.quantities import (

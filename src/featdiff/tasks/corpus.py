@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 from featdiff.tasks.external import read_rows
 from featdiff.tasks.task import Text
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifact import ContractError
-from featdiff.config import HUB_NAME, legible
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import HUB_NAME
+from featdiff.config.reading import legible
 
 HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})(?::(?P<config>[\w.-]+))?@(?P<commit>[0-9a-f]{{40}})#(?P<split>[\w.-]+)", re.ASCII)
 HUB_FORM = "hub:<owner>/<name>[:<config>]@<40-digit commit>#<split>"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from featdiff.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError
 
 
 @cache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from featdiff.artifact import ContractError
-from featdiff.config import Grading
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import Grading
 from featdiff.tasks.families import FAMILIES, Family, Problem, completion
 from featdiff.tasks.task import GENERATION, SPLITS, Sample, TaskInfo, Text
 

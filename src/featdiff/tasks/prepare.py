@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
-from featdiff.artifact import ContractError
-from featdiff.config import FamilyTask, PrepareParams, ReasoningGymTask, Task
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import FamilyTask, PrepareParams, ReasoningGymTask, Task
 from featdiff.tasks import organism
 from featdiff.tasks.corpus import general_texts
 from featdiff.tasks.families import FAMILIES

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featdiff.artifact import ContractError
-from featdiff.config import Grading, SuiteTask, legible
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import Grading, SuiteTask
+from featdiff.config.reading import legible
 from featdiff.tasks.external import Row, read_rows
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featdiff.artifact import ContractError, read_json, write_json
-from featdiff.config import Grading
+from featdiff.artifacts.artifact import ContractError, read_json, write_json
+from featdiff.config.params import Grading
 
 SPLITS = ("find", "tune", "report")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -36,7 +36,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from featdiff.config import Grading
+from featdiff.config.params import Grading
 from featdiff.tasks.answers import (
     MAX_CHARS,
     Found,

@@ -22,10 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from featdiff.artifact import MANIFEST, ContractError, seal, sha256_file, write_json
-from featdiff.models import save_model
-from featdiff.ranks import process_state
-from featdiff.resume import Scratch, require_finite
+from featdiff.artifacts.artifact import MANIFEST, ContractError, seal, sha256_file, write_json
+from featdiff.language.models import save_model
+from featdiff.pipeline.checkpoint import Scratch, require_finite
+from featdiff.processes.ranks import process_state
 
 Log = Callable[[int, dict[str, float]], None]
 

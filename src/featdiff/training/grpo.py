@@ -8,11 +8,11 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from featdiff.artifact import ContractError
-from featdiff.config import GRPOParams
-from featdiff.models import load_model, load_tokenizer, trl_row
-from featdiff.ranks import process_state
-from featdiff.resume import Scratch
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import GRPOParams
+from featdiff.language.models import load_model, load_tokenizer, trl_row
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks, write_rows
 from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, common_arguments, finish

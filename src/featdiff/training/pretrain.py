@@ -17,11 +17,11 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_wsd_schedule
 
-from featdiff.artifact import ContractError
-from featdiff.config import Pretraining
-from featdiff.models import character_tokenizer, organism_model
-from featdiff.ranks import process_state
-from featdiff.resume import Scratch, require_finite, restore, snapshot
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import Pretraining
+from featdiff.language.models import character_tokenizer, organism_model
+from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
+from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Text
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"

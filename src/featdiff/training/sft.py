@@ -8,11 +8,11 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from featdiff.artifact import ContractError
-from featdiff.config import SFTParams
-from featdiff.models import load_model, load_tokenizer, trl_row
-from featdiff.ranks import process_state
-from featdiff.resume import Scratch
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import SFTParams
+from featdiff.language.models import load_model, load_tokenizer, trl_row
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import load_samples, load_tasks
 from featdiff.training.arm import Log, Recorder, common_arguments, finish
 

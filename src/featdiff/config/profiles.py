@@ -1,0 +1,119 @@
+"""The switch between profiles: params.yaml is always one profile, written out in full.
+
+python -m featdiff.config.profiles use <profile> [--discard]
+python -m featdiff.config.profiles check
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from featdiff.config.params import Study, load_study, parse
+from featdiff.config.reading import (
+    DEFAULT_PROFILE,
+    PARAMS,
+    PROFILES,
+    ConfigError,
+    closest,
+    flatten,
+    parse_yaml,
+    read_text,
+    read_yaml,
+)
+
+
+def _merge(base: Any, over: dict[str, Any], where: str) -> None:
+    """Put the values of ``over`` into the ruamel mapping ``base``, keeping its comments.
+
+    A mapping under a key that ends in ``!`` replaces the old mapping instead of being merged into it."""
+    for raw, value in over.items():
+        key, replace = raw.removesuffix("!"), raw.endswith("!")
+        if key not in base:
+            raise ConfigError(f"{where}: {key}: unknown key; {closest(key, base)}")
+        if isinstance(value, dict) and isinstance(base[key], dict) and not replace:
+            _merge(base[key], value, f"{where}: {key}")
+        else:
+            base[key] = value
+
+
+def render_profile(name: str) -> str:
+    """Text of params.yaml under profile ``name``: the default file with the profile's overrides.
+
+    The default profile is conf/profiles/organism.yaml word for word; every other file there holds only
+    what differs from it."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"profile {name!r}: unknown; {closest(name, known)} (conf/profiles/*.yaml)")
+    default, path = PROFILES / f"{DEFAULT_PROFILE}.yaml", PROFILES / f"{name}.yaml"
+    text, changes = read_text(default), read_text(path)
+    for source, content in ((default, text), (path, changes)):
+        parse_yaml(content, str(source))
+    if name == DEFAULT_PROFILE:
+        return text
+    round_trip = YAML()
+    round_trip.preserve_quotes = True
+    round_trip.width = 4096
+    try:
+        document, overrides = round_trip.load(text), round_trip.load(changes)
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    _merge(document, overrides, str(path))
+    document["profile"] = name
+    out = StringIO()
+    round_trip.dump(document, out)
+    parse(Study, parse_yaml(out.getvalue(), str(path)), str(path))
+    return out.getvalue()
+
+
+def use_profile(name: str, *, discard_edits: bool = False) -> str:
+    """Write params.yaml for ``name``; refuses while params.yaml holds edits by hand. Returns what it did."""
+    wanted = render_profile(name)
+    if PARAMS.is_dir() or (PARAMS.exists() and not discard_edits):
+        current = read_yaml(PARAMS)
+        if current == parse_yaml(wanted, name):
+            return f"params.yaml: already profile {name}"
+        now = str(current.get("profile", DEFAULT_PROFILE))
+        clean = flatten(parse_yaml(render_profile(now), now))
+        found = flatten(current)
+        edits = [key for key in clean.keys() | found.keys() if clean.get(key) != found.get(key)]
+        if edits:
+            raise ConfigError(
+                f"params.yaml: holds {len(edits)} edit(s) by hand over profile {now} "
+                f"({', '.join(sorted(edits)[:5])}); keep them in a profile of your own under conf/profiles/, "
+                f"or add DISCARD=1 to overwrite them"
+            )
+    temporary = PARAMS.with_suffix(".yaml.tmp")
+    temporary.write_text(wanted, encoding="utf-8")
+    temporary.replace(PARAMS)
+    return f"params.yaml: now profile {name}"
+
+
+def main(arguments: list[str]) -> None:
+    """``python -m featdiff.config.profiles use <profile> [--discard]`` or ``… check``."""
+    try:
+        match arguments:
+            case ["use", name]:
+                print(use_profile(name))
+            case ["use", name, "--discard"]:
+                print(use_profile(name, discard_edits=True))
+            case ["check"]:
+                print(f"params.yaml: profile {load_study().profile}, all keys known")
+            case _:
+                _stop("usage: python -m featdiff.config.profiles use <profile> [--discard] | check")
+    except ConfigError as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"featdiff: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,236 @@
+"""What the features of a set are: on what text they fire, where in an answer, and all that is known of them in one place.
+
+Everything is read under the swap readout, in GRPO and on the same tokens in the base; the report split stays untouched.
+N token rows, T token, P prompts (one answer each), S features of the set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from featdiff import stats
+from featdiff.activations.residual import TokenStream
+from featdiff.activations.store import ActivationStore
+from featdiff.config.params import DescribeParams
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.readout import Reader
+from featdiff.description.lens import MODELS, Answered, Lens, Reading, answered
+from featdiff.description.manner import SET, manner_of_answers, manner_of_texts
+from featdiff.description.next_token import next_token_effects
+from featdiff.description.planting import planted
+from featdiff.language.decode import Edit
+from featdiff.language.models import truncate
+from featdiff.stats import Interval
+from featdiff.tasks.task import Sample, TaskInfo, Text
+
+CORPUS = "corpus"
+POSITIONS = ("prompt", "prompt_last", "answer_first", "answer_rest")
+"""The prompt before its last token, that token, the answer's first token, its others."""
+
+Row = dict[str, Any]
+
+
+def contexts(
+    reading: Reading,
+    sources: Sequence[str],
+    labels: Sequence[str],
+    starts: Sequence[int | None],
+    features: list[int],
+    tokenizer: PreTrainedTokenizerFast,
+    params: DescribeParams,
+) -> Iterator[Row]:
+    """The ``params.contexts`` strongest contexts of every feature for each of ``sources``: tokens around a text's largest value
+    in GRPO, and the values of both models at each. One per text, none without a value, equal ones once.
+
+    ``labels`` name the texts, ``sources`` group them, ``starts`` say where an answer begins."""
+    value_TS, place_TS = reading.peaks
+    parts = {model: reading.split(model) for model in MODELS}
+    skip = reading.stream.skip
+    for s, k in enumerate(features):
+        kept: dict[str, set[tuple[int, ...]]] = {source: set() for source in sources}
+        for i in value_TS[:, s].argsort(descending=True, stable=True).tolist():
+            if value_TS[i, s] == 0:
+                break
+            ids, peak, start, known = reading.stream.texts[i][skip:], int(place_TS[i, s]), starts[i], kept[sources[i]]
+            low, high = max(0, peak - params.window), min(len(ids), peak + params.window + 1)
+            window = tuple(ids[low:high])
+            if len(known) == params.contexts or window in known:
+                continue
+            known.add(window)
+            yield {
+                "feature_id": k,
+                "source": sources[i],
+                "rank": len(known),
+                "text": labels[i],
+                "peak": peak - low,
+                "answer_from": None if start is None else start - skip - low,
+                "tokens": [tokenizer.decode([token]) for token in window],
+                **{model: parts[model][i][low:high, s].tolist() for model in MODELS},
+            }
+
+
+def all_contexts(
+    reading: Reading,
+    answers: Answered,
+    corpus: Reading,
+    features: list[int],
+    tokenizer: PreTrainedTokenizerFast,
+    params: DescribeParams,
+) -> list[Row]:
+    """Contexts in the answers to every task, and in the corpus."""
+    labels, texts = [sample.sample_id for sample in answers.samples], range(len(corpus.stream.texts))
+    none, number = [None for _ in texts], [f"{CORPUS}-{i:05d}" for i in texts]
+    return [
+        *contexts(reading, answers.tasks, labels, answers.starts, features, tokenizer, params),
+        *contexts(corpus, [CORPUS for _ in texts], number, none, features, tokenizer, params),
+    ]
+
+
+def where_it_fires(reading: Reading, answers: Answered, params: DescribeParams, seed: int) -> list[list[Row]]:
+    """Per feature, mean value and firing rate of both models by position, over all tasks (``task`` None) and at the last
+    prompt token for each task. A number is the mean over answers of an answer's own mean, every task counting the same."""
+    table: list[list[Row]] = [[] for _ in range(reading.values["grpo"].shape[1])]
+    for model in MODELS:
+        for position in POSITIONS:
+            strata = _by_task(reading, model, position, answers)
+            groups: dict[str | None, dict[str, NDArray[Any]]] = {None: strata} if strata else {}
+            if position == "prompt_last":
+                groups |= {task: {task: measured} for task, measured in strata.items()}
+            for task, held in groups.items():
+                for s, rows in enumerate(table):
+                    value, rate = (
+                        stats.mean_over_strata(
+                            {name: measured[:, i, s] for name, measured in held.items()},
+                            resamples=params.bootstrap,
+                            confidence=params.confidence,
+                            seed=seed,
+                        )
+                        for i in range(2)
+                    )
+                    rows.append({"model": model, "position": position, "task": task, "value": value, "rate": rate})
+    return table
+
+
+def _by_task(reading: Reading, model: str, position: str, answers: Answered) -> dict[str, NDArray[Any]]:
+    """Mean value and firing rate [P, 2, S] of the answers that have tokens at ``position``, by task."""
+    found: dict[str, list[Tensor]] = {}
+    for values_TS, start, task in zip(reading.split(model), answers.starts, answers.tasks, strict=True):
+        first = start - reading.stream.skip
+        last = max(first - 1, 0)
+        spans = (slice(0, last), slice(last, first), slice(first, first + 1), slice(first + 1, None))
+        if len(span_TS := values_TS[dict(zip(POSITIONS, spans, strict=True))[position]]):
+            found.setdefault(task, []).append(torch.stack([span_TS.mean(0), (span_TS > 0).float().mean(0)]))
+    return {task: torch.stack(measured).numpy() for task, measured in found.items()}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a description is made from, opened."""
+
+    crosscoder: Crosscoder
+    layer: int
+    models: Mapping[str, PreTrainedModel]
+    """Whole; :func:`describe` cuts them off after ``layer`` blocks when it is done with their heads."""
+    tokenizer: PreTrainedTokenizerFast
+    tasks: Mapping[str, TaskInfo]
+    samples: Sequence[Sample]
+    answers: Mapping[str, list[Row]]
+    """Graded answers by model."""
+    texts: Sequence[Text]
+    """The corpus."""
+    corpus: TokenStream
+    """The same as tokens."""
+    stores: Mapping[str, ActivationStore]
+    """By model; what they hold begins with ``corpus``."""
+    largest_F: Float[Tensor, " F"]
+    """Largest value of every feature in GRPO, f^max."""
+    edits: Mapping[int, Edit]
+    """For every feature of the set, the edit of the base that adds f^max of it alone at the last prompt token."""
+
+
+def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[str, Any], list[Row]]:
+    """All that is known of every feature of ``sources.edits`` and of the set as a whole, and the features' contexts.
+    Intervals are :class:`Interval`, tokens ids (see :func:`written_out`)."""
+    crosscoder, features, pad = sources.crosscoder, list(sources.edits), sources.tokenizer.pad_token_id
+    answers = answered(sources.tokenizer, sources.tasks, sources.samples, sources.answers["grpo"], params.samples)
+    written_SD = Reader(crosscoder, "grpo", features=features).directions_FD * sources.largest_F[features, None]
+    effects = next_token_effects(sources.models, answers.prompts, written_SD, sources.edits, pad, params, seed)
+    trunks = {name: truncate(model, sources.layer) for name, model in sources.models.items()}
+    lens = Lens(crosscoder, trunks, features, pad, params.batch_size)
+    corpus = lens.read_stores(sources.corpus, sources.stores)
+    reading = lens.read(TokenStream(answers.texts, corpus.stream.skip))
+    positions = where_it_fires(reading, answers, params, seed)
+    lexical = planted(lens, [reading, corpus], corpus, params, seed)
+    manner = {
+        "answers": manner_of_answers(reading, answers, features, sources.answers, params, seed),
+        "texts": manner_of_texts(lens, sources.tokenizer, sources.texts, params, seed),
+    }
+    rates = {model: (corpus.values[model] > 0).double().mean(0).tolist() for model in MODELS}
+
+    def told(name: str) -> dict[str, dict[str, Row]]:
+        return {what: {model: rows[name] for model, rows in judged.items()} for what, judged in manner.items()}
+
+    described = {
+        "features": [
+            {
+                "feature_id": k,
+                "largest": sources.largest_F[k].item(),
+                "corpus_rate": {model: rates[model][s] for model in MODELS},
+                "positions": positions[s],
+                "lexical": lexical[s],
+                "manner": told(str(k)),
+                **effects[k]._asdict(),
+            }
+            for s, k in enumerate(features)
+        ],
+        "set": {"manner": told(SET)},
+        "prompts": len(answers.samples),
+        "corpus_tokens": corpus.stream.rows,
+        "corpus_texts": len(corpus.stream.texts),
+    }
+    return described, all_contexts(reading, answers, corpus, features, sources.tokenizer, params)
+
+
+EMPTY: tuple[dict[str, Any], list[Row]] = (
+    {"features": [], "set": {"manner": {"answers": {}, "texts": {}}}, "prompts": 0, "corpus_tokens": 0, "corpus_texts": 0},
+    [],
+)
+"""The description where localization found no set."""
+
+
+def summary(described: dict[str, Any]) -> dict[str, Any]:
+    """Of a description as written out: features by verdict of the planted tokens; precision, recall and AUROC of the set for
+    the manner of answers and texts, by model."""
+    verdicts = Counter(feature["lexical"]["verdict"] for feature in described["features"])
+    return {
+        "features": len(described["features"]),
+        "verdicts": dict(sorted(verdicts.items())),
+        **{
+            measure: {
+                what: {model: row[measure]["value"] for model, row in judged.items() if row[measure]}
+                for what, judged in described["set"]["manner"].items()
+            }
+            for measure in ("precision", "recall", "auroc")
+        },
+    }
+
+
+def written_out(value: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """``value`` for JSON: intervals as mappings, and the text of a token beside its ``token_id``."""
+    if isinstance(value, Interval):
+        return {"value": value.value, "low": value.low, "high": value.high, "n": value.n}
+    if isinstance(value, list):
+        return [written_out(entry, tokenizer) for entry in value]
+    if isinstance(value, dict):
+        texts = {"token": tokenizer.decode([value["token_id"]])} if "token_id" in value else {}
+        return {key: written_out(entry, tokenizer) for key, entry in value.items()} | texts
+    return value

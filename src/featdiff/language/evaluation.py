@@ -1,0 +1,259 @@
+"""A model's answers to questions: by generation, graded from the text, or by the likelihood of options.
+
+The same functions serve plain evaluation and every arm of the interventions (``edit``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from featdiff import stats
+from featdiff.config.params import EvaluateParams
+from featdiff.language.decode import Edit, PromptCache, generate, score_options
+from featdiff.language.models import encode_prompts
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.tasks.suites import listed_prompt
+from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, SPLITS, Sample, TaskInfo
+from featdiff.tasks.verify import Grade, grade
+
+Row = dict[str, Any]
+GREEDY, SAMPLED = "greedy", "sampled"
+GROUP_BATCHES = 4
+"""Batches of questions in one group; more let batches be of questions as long as each other."""
+LIKELIHOOD = ("option_text", "option_text_norm", "option_letter")
+
+
+def primary_mode(task: TaskInfo) -> str:
+    """The mode whose accuracy counts for ``task``: greedy answers, or its likelihood rule."""
+    return GREEDY if task.scoring == GENERATION else task.scoring
+
+
+class Examinee:
+    """A model with its tokenizer and the tasks it is asked about."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        tasks: dict[str, TaskInfo],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def answer(
+        self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None, progress: str = ""
+    ) -> list[Row]:
+        """One row per sample, in order, under each task's own scoring rule."""
+        rules: dict[str, list[Sample]] = {}
+        for sample in samples:
+            rules.setdefault(self.tasks[sample.task].scoring, []).append(sample)
+        rows = self.generate(rules.pop(GENERATION, []), edit=edit, shared=shared, progress=progress)
+        for rule, group in rules.items():
+            rows += self.choose(group, rules=(rule,), edit=edit, shared=shared, progress=progress)
+        order = {sample.sample_id: i for i, sample in enumerate(samples)}
+        return sorted(rows, key=lambda row: order[row["sample_id"]])
+
+    def generate(
+        self,
+        samples: list[Sample],
+        *,
+        draw: int = 0,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        edit: Edit | None = None,
+        shared: PromptCache | None = None,
+        progress: str = "",
+    ) -> list[Row]:
+        """Generated answers with their grade and manner; ``mode`` is greedy at temperature 0."""
+        rows: list[Row] = []
+        for chat in (False, True):
+            group = [sample for sample in samples if self.tasks[sample.task].chat is chat]
+            if not group:
+                continue
+            answers = generate(
+                self.model,
+                encode_prompts(self.tokenizer, group, chat=chat),
+                max_new_tokens=self.max_new_tokens,
+                eos=self.tokenizer.eos_token_id,
+                pad=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                temperature=temperature,
+                generator=generator,
+                edit=edit,
+                shared=shared,
+                progress=progress,
+            )
+            texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            for sample, text in zip(group, texts, strict=True):
+                task = self.tasks[sample.task]
+                graded = grade(task.verifier, sample, text, task.grading)
+                rows.append(_row(sample, SAMPLED if temperature > 0 else GREEDY, draw, text, graded))
+        return rows
+
+    def likelihood(
+        self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """Of samples that are answered by generation: nats of the first token of the right answer (worked where one is
+        known), and nats per token of the rest given that start. The first says which manner, the second whether the
+        model can go through with it; by ``sample_id``."""
+        asked = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
+        found = {}
+        for chat in (False, True):
+            group = [sample for sample in asked if self.tasks[sample.task].chat is chat]
+            if not group:
+                continue
+            right = [sample.solution or " " * sample.prompt.endswith(ANSWER) + sample.answer for sample in group]
+            ids = self.tokenizer(right, add_special_tokens=False)["input_ids"]
+            scores = score_options(
+                self.model,
+                encode_prompts(self.tokenizer, group, chat=chat),
+                [[text[:1], text] for text in ids],
+                pad=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                edit=edit,
+                shared=shared,
+            )
+            for sample, text, (first, whole) in zip(group, ids, scores, strict=True):
+                found[sample.sample_id] = -first, (first - whole) / max(1, len(text) - 1)
+        return found
+
+    def choose(
+        self,
+        samples: list[Sample],
+        *,
+        rules: Iterable[str] = LIKELIHOOD,
+        edit: Edit | None = None,
+        shared: PromptCache | None = None,
+        progress: str = "",
+    ) -> list[Row]:
+        """Answers by likelihood under each of ``rules``: option text (summed, and divided by its characters)
+        after the question, and the option's letter after the question with its options listed."""
+        if not samples:
+            return []
+        rows: list[Row] = []
+        wanted = set(rules)
+
+        def scored(prompts: list[str], texts: list[list[str]]) -> Iterator[tuple[Sample, np.ndarray]]:
+            contexts = self.tokenizer(prompts)["input_ids"]
+            options = [[self._continuation(text) for text in group] for group in texts]
+            results = score_options(
+                self.model,
+                contexts,
+                options,
+                pad=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                edit=edit,
+                shared=shared,
+                progress=progress,
+            )
+            return zip(samples, (np.array(result) for result in results), strict=True)
+
+        if wanted & {"option_text", "option_text_norm"}:
+            for sample, summed in scored([sample.prompt for sample in samples], [list(sample.options) for sample in samples]):
+                rows.append(_chosen(sample, "option_text", summed))
+                rows.append(_chosen(sample, "option_text_norm", summed / [max(1, len(option)) for option in sample.options]))
+        if "option_letter" in wanted:
+            listed = [listed_prompt(sample.prompt, sample.options) for sample in samples]
+            letters = [list(LETTERS[: len(sample.options)]) for sample in samples]
+            rows += [_chosen(sample, "option_letter", summed) for sample, summed in scored(listed, letters)]
+        return [row for row in rows if row["mode"] in wanted]
+
+    def _continuation(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _row(sample: Sample, mode: str, draw: int, completion: str, graded: Grade) -> Row:
+    return {
+        "sample_id": sample.sample_id,
+        "task": sample.task,
+        "split": sample.split,
+        "mode": mode,
+        "draw": draw,
+        "completion": completion,
+        **graded._asdict(),
+    }
+
+
+def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
+    choice = int(scores.argmax())
+    right = choice == sample.right_option
+    return _row(sample, rule, 0, sample.options[choice], Grade(LETTERS[choice], right, "", strict=right, flexible=right))
+
+
+def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int, scratch: Scratch) -> list[Row]:
+    """Every answer of one model: greedy and sampled generations, likelihood under every rule where options exist.
+
+    Questions are asked in groups of a few batches, each with a generator of its own, so that what was answered before a
+    kill need not be asked again."""
+    by_generation = [sample for sample in samples if examinee.tasks[sample.task].scoring == GENERATION]
+    by_options = [sample for sample in samples if sample.options]
+    size, rows = GROUP_BATCHES * params.batch_size, []
+
+    def groups(asked: list[Sample], name: str) -> Iterator[tuple[str, int, list[Sample]]]:
+        for number, low in enumerate(tqdm(range(0, len(asked), size), desc=name, unit="group", disable=not asked)):
+            yield f"{name} {number}", number, asked[low : low + size]
+
+    for name, _, group in groups(by_generation, "greedy"):
+        rows += scratch.part(name, partial(examinee.generate, group))
+    for draw in range(params.draws):
+        for name, number, group in groups(by_generation, f"sampled {draw + 1} of {params.draws}"):
+            generator = torch.Generator().manual_seed(stats.stream(seed, draw, number))
+            sample = partial(examinee.generate, group, draw=draw, temperature=params.temperature, generator=generator)
+            rows += scratch.part(name, sample)
+    for name, _, group in groups(by_options, "likelihood"):
+        rows += scratch.part(name, partial(examinee.choose, group))
+    return rows
+
+
+def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: EvaluateParams, seed: int) -> list[Row]:
+    """Accuracy with its interval, accuracy by either rule of grading, parse failures and manners, per task, split
+    and mode. The bootstrap resamples questions, so that several draws of one question are not taken for several questions."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["split"], row["mode"]].append(row)
+    table = []
+    for name, task in tasks.items():
+        for split in SPLITS:
+            for mode in (GREEDY, SAMPLED, *LIKELIHOOD):
+                if group := groups.get((name, split, mode)):
+                    questions: dict[str, list[bool]] = defaultdict(list)
+                    for row in group:
+                        questions[row["sample_id"]].append(row["correct"])
+                    means = np.array([np.mean(right) for right in questions.values()])
+                    interval = stats.bootstrap_mean(
+                        means, resamples=params.bootstrap, confidence=params.confidence, seed=seed, within=stats.SHARES
+                    )
+                    shares = {
+                        manner: float(np.mean([row["manner"] == manner for row in group]))
+                        for manner in ("steps", "foreign", "direct")
+                    }
+                    table.append(
+                        {
+                            "task": name,
+                            "role": task.role,
+                            "domain": task.domain,
+                            "split": split,
+                            "mode": mode,
+                            "primary": mode == primary_mode(task),
+                            "n": interval.n,
+                            "accuracy": interval.value,
+                            "low": interval.low,
+                            "high": interval.high,
+                            **{rule: float(np.mean([row[rule] for row in group])) for rule in ("strict", "flexible")},
+                            "parse_failures": float(np.mean([row["parsed"] is None for row in group])),
+                            **shares,
+                        }
+                    )
+    return table

@@ -1,0 +1,277 @@
+"""Language models and tokenizers on disk, and the few facts the study needs about their insides.
+
+Shapes: B batch, T token, D residual width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+from featdiff.artifacts.artifact import ContractError, hash_json
+from featdiff.config.params import Pretraining
+from featdiff.config.reading import flatten, legible
+from featdiff.tasks.task import Sample
+
+logging.disable_progress_bar()
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+
+
+def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per character of ``texts``, BOS put before every text; decoding gives the text back."""
+    characters = sorted(set("".join(texts)))
+    vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, UNKNOWN, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # "." would leave line ends out
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def organism_model(size: Pretraining, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A small Qwen3 with random weights."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=size.d_model,
+            intermediate_size=size.d_mlp,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            head_dim=size.d_model // size.heads,
+            max_position_embeddings=4 * size.row_tokens,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+INDEX = "model.safetensors.index.json"
+MOST_JSON, MOST_HEADER, MOST_LAYERS = 2**24, 2**24, 1000
+"""Bytes of a JSON file and of a safetensors header, blocks: far beyond any model's, and read without harm."""
+_BLOCK = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path`` with dotted keys; ContractError for anything else."""
+    todo = "fetch the model again, or save it with save_pretrained"
+    if not path.is_file():
+        raise ContractError(path, "file", "a JSON file", "none", todo)
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ContractError(path, "size", f"at most {MOST_JSON} bytes", f"{size} bytes", todo)
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return flatten(found)
+    except (ValueError, RecursionError) as error:
+        raise ContractError(path, "content", "a JSON object", legible(str(error)), todo) from None
+    raise ContractError(path, "content", "a JSON object", type(found).__name__, todo)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors of a safetensors file, from its header alone."""
+    todo = "fetch the file again"
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > MOST_HEADER:
+        raise ContractError(file, "header", f"at most {MOST_HEADER} bytes", f"{length} bytes", todo)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ContractError(file, "header", "a whole safetensors file", legible(str(error)), todo) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that the library would load; ContractError where the index names others than safetensors beside it."""
+    names = ["model.safetensors"]
+    if (index := folder / INDEX).exists():
+        named = sorted({str(value) for key, value in settings(index).items() if key.startswith("weight_map.")})
+        for name in named:
+            if not name.endswith(".safetensors") or Path(name).name != name or not (folder / name).is_file():
+                found = legible(repr(name))
+                raise ContractError(index, "weight_map", "safetensors files of its folder", found, "fetch the model again")
+        names = names if (folder / names[0]).exists() else named
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        todo = "name the file so, or fetch the index"
+        raise ContractError(folder, "weights", f"model.safetensors, or {INDEX}", "neither", todo)
+    return files
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ContractError unless the configuration in ``folder`` describes about what its safetensors headers hold.
+
+    Nothing is allocated: a configuration of absurd size would fill memory with random weights before the library noticed
+    that the file has others. A weight that is absent or has another shape is left to the library, which then needs at
+    most twice the memory of the file."""
+    for path in folder.iterdir():
+        if not path.is_dir() and not path.is_file():
+            raise ContractError(path, "file", "a file", "a broken link, a pipe or a device", "fetch the model again")
+    file = folder / "config.json"
+    given = settings(file)
+    if any(key.partition(".")[0] == "quantization_config" and value for key, value in given.items()):
+        todo = "give the unquantised model"
+        raise ContractError(file, "quantization_config", "none", "one: such weights can be neither trained nor edited", todo)
+    for key, value in given.items():
+        name = key.rpartition(".")[2]
+        if ("layer" in name or name == "num_labels") and isinstance(value, int) and value > MOST_LAYERS:
+            raise ContractError(file, legible(key), f"at most {MOST_LAYERS}", legible(str(value)), "correct the configuration")
+    held = {tensor: shape for path in _weight_files(folder) for tensor, shape in _shapes(path).items()}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            described = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        layers = config.num_hidden_layers
+    except Exception as error:  # settings of any kind reach the library's constructors, which raise all kinds of errors
+        said = legible(" ".join(str(error).split()), 200)
+        raise ContractError(file, "content", "a causal language model that can be built", said, "correct it") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    blocks = 1 + max((int(match[1]) for match in map(_BLOCK.search, held) if match), default=-1)
+    if layers != blocks:
+        raise ContractError(file, "num_hidden_layers", f"{blocks}, as in the weights", layers, "fetch the model again")
+    if described > 2 * (numbers := sum(map(math.prod, held.values()))):
+        found = f"sizes that make {described}"
+        raise ContractError(file, "sizes", f"about the {numbers} numbers of the weights", found, "fetch the model again")
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The causal language model in ``folder``, in evaluation mode and its own dtype.
+
+    Raises ContractError without safetensors weights, with weights that do not fit, or with values that are not finite."""
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ContractError(
+            folder, "weights", "config.json and *.safetensors", "none", "point at a folder written by save_pretrained"
+        )
+    check_folder(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ContractError(
+            folder, "weights", "a causal language model", str(error).splitlines()[0], "replace the folder"
+        ) from None
+    if absent := sorted(report["missing_keys"]):  # the library only warns, and starts these at random
+        raise ContractError(folder, absent[0], "every weight of the configuration", "none", "replace the folder")
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ContractError(folder, name, "finite weights", "NaN or infinity", "retrain, or take an earlier checkpoint")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in ``folder``, set to pad on the left; a missing pad token becomes EOS."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ContractError(folder, "tokenizer.json", "a fast tokenizer", "none", "save the tokenizer beside the weights")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
+        said = legible(" ".join(str(error).split()), 200)
+        raise ContractError(
+            folder / "tokenizer.json", "content", "a fast tokenizer", said, "save the tokenizer again"
+        ) from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Equal for tokenizers that turn every text into the same ids."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described |= {"truncation": None, "padding": None}  # settings of the last call, not of the tokenizer
+    return hash_json(described)
+
+
+def require_same_tokenizer(folder: Path, base: Path) -> None:
+    """Raise ContractError unless both model folders tokenize alike; only then do token streams line up."""
+    hashes = [tokenizer_hash(load_tokenizer(path)) for path in (base, folder)]
+    if hashes[0] != hashes[1]:
+        raise ContractError(folder, "tokenizer", f"that of {base} ({hashes[0][:12]})", hashes[1][:12], f"train it from {base}")
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoints of a trained arm in order, the last being the final model."""
+    return [*sorted((folder / "checkpoints").glob("*"), key=lambda path: int(path.name)), folder]
+
+
+def resolve_layer(model: PreTrainedModel, layer: int | str) -> int:
+    """Number of blocks below the hooked residual stream; ``middle`` is half of them, rounded down."""
+    blocks = model.config.num_hidden_layers
+    number = blocks // 2 if layer == "middle" else int(layer)
+    if not 1 <= number <= blocks:
+        raise ContractError(
+            "params.yaml", "activations.layer", f"1 to {blocks} for this model, or middle", layer, "choose a layer that exists"
+        )
+    return number
+
+
+def block(model: PreTrainedModel, layer: int) -> torch.nn.Module:
+    """The block whose output is the residual stream after ``layer`` blocks."""
+    return model.model.layers[layer - 1]
+
+
+def truncate(model: PreTrainedModel, layer: int) -> torch.nn.Module:
+    """The trunk of ``model`` that stops after ``layer`` blocks, without final norm and head; its
+    ``last_hidden_state`` [B, T, D] is bit-identical to the hooked residual stream. Shares the weights."""
+    trunk = model.model
+    trunk.layers = trunk.layers[:layer]
+    trunk.config.num_hidden_layers = layer
+    trunk.norm = torch.nn.Identity()
+    return trunk
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerFast, samples: list[Sample], *, chat: bool) -> list[list[int]]:
+    """Token ids of the prompts, in the tokenizer's chat template where ``chat`` is set."""
+    if not chat:
+        return tokenizer([sample.prompt for sample in samples])["input_ids"]
+    conversations = [[{"role": "user", "content": sample.prompt}] for sample in samples]
+    encoded: Any = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
+    return encoded["input_ids"]
+
+
+def trl_row(sample: Sample, *, chat: bool, solution: bool) -> dict[str, Any]:
+    """A row for TRL's trainers: plain text, or the conversational form, which TRL renders with the same template."""
+    if not chat:
+        return {"prompt": sample.prompt} | ({"completion": sample.solution} if solution else {})
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": sample.prompt}]}
+    return row | ({"completion": [{"role": "assistant", "content": sample.solution}]} if solution else {})

@@ -1,0 +1,240 @@
+"""A stage from the inside: its lock, signals, parameters, artifacts and the tracking record. :func:`stage` is the one context
+manager around the work. Nothing here knows about science or imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+import yaml
+from safetensors import SafetensorError
+
+from featdiff.artifacts import artifact, provenance
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import Study, load_params, load_study
+from featdiff.config.reading import ConfigError, closest
+from featdiff.processes import signals
+from featdiff.processes.launch import EXIT_BAD_INPUT, RANKS
+from featdiff.processes.ranks import alive, leave, process_start, rank, starters, world_size
+from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
+from featdiff.tracking.record import Record
+
+if TYPE_CHECKING:
+    from featdiff.pipeline.checkpoint import Scratch
+
+SCRATCH = Path(".featdiff")
+POLL_SECONDS = 0.2
+
+
+class Run:
+    """What a stage may touch: verified inputs, one output folder, scratch to resume from, and the record of metrics."""
+
+    def __init__(self, name: str, out: Path, signature: dict[str, Any], params: Any, record: Record) -> None:
+        self.name, self.target, self.signature, self.params, self.record = name, out, signature, params, record
+        self.seed: int = signature["params"]["seed"]
+        self.parents: dict[str, str] = {}
+        self.door_seconds = 0.0
+        """Spent on verifying what is read and publishing what is written."""
+        self.out = artifact.staging_path(out)
+        self.beside: dict[Path, Any] = {}
+        """JSON files outside of the artifact by path, written whole once it is published."""
+        self.log = record.log
+        self.observe = record.observe
+
+    def scratch(self) -> Scratch:
+        """Where this stage keeps what it can resume from; ask when all inputs are read. What an earlier run with other
+        inputs, code, params, ranks or threads left is removed."""
+        from featdiff.pipeline.checkpoint import Scratch
+
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        key = artifact.hash_json(self.signature | {"parents": self.parents, "ranks": world_size(), "threads": threads})[:16]
+        place = scratch_folder(self.target)
+        if rank() == 0:
+            for other in place.glob("*"):
+                if other.name != key:
+                    shutil.rmtree(other)
+        resume = load_study().resume
+        return Scratch(place / key, resume.every_seconds, resume.share, self.record)
+
+    def read(self, path: str, *files: str) -> Path:
+        """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
+        folder, began = Path(path), time.monotonic()
+        self.parents |= artifact.verify(folder, *files)
+        provenance.require_parents(folder, Path())
+        self.door_seconds += time.monotonic() - began
+        self.record.input(folder.as_posix())
+        return folder
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Final metrics: ``metrics.json`` of the artifact, and numbers of the tracking run."""
+        if rank() == 0:
+            artifact.write_json(self.out / "metrics.json", values)
+            self.record.summary(values)
+
+    def attach(self, name: str) -> None:
+        """Show this file of the output folder as an artifact of the tracking run."""
+        self.record.attach(name)
+
+
+def stage_key(option: str, doc: str, known: Callable[[Study], Iterable[str]]) -> str:
+    """Which of its kind this stage makes, one of ``known``: what ``option`` says on the command line, else what stands after
+    ``@`` in the name that DVC gives (``$DVC_STAGE``). DVC would write it into a command as it is, and a shell would run
+    what it holds; so no command of dvc.yaml has it."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument(option, dest="key", default=os.environ.get("DVC_STAGE", "").partition("@")[2])
+    key: str = parser.parse_args().key
+    try:
+        if key not in (names := list(known(load_study()))):
+            raise ConfigError(f"{option}: {key!r}: unknown; {closest(key, names)}")
+    except ConfigError as error:
+        _exit(str(error), EXIT_BAD_INPUT)
+    return key
+
+
+@contextmanager
+def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
+    """Everything around a stage's work: reads its section of params.yaml, takes the lock of ``out``, opens
+    the record, and publishes ``out`` whole at the end. Bad input ends the process with one line."""
+    target, main = Path(out), rank() == 0
+    label = f"{name}@{key}" if key else name
+    try:
+        signals.listen()
+        signals.outlive_terminal()
+        _report("")
+        signals.die_with_parent()
+        params, signature = _signature(name, label)
+        with _lock(target) if main else _nothing():
+            if main:
+                artifact.begin(target)
+            record = Record(label, name, key, params.model_dump(), signature["params"]["seed"], main=main)
+            run = Run(label, target, signature, params, record)
+            status = "FAILED"
+            try:
+                yield run
+                if main:
+                    record.save(run.out)
+                    _, now = _signature(name, label)
+                    if now != signature:
+                        changed = next(field for field in now if now[field] != signature[field])
+                        where = "params.yaml" if changed == "params" else "src"
+                        raise ContractError(where, changed, "unchanged since the stage began", "an edit", "run dvc repro again")
+                    began = time.monotonic()
+                    digest = artifact.publish(target)
+                    described = provenance.Provenance(
+                        digest, label, signature["params"], signature["code"], provenance.versions(), run.parents
+                    )
+                    provenance.place(target, Path(), described)
+                    for path, value in run.beside.items():
+                        artifact.place_json(path, value)
+                    record.observe(door_seconds=round(run.door_seconds + time.monotonic() - began, 3))
+                    shutil.rmtree(scratch_folder(target), ignore_errors=True)
+                status = "FINISHED"
+            except Stopped:
+                status = "KILLED"
+                raise
+            finally:
+                signals.close()
+                if main:
+                    artifact.discard(target)
+                record.close(status)
+                leave()
+    except (ContractError, ConfigError, FloatingPointError) as error:
+        _exit(f"{label}: {error}", EXIT_BAD_INPUT)
+    except Stopped as error:
+        _exit(f"{label}: stopped by {error}; nothing was published; start it again with dvc repro", EXIT_STOPPED)
+    except (OSError, SafetensorError) as error:
+        if not _disk_full(error):
+            raise
+        place = getattr(error, "filename", None) or target
+        _exit(f"{label}: {place}: no space left on device; free some and run dvc repro", EXIT_BAD_INPUT)
+    except BaseException:
+        _report(1)
+        raise
+
+
+def _report(status: object) -> None:
+    """Tell the launcher that this rank is there (""), or how it ends."""
+    if folder := os.environ.get(RANKS):
+        with suppress(OSError):  # a launcher that was killed no longer asks
+            (Path(folder) / str(os.getpid())).write_text(str(status), encoding="utf-8")
+
+
+def scratch_folder(target: Path) -> Path:
+    """Where what the stage of ``target`` can resume from is kept until it is done."""
+    return SCRATCH / "scratch" / target
+
+
+def _signature(name: str, label: str) -> tuple[Any, dict[str, Any]]:
+    """The stage's section of params.yaml, and what determines its result besides its inputs."""
+    params, seed = load_params(name)
+    code = artifact.hash_files(source_files(name))
+    return params, {"label": label, "params": {"seed": seed, name: params.model_dump()}, "code": code}
+
+
+def _disk_full(error: OSError | SafetensorError) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"os error {code}" in str(error) for code in codes)  # safetensors passes the code on in words only
+
+
+def source_files(name: str) -> list[Path]:
+    """Source files that dvc.yaml declares as dependencies of stage ``name``."""
+    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    deps = entry.get("do", entry)["deps"]
+    return [Path(dep) for dep in deps if dep.startswith(("src/", "stages/"))]
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    say(message)
+    _report(code)
+    sys.exit(code)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """One writer per output; a second one is refused and told the first one's pid. A writer whose launcher or dvc has ended is
+    about to end, too: it is waited for."""
+    folder = SCRATCH / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / target.as_posix().replace("/", "_")
+    with path.open("a+") as handle:
+        waiting = False
+        while not _locked(handle):
+            handle.seek(0)
+            writer, *above = handle.read().split() or ["unknown"]
+            if all(alive(*map(int, each.split(":"))) for each in above):
+                raise ContractError(
+                    target, "writer", "no other process writing it", f"process {writer}", "wait for it or end it"
+                )
+            if not waiting:
+                say(f"{target}: process {writer}, which was asked to stop, finishes its step; waiting for it")
+            waiting = True
+            time.sleep(POLL_SECONDS)
+        handle.truncate(0)
+        handle.write(" ".join([str(os.getpid()), *(f"{pid}:{process_start(pid)}" for pid in starters())]))
+        handle.flush()
+        yield
+
+
+def _locked(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Starts the processes of one stage and stays with them to the end:
+``python -m featdiff.processes.launch [--one] stages/<stage>.py …``
+
+A stage is handed to ``accelerate launch`` under the hardware that ``$ACCELERATE_CONFIG`` names, so that hardware is never
+part of a stage's signature; ``--one`` runs it as a single process instead, without a launcher's start-up.
+
+Signals go to the ranks and to nobody else: accelerate's launcher would die of one, and take its ranks along in the middle
+of a step. It and the ranks are therefore a process group of their own, which no key press reaches, and this process hands on
+each request, waits however long the current step takes, and ends with the status that the ranks left behind: the
+launcher knows only "failed". A second request ends everything at once. Nothing here imports more than it needs: this
+process stays as long as the stage.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from featdiff.processes import signals
+from featdiff.processes.signals import EXIT_STOPPED, say
+
+DEFAULT_HARDWARE = "conf/accelerate/cpu.yaml"
+EXIT_BAD_INPUT = 2
+RANKS = "FEATDIFF_RANKS"
+"""Environment variable: a folder in which each rank writes a file, named after its pid and holding its exit status at last."""
+GRACE = 2
+"""Seconds that ranks have to end by themselves after a second request."""
+SPIN = "5000"
+"""How often a thread of OpenMP looks for its fellows before it sleeps. The default, some millions, wastes a core for as long as
+a fellow waits for its turn: beside two busy processes training was up to thirty times slower (docs/reliability.md)."""
+
+
+class Launch:
+    """The processes of a stage, from start to end."""
+
+    def __init__(self, ranks: Path) -> None:
+        self._ranks, self._requests = ranks, signals.Requests()
+        self._group = 0
+        signals.adopt_orphans()
+        signals.handle(self._hand_on)
+        signal.signal(signal.SIGALRM, lambda *_: self._signal_group(signal.SIGKILL))
+        signal.signal(signal.SIGTSTP, self._pause)
+        signals.die_with_parent()
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Exit status of ``command`` and of all that it started: 0, 2 (bad input), 75 (stopped), or another failure."""
+        environment = environment | {RANKS: str(self._ranks)}
+        child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_follow)
+        self._group = child.pid
+        if self._requests.asked:  # while it was being started
+            self._signal_group(signal.SIGTERM)
+        ended: int | None = None
+        with suppress(ChildProcessError):
+            while True:  # ranks whose launcher was killed are children of this process now
+                pid, status = os.waitpid(-self._group, 0)
+                ended = status if pid == child.pid else ended
+                if ended is not None and not any(map(_exists, self._pids())):  # whatever a rank left behind
+                    signal.alarm(GRACE)
+        signal.alarm(0)
+        if not ended:
+            return 0
+        found = {path.read_text(encoding="utf-8") for path in self._ranks.iterdir()}
+        for status in (EXIT_BAD_INPUT, EXIT_STOPPED):
+            if str(status) in found:
+                return status
+        if self._requests.asked:
+            say(f"stopped at once by {self._requests.asked}; nothing was published; start it again with dvc repro")
+            return EXIT_STOPPED
+        if "" in found:
+            say("a process of the stage was killed (out of memory?); start it again with dvc repro")
+        return os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended)
+
+    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+        first = self._requests.first(number)
+        if first is None:
+            return
+        ranks = self._pids()
+        if not ranks:  # nothing has begun that would be worth keeping
+            self._signal_group(signal.SIGTERM)
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if number == signals.PARENT_ENDED else number)
+        if not first:
+            signal.alarm(GRACE)
+
+    def _pids(self) -> list[int]:
+        return [int(path.name) for path in self._ranks.iterdir()]
+
+    def _signal_group(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            if self._group:
+                os.killpg(self._group, number)
+
+    def _pause(self, _number: int, _frame: FrameType | None) -> None:
+        """Ctrl-Z stops the ranks too, and ``fg`` lets them go on."""
+        self._signal_group(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_group(signal.SIGCONT)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _follow() -> None:
+    """In the new process: end with this one, and write to the terminal from the background."""
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    signals.die_with_parent(signal.SIGTERM)
+
+
+def _hardware(path: Path) -> tuple[int, bool]:
+    """Processes on this machine and whether they run on the CPU, as an accelerate configuration says."""
+    import yaml
+
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return max(1, found.get("num_processes", 1) // found.get("num_machines", 1)), bool(found.get("use_cpu"))
+
+
+def accelerate_launch() -> None:
+    """``accelerate launch`` that leaves it to the ranks to say why they ended: its own report and traceback would bury that."""
+    import logging
+
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Run ``arguments`` (a stage script and its options) to the end; returns the exit status."""
+    one = arguments[:1] == ["--one"]
+    hardware = os.environ.get("ACCELERATE_CONFIG", DEFAULT_HARDWARE)
+    if not Path(hardware).is_file():
+        say(f"ACCELERATE_CONFIG: {hardware}: not found; use a file of conf/accelerate/")
+        return EXIT_BAD_INPUT
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    ranks, on_cpu = _hardware(Path(hardware))
+    ranks = 1 if one else ranks
+    if on_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
+    threads = environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("GOMP_SPINCOUNT", SPIN)
+    if not sys.stderr.isatty():
+        environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
+    accelerate = [
+        "-c",
+        "from featdiff.processes.launch import accelerate_launch as main; main()",
+        "--quiet",
+        "--config_file",
+        hardware,
+    ]
+    accelerate += ["--num_cpu_threads_per_process", threads]
+    signals.outlive_terminal()
+    command = [sys.executable, *([] if one else accelerate), *arguments[one:]]
+    try:
+        with tempfile.TemporaryDirectory(prefix="featdiff-") as folder:
+            return Launch(Path(folder)).run(command, environment)
+    except signals.Stopped:
+        return EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""This process among the others: the ranks of its stage, and those that started it. Nothing here imports torch before it is
+needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featdiff.artifacts.artifact import ContractError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_state() -> PartialState:
+    """Rank, number of processes and device, as the launcher set them up.
+
+    Raises ContractError when the launcher started processes that are not connected: each would take itself for
+    the only one."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != world_size():
+        todo = "use a file of conf/accelerate/ as it is"
+        raise ContractError("$ACCELERATE_CONFIG", "connected processes", world_size(), state.num_processes, todo)
+    return state
+
+
+def largest(value: int) -> int:
+    """The largest ``value`` of any rank; every rank must ask."""
+    import torch
+    from accelerate.utils import gather
+
+    state = process_state()
+    return value if state.num_processes == 1 else int(gather(torch.tensor([value], device=state.device)).max())
+
+
+def leave() -> None:
+    """Take down the group of processes, if there is one: a rank that ends with gloo's threads at work can abort."""
+    if "torch" in sys.modules:
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def ancestors() -> Iterator[tuple[int, list[str]]]:
+    """This process, its parent and so on, as far as Linux tells: pid and command line."""
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            parent = int(_stat_fields(pid)[1])
+        except OSError:
+            return
+        yield pid, [os.fsdecode(part) for part in command]
+        pid = parent
+
+
+def _is_dvc(command: list[str]) -> bool:
+    return any(Path(part).name in ("dvc", "dvc.EXE") for part in command[:3])
+
+
+def dvc_process() -> int | None:
+    """Pid of the outermost dvc that started this process."""
+    return next((pid for pid, command in reversed(list(ancestors())) if _is_dvc(command)), None)
+
+
+def starters() -> list[int]:
+    """Pids of the processes above this one, up to the outermost dvc or launcher: when one of them ends, so does this one."""
+    above = list(ancestors())
+    counted = [i for i, (_, command) in enumerate(above) if _is_dvc(command) or "featdiff.processes.launch" in command[:4]]
+    return [pid for pid, _ in above[1 : max(counted, default=0) + 1]]
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Fields of ``/proc/<pid>/stat`` from the third (the state) on."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+
+
+def process_start(pid: int) -> int:
+    """Start time of a process in clock ticks since boot; 0 if it is gone. Tells a reused pid from the old one."""
+    try:
+        fields = _stat_fields(pid)
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def alive(pid: int, start: int) -> bool:
+    """Whether process ``pid`` of this machine, started at ``start``, still runs."""
+    if sys.platform == "linux":
+        return start != 0 and process_start(pid) == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,342 @@
+"""What a record looks like in MLflow, and how it gets there exactly once.
+
+One parent run per pipeline invocation, one child run per record. The store itself is asked what it already
+holds: runs are found by tag, points by key, step and the time that the record has for them, so that a copy which
+broke off anywhere can be taken up again. A run that a person deleted stays deleted.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from featdiff.processes.ranks import alive
+from featdiff.tracking.record import METRICS, TIMES, curated, home
+
+EXPERIMENT = "featdiff"
+RECORD_TAG = "featdiff.record"
+PIPELINE_TAG = "featdiff.pipeline"
+PARENT_TAG = "mlflow.parentRunId"
+MAX_VALUE = 500
+"""Characters of a param or tag value."""
+MAX_FINAL = 100
+"""Final metrics per run."""
+MAX_CHANGED = 60
+"""Changed params shown with a parent run."""
+BATCH = 1000
+"""Metrics in one request, the store's limit."""
+FIELDS = {
+    "id",
+    "label",
+    "stage",
+    "key",
+    "status",
+    "started",
+    "host",
+    "pid",
+    "pid_start",
+    "pipeline",
+    "experiment",
+    "commit",
+} | {*("profile", "changed", "seed", "params", "inputs", "summary", "observed")}
+"""What every run.json holds."""
+HEADLINE = {"report": 60, "intervene": 40}
+"""Stages whose final metrics stand with the parent run too, and how many of them."""
+
+
+def mask(text: str) -> str:
+    """``text`` without the user, password and query of any URI in it."""
+    return re.sub(
+        r"(?<=://)([^/\s]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?",
+        lambda m: ("***@" if m[1] else "") + m[2] + ("?***" if m[3] else ""),
+        text,
+    )
+
+
+def _key(name: str) -> str:
+    """A metric or param name that MLflow accepts."""
+    return re.sub(r"[^\w./: -]", "_", name.replace("@", ".")).strip("/")[:250]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in some containers
+        return ""
+
+
+def _text(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 1]}…"
+
+
+def _foremost(values: Mapping[str, Any], limit: int) -> dict[str, float]:
+    """At most ``limit`` of ``values``, the least nested first, otherwise in their own order."""
+    return {key: float(values[key]) for key in sorted(values, key=lambda key: key.count("/"))[:limit]}
+
+
+@dataclass(frozen=True)
+class Local:
+    """A record as it stands on disk now."""
+
+    folder: Path
+    info: Mapping[str, Any]
+    status: str
+    """RUNNING, FINISHED, FAILED or KILLED; a record whose process is gone counts as KILLED."""
+    elsewhere: bool
+    """Still running on another machine that shares this folder, or left behind there: nobody to wait for."""
+
+    @classmethod
+    def read(cls, folder: Path, host: str) -> Self:
+        """Raises OSError, JSONDecodeError or KeyError for a folder that is no record."""
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if missing := FIELDS - info.keys():
+            raise KeyError(*sorted(missing))
+        elsewhere = info["status"] == "RUNNING" and info["host"] != host
+        status = info["status"]
+        if status == "RUNNING" and not elsewhere and not alive(info["pid"], info["pid_start"]):
+            # its last write may have come between reading and looking for the process
+            info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            status = "KILLED" if info["status"] == "RUNNING" else info["status"]
+        return cls(folder, info, status, elsewhere)
+
+    @property
+    def started_ms(self) -> int:
+        return int(self.info["started"] * 1000)
+
+    @property
+    def ended_ms(self) -> int:
+        """End of the stage; of a killed one the time of its last sign of life."""
+        if "ended" in self.info:
+            return int(self.info["ended"] * 1000)
+        written = (path for name in ("run.json", METRICS, TIMES) if (path := self.folder / name).exists())
+        return max(self.started_ms, *(int(path.stat().st_mtime * 1000) for path in written))
+
+    def pipeline_alive(self, host: str) -> bool:
+        pipeline = self.info["pipeline"]
+        return self.info["host"] == host and alive(pipeline["pid"], pipeline["start"])
+
+
+class View:
+    """The experiment ``featdiff`` in one MLflow store.
+
+    ``beat`` is called before every request: a sign of life for whoever watches over a hanging server.
+    Raises MlflowException when the store cannot be reached."""
+
+    def __init__(self, uri: str, beat: Callable[[], None] = lambda: None) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import ViewType
+
+        self._beat, self._all = beat, ViewType.ALL
+        beat()
+        self._client = MlflowClient(tracking_uri=uri)
+        experiment = self._experiment(
+            None if uri.startswith(("http:", "https:", "databricks")) else home().parent / "mlartifacts"
+        )
+        self.experiment_id = str(experiment.experiment_id)
+        identity = f"{mask(uri)} {self.experiment_id} {experiment.creation_time}"
+        self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        """Names this store and this life of the experiment."""
+
+    @property
+    def client(self) -> Any:
+        self._beat()
+        return self._client
+
+    def _experiment(self, artifacts: Path | None) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            try:
+                self.client.create_experiment(EXPERIMENT, artifacts.as_uri() if artifacts else None)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found.lifecycle_stage != "active":
+            raise MlflowException(
+                f"experiment {EXPERIMENT} was deleted; restore it: mlflow experiments restore -x {found.experiment_id}"
+            )
+        return found
+
+    def find(self, tag: str, value: str) -> Any:
+        """The run with this tag, None if there is none. Removes doubles, which a request leaves that its server
+        carried out after the client had given it up: they hold nothing but what they were created with."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.`{tag}` = '{value}'", self._all)
+        runs.sort(key=lambda run: (run.info.lifecycle_stage == "active", len(run.data.params), len(run.data.metrics)))
+        for double in runs[:-1]:
+            if double.info.lifecycle_stage == "active":
+                self.client.delete_run(double.info.run_id)
+        return runs[-1] if runs else None
+
+    def open(self, tag: str, value: str, name: str, started_ms: int, tags: Mapping[str, str]) -> Any:
+        """The run with this tag, created if there is none; None if a person deleted it."""
+        run = self.find(tag, value)
+        if run is None:
+            every = {tag: value, "mlflow.user": _user(), "mlflow.source.type": "PROJECT"} | dict(tags)
+            given = {key: _text(text) for key, text in every.items() if text}
+            run = self.client.create_run(self.experiment_id, start_time=started_ms, tags=given, run_name=name)
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def points(self, run: Any) -> set[tuple[str, int, int]]:
+        """Key, step and time of every metric value that the store holds for ``run``."""
+        return {
+            (key, point.step, point.timestamp)
+            for key in run.data.metrics
+            for point in self.client.get_metric_history(run.info.run_id, key)
+        }
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self.client.log_batch(run_id, params=[Param(_key(name), _text(value)) for name, value in params.items()][:100])
+
+    def log_metrics(self, run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
+        """Log (key, value, time in ms, step), in order, and return when the store has them."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(*point) for point in points]
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+    def log_inputs(self, run_id: str, inputs: Mapping[str, str]) -> None:
+        """Artifacts that a stage read: the path as name, DVC's md5 as digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tags = [InputTag("mlflow.data.context", "input")]
+        datasets = [
+            DatasetInput(
+                Dataset(name=path, digest=digest or "not-tracked", source_type="dvc", source=json.dumps({"path": path})), tags
+            )
+            for path, digest in inputs.items()
+        ]
+        if datasets:
+            self.client.log_inputs(run_id, datasets=datasets)
+
+
+def open_parent(view: View, first: Local) -> Any:
+    """The run of one pipeline invocation; None if a person deleted it. Its name begins with what tells it from
+    others, because MLflow's table shows some twenty characters."""
+    info = first.info
+    stamp = time.strftime("%m-%d %H:%M", time.localtime(info["started"]))
+    origin = "restored" if info.get("restored") else info["experiment"]
+    name = " ".join(part for part in (origin, info["profile"], stamp) if part)
+    tags = {
+        "git.commit": info["commit"],
+        "mlflow.source.git.commit": info["commit"],
+        "mlflow.source.name": "dvc.yaml",
+        "dvc.exp": info["experiment"],
+        "featdiff.profile": info["profile"],
+        "featdiff.restored": "true" if info.get("restored") else "",
+    }
+    run = view.open(PIPELINE_TAG, info["pipeline"]["id"], name, first.started_ms, tags)
+    if run is not None:
+        changed = dict(list(info["changed"].items())[:MAX_CHANGED])
+        view.log_params(run.info.run_id, {"profile": info["profile"], "seed": info["seed"]} | changed)
+    return run
+
+
+def close_parent(view: View, parent_id: str, records: list[Local]) -> None:
+    """Write what compares pipelines in one table, then end the parent run with its last record."""
+    run = view.find(PIPELINE_TAG, records[0].info["pipeline"]["id"])
+    if run is None or run.info.lifecycle_stage != "active":
+        return
+    ended = max(record.ended_ms for record in records)
+    if run.info.status != "RUNNING" and (run.info.end_time or 0) >= ended:
+        return
+    values: list[tuple[str, float, int, int]] = []
+    note = ""
+    for record in records:
+        if not record.info.get("restored"):
+            seconds = (record.ended_ms - record.started_ms) / 1000
+            values.append((f"wall_seconds/{record.info['label']}", seconds, record.ended_ms, 0))
+        summary = _foremost(record.info["summary"], HEADLINE.get(record.info["stage"], 0))
+        values += [(f"{record.info['stage']}/{key}", value, record.ended_ms, 0) for key, value in summary.items()]
+        child = view.find(RECORD_TAG, record.info["id"])
+        page = next((path.name for path in sorted((record.folder / "files").glob("*.html"))), None)
+        if child is not None and page:
+            place = f"#/experiments/{view.experiment_id}/runs/{child.info.run_id}/artifacts/{page}"
+            note += f"[{record.info['label']}: {page}]({place})\n\n"
+    points = [(_key(key), value, moment, step) for key, value, moment, step in values]
+    view.log_metrics(parent_id, [point for point in points if point[0] not in run.data.metrics])
+    if note:
+        view.client.set_tag(parent_id, "mlflow.note.content", note)
+    statuses = {record.status for record in records}
+    view.client.set_terminated(
+        parent_id, "FAILED" if "FAILED" in statuses else "KILLED" if "KILLED" in statuses else "FINISHED", ended
+    )
+
+
+class Child:
+    """One record on its way into the store, from wherever the store stands."""
+
+    def __init__(self, view: View, record: Local, parent_id: str) -> None:
+        info = record.info
+        tags = {
+            PARENT_TAG: parent_id,
+            "dvc.stage": info["label"],
+            "featdiff.pipeline.stage": info["stage"],
+            "featdiff.key": info["key"],
+            "dvc.exp": info["experiment"],
+            "git.commit": info["commit"],
+            "mlflow.source.git.commit": info["commit"],
+            "mlflow.source.name": f"stages/{info['stage']}.py",
+            "featdiff.restored": "true" if info.get("restored") else "",
+        }
+        run = view.open(RECORD_TAG, info["id"], info["label"], record.started_ms, tags)
+        self._view, self._offset, self._line = view, 0, 0
+        self.done = run is None
+        if run is not None:
+            self._run_id: str = run.info.run_id
+            self._have = view.points(run)
+            view.log_params(self._run_id, {"seed": info["seed"]} | curated(info["params"], info["key"]))
+
+    def advance(self, record: Local) -> None:
+        """Copy what the record has gained; once it is closed, complete the run and end it."""
+        if self.done:
+            return
+        self._copy_curves(record)
+        if record.status != "RUNNING":
+            self._complete(record)
+            self.done = True
+
+    def _copy_curves(self, record: Local) -> None:
+        try:
+            stream = (record.folder / METRICS).open("rb")
+        except FileNotFoundError:
+            return
+        with stream:
+            stream.seek(self._offset)
+            if not (lines := [line for line in stream if line.endswith(b"\n")]):
+                return
+        times = [int(line) for line in (record.folder / TIMES).read_text().split()] if (record.folder / TIMES).exists() else []
+        fresh: list[tuple[str, float, int, int]] = []
+        for index, line in enumerate(lines, self._line):
+            row = json.loads(line)
+            step, moment = row.pop("step"), times[index] if index < len(times) else record.started_ms
+            fresh += [(_key(key), float(value), moment, step) for key, value in row.items()]
+        self._view.log_metrics(self._run_id, [point for point in fresh if (point[0], point[3], point[2]) not in self._have])
+        self._offset += sum(map(len, lines))
+        self._line += len(lines)
+
+    def _complete(self, record: Local) -> None:
+        info, view, run_id, ended = record.info, self._view, self._run_id, record.ended_ms
+        view.log_inputs(run_id, info["inputs"])
+        if (files := record.folder / "files").is_dir():
+            view.client.log_artifacts(run_id, str(files))
+        observed = {key: value for key, value in info["observed"].items() if isinstance(value, (int, float))}
+        for key in info["observed"].keys() - observed.keys():
+            view.client.set_tag(run_id, f"run.{_key(key)}", _text(info["observed"][key]))
+        values = {f"final/{key}": value for key, value in _foremost(info["summary"], MAX_FINAL).items()}
+        values |= {f"run/{key}": value for key, value in observed.items()}
+        had = {key for key, _, _ in self._have}
+        view.log_metrics(run_id, [(_key(key), float(value), ended, 0) for key, value in values.items() if _key(key) not in had])
+        view.client.set_terminated(run_id, record.status, ended)

@@ -1,0 +1,271 @@
+"""The record of one executed stage: local files that are the truth, of which MLflow is a view.
+
+A record is a folder ``.featdiff/runs/<id>/`` with ``run.json`` (what ran, on what, how it ended), ``metrics.jsonl``
+(one line per logged step, no clock in it, so that it is the same bytes in every run), ``times.txt`` (the clock of each
+of those lines, milliseconds) and ``files/`` (what to show).
+A separate process (featdiff.tracking.mirror) copies records to MLflow, so that no server can slow or stop a stage.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featdiff.artifacts.dvc import read_yaml
+from featdiff.processes.ranks import dvc_process, process_start
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.csv"
+TIMES = "times.txt"
+
+
+def home() -> Path:
+    """Where records live: beside the repository, also when DVC runs an experiment in a temporary copy."""
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve() / ".featdiff"
+
+
+def runs_folder() -> Path:
+    return home() / "runs"
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among nested ``values`` under keys joined by ``/``."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+def curated(params: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """Params worth a column each, under dotted keys.
+
+    Of a table of entries only the entry ``key`` is kept; a table whose entries have a role becomes names per role."""
+    from featdiff.config.reading import flatten
+
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        table = isinstance(value, Mapping) and all(isinstance(entry, Mapping) for entry in value.values())
+        if table and key in value:
+            flat |= flatten(value[key], f"{name}.")
+        elif table and value and all("role" in entry for entry in value.values()):
+            for role in dict.fromkeys(entry["role"] for entry in value.values()):
+                flat[f"{name}.{role}"] = ", ".join(task for task, entry in value.items() if entry["role"] == role)
+        else:
+            flat |= flatten({name: value})
+    return flat
+
+
+def _json_safe(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class Record:
+    """Writes one record; does nothing on ranks other than the first (``main=False``)."""
+
+    def __init__(self, label: str, stage: str, key: str, params: Mapping[str, Any], seed: int, *, main: bool) -> None:
+        self.main, self.closed = main, False
+        if not main:
+            return
+        started = time.time()
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
+        identity = f"{stamp}-{label.replace('@', '-')}-{socket.gethostname()}-{os.getpid()}"
+        self.folder = runs_folder() / identity
+        (self.folder / "files").mkdir(parents=True)
+        self._attachments: list[str] = []
+        self._columns: dict[str, None] = {"step": None}
+        self._info: dict[str, Any] = {
+            "id": identity,
+            "label": label,
+            "stage": stage,
+            "key": key,
+            "status": "RUNNING",
+            "started": started,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_start": process_start(os.getpid()),
+            "pipeline": _pipeline(),
+            "root": str(Path.cwd()),
+            "experiment": os.environ.get("DVC_EXP_NAME", ""),
+            "commit": _commit(),
+            "profile": _profile(),
+            "changed": _changed(),
+            "seed": seed,
+            "params": dict(params),
+            "inputs": {},
+            "summary": {},
+            "observed": {},
+        }
+        self._write()
+        self._stream = (self.folder / METRICS).open("w", encoding="utf-8")
+        self._times = (self.folder / TIMES).open("w", encoding="utf-8")
+        _start_mirror()
+
+    def _write(self) -> None:
+        temporary = self.folder / "run.json.tmp"
+        temporary.write_text(json.dumps(self._info, indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(self.folder / "run.json")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one point of the training curves."""
+        if self.main:
+            row = {"step": int(step)} | {key: _json_safe(float(value)) for key, value in values.items()}
+            self._columns |= dict.fromkeys(row)
+            # before the line, so that whoever sees the line finds its time
+            self._times.write(f"{time.time_ns() // 1_000_000}\n")
+            self._times.flush()
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+
+    def curves(self) -> list[list[str]]:
+        """What was logged so far: each line with its time."""
+        if not self.main:
+            return []
+        lines = ((self.folder / name).read_text(encoding="utf-8").splitlines() for name in (METRICS, TIMES))
+        return [list(pair) for pair in zip(*lines, strict=True)]
+
+    def resume(self, curves: list[list[str]]) -> None:
+        """Go on after ``curves``, in place of anything logged so far."""
+        if not self.main:
+            return
+        for stream, column in ((self._times, 1), (self._stream, 0)):
+            stream.seek(0)
+            stream.truncate()
+            stream.writelines(f"{pair[column]}\n" for pair in curves)
+            stream.flush()
+        self._columns |= dict.fromkeys(name for line, _ in curves for name in json.loads(line))
+
+    def observe(self, **values: float | str) -> None:
+        """Facts about this execution (speed, memory), which are no part of the result."""
+        if self.main:
+            self._info["observed"] |= values
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final metrics."""
+        if self.main:
+            self._info["summary"] |= {key: _json_safe(value) for key, value in numbers(values).items()}
+
+    def input(self, path: str) -> None:
+        """Name an artifact that this stage read, with the digest DVC has for it."""
+        if self.main:
+            self._info["inputs"][path] = _dvc_digest(path)
+            self._write()
+
+    def attach(self, name: str) -> None:
+        """Show ``name``, a file of the stage's output folder, with the run."""
+        if self.main:
+            self._attachments.append(name)
+
+    def save(self, out: Path) -> None:
+        """Copy curves into ``out`` (also as CSV, for ``dvc plots``) and keep copies of the attached files."""
+        if not self.main:
+            return
+        rows = (self.folder / METRICS).read_text(encoding="utf-8")
+        if rows:
+            (out / METRICS).write_text(rows, encoding="utf-8")
+            with (out / CURVES).open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(self._columns), restval="")
+                writer.writeheader()
+                writer.writerows(json.loads(line) for line in rows.splitlines())
+        for name in self._attachments:
+            kept = self.folder / "files" / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(out / name, kept)
+
+    def close(self, status: str) -> None:
+        """End the record with ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        if not self.main or self.closed:
+            return
+        self.closed = True
+        self._stream.close()
+        self._times.close()
+        ended = time.time()
+        self._info["observed"] |= {
+            "wall_seconds": round(ended - self._info["started"], 3),
+            "peak_memory_mib": round(_peak_memory_kib() / 1024, 1),
+        }
+        self._info |= {"status": status, "ended": ended}
+        self._write()
+
+
+def _peak_memory_kib() -> int:
+    """Largest resident set of this process or of a finished child.
+
+    ``VmHWM`` where there is one: ``ru_maxrss`` of a process also counts what its parent held when it was started."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "linux":
+        own = int(Path("/proc/self/status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def _commit() -> str:
+    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _pipeline() -> dict[str, Any]:
+    """The dvc process that started this stage, or this process when started by hand: the parent run's identity."""
+    found = dvc_process() or os.getpid()
+    start = process_start(found)
+    # one dvc process may run several experiments
+    names = (socket.gethostname(), found, start, os.environ.get("DVC_EXP_NAME"))
+    identity = re.sub(r"[^\w.-]", "_", "-".join(str(name) for name in names if name))
+    return {"pid": found, "start": start, "id": identity}
+
+
+def _profile() -> str:
+    from featdiff.config.reading import PARAMS
+
+    return str(read_yaml(PARAMS).get("profile", ""))
+
+
+def _changed() -> dict[str, Any]:
+    """Params of the whole study that differ from the default profile: what tells two experiments apart."""
+    from featdiff.config.reading import DEFAULT_PROFILE, PARAMS, PROFILES
+
+    default = read_yaml(PROFILES / f"{DEFAULT_PROFILE}.yaml")
+    changed: dict[str, Any] = {}
+    for section, params in read_yaml(PARAMS).items():
+        if isinstance(params, dict) and section in default:
+            usual = curated(default[section])
+            changed |= {f"{section}.{name}": value for name, value in curated(params).items() if usual.get(name) != value}
+    return changed
+
+
+def _dvc_digest(path: str) -> str:
+    """md5 that dvc.lock holds for the output ``path``; empty if it has none."""
+    for entry in read_yaml(Path("dvc.lock")).get("stages", {}).values():
+        for output in entry.get("outs", []):
+            if output["path"] == path:
+                return str(output.get("md5", ""))
+    return ""
+
+
+def _start_mirror() -> None:
+    """Start the MLflow mirror in a session of its own; it leaves at once where another is at work."""
+    if os.environ.get("FEATDIFF_MIRROR", "on") == "off":
+        return
+    # its folder is not the stage's: DVC removes the copies in which experiments run
+    with (home() / "mirror.log").open("a", encoding="utf-8") as log:
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "featdiff.tracking.mirror", "follow"],
+            cwd=home().parent,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
