@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,12 @@ class Study(Project):
         self.provenance(out).unlink(missing_ok=True)
         shutil.rmtree(self.scratch(out), ignore_errors=True)
         self.said()
+
+
+def as_from_a_terminal() -> None:
+    """In a new process: heed signals that a background job of a shell, in which tests may run, has ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import yaml
-from forge import GRAPH, LONG, Study, running, wait_for
+from forge import GRAPH, LONG, Study, as_from_a_terminal, running, wait_for
 
 from featdiff.artifacts.artifact import sha256_file
 
@@ -48,7 +48,7 @@ class Repository:
         with self.log.open("w") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "dvc", "repro"], cwd=self.path, env=self.environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=as_from_a_terminal,
             )  # fmt: skip
 
     def stage(self) -> str:
@@ -101,7 +101,12 @@ def test_killed_from_outside_in_every_stage_the_study_ends_in_the_same_bytes(stu
             number, target = signal.SIGKILL, "group"
             repository.signal(dvc, number, target)
         hits[hit] += 1
-        dvc.wait(120)
+        try:
+            dvc.wait(30)
+        except subprocess.TimeoutExpired:
+            assert repository.stage() != hit, "its stage pays no heed to the signal"
+            repository.signal(dvc, signal.SIGKILL, "group")  # the stage had ended when the signal came
+            dvc.wait(30)
         if rng.random() < 0.5:  # else the next one starts while a stage may still finish its step
             wait_for(lambda: not running(repository.path), 60)
         assert "Unable to acquire lock" not in repository.said()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from forge import running, wait_for
+from forge import as_from_a_terminal, running, wait_for
 
 from project import ROOT, Project
 
@@ -60,7 +60,7 @@ class Stand(Project):
         with (self.path / "log.txt").open("w") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "dvc", "repro"], cwd=self.path, env=self.environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=as_from_a_terminal,
             )  # fmt: skip
 
     def said(self) -> str:
