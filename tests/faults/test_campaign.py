@@ -119,6 +119,8 @@ def attacked(
             assert repository.stage() != hit, "its stage pays no heed to the signal"
             repository.signal(dvc, signal.SIGKILL, "group")  # the stage had ended when the signal came
             dvc.wait(30)
+    else:
+        assert dvc.returncode == 0, repository.said()[-3000:]
     said = repository.said()
     for refusal in ("Unable to acquire lock", "is busy", "no other process writing it"):
         assert refusal not in said, said[-2000:]
