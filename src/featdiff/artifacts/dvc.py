@@ -10,8 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from featdiff.artifacts.artifact import (
     FILE,
     FOLDER,
@@ -74,6 +72,8 @@ def _is_md5(value: object) -> bool:
 
 def _yaml(path: Path) -> Any:
     """Read by PyYAML's own code: libyaml crashes where values are nested deeply."""
+    import yaml  # here: whoever writes a record needs none of it
+
     content = read_bytes(path, JSON_BYTES)
     try:
         return yaml.load(content, Loader=yaml.SafeLoader)
