@@ -190,7 +190,16 @@ class Study(Project):
         self.said()
 
 
-def as_from_a_terminal() -> None:
+def start_repro(folder: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """``dvc repro`` in ``folder`` as the leader of a process group, writing to ``log``."""
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro"], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            stdout=stream, stderr=stream, start_new_session=True, preexec_fn=_as_from_a_terminal,
+        )  # fmt: skip
+
+
+def _as_from_a_terminal() -> None:
     """In a new process: heed signals that a background job of a shell, in which tests may run, has ignored."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import yaml
-from forge import GRAPH, Study, as_from_a_terminal, running, wait_for
+from forge import GRAPH, Study, running, start_repro, wait_for
 
 from featdiff.artifacts.artifact import sha256_file
 
@@ -53,11 +53,7 @@ class Repository:
         (self.path / "dvc.lock").unlink()
 
     def repro(self) -> subprocess.Popen[bytes]:
-        with self.log.open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "dvc", "repro"], cwd=self.path, env=self.environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=as_from_a_terminal,
-            )  # fmt: skip
+        return start_repro(self.path, self.environment, self.log)
 
     def stage(self) -> str:
         """The stage that runs, or ran last."""

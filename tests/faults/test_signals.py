@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from forge import as_from_a_terminal, running, wait_for
+from forge import running, start_repro, wait_for
 
 from project import ROOT, Project
 
@@ -57,11 +57,7 @@ class Stand(Project):
     """A repository of one stage, under DVC."""
 
     def start_dvc(self) -> subprocess.Popen[bytes]:
-        with (self.path / "log.txt").open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "dvc", "repro"], cwd=self.path, env=self.environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=as_from_a_terminal,
-            )  # fmt: skip
+        return start_repro(self.path, self.environment, self.path / "log.txt")
 
     def said(self) -> str:
         return (self.path / "log.txt").read_text(errors="replace")
