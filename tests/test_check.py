@@ -57,9 +57,11 @@ def test_its_stage_alone_runs_no_command_of_it_either(repository: Project, name:
 
 
 @pytest.mark.graph
-def test_a_stage_runs_under_dvcs_own_python_where_no_environment_is_activated(repository: Project) -> None:
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+def test_a_stage_runs_under_dvcs_own_python_where_no_environment_is_activated(repository: Project, shell: str) -> None:
+    """dvc starts a command through the user's shell, which may stay between the two."""
     repository.fill_params()
-    environment = repository.environment | {"PATH": "/usr/bin:/bin"}
+    environment = repository.environment | {"PATH": "/usr/bin:/bin", "SHELL": shell}
     command = [str(Path(sys.executable).with_name("dvc")), "repro", "check"]
     done = subprocess.run(
         command, cwd=repository.path, env=environment, text=True, capture_output=True, check=False, timeout=120
