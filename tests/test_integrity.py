@@ -15,9 +15,10 @@ import yaml
 
 from featdiff.artifacts import artifact, integrity
 from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.dvc import set_aside_half
 from featdiff.artifacts.integrity import problems
 from featdiff.artifacts.provenance import path_of, require_parents
-from project import describe
+from project import ROOT, describe
 
 
 def md5(data: bytes) -> str:
@@ -159,3 +160,19 @@ def test_a_malformed_lock_is_one_line(tmp_path: Path, text: str) -> None:
     assert line is not None
     assert line.startswith(f"{tmp_path}/dvc.lock: ")
     assert line.isprintable()
+
+
+def test_half_a_lock_is_set_aside_and_a_whole_one_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As DVC leaves it when it is killed while it writes."""
+    lock = tmp_path / "dvc.lock"
+    shutil.copy(ROOT / "dvc.lock", lock)
+    whole = lock.read_bytes()
+    set_aside_half(tmp_path)
+    assert lock.read_bytes() == whole
+    half = whole[: whole.index(b"size:") + len(b"size: ")]  # in the middle of an entry
+    lock.write_bytes(half)
+    set_aside_half(tmp_path)
+    assert not lock.exists()
+    assert (tmp_path / "dvc.lock.half").read_bytes() == half
+    assert "renamed dvc.lock.half" in capsys.readouterr().out
+    set_aside_half(tmp_path)

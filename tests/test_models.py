@@ -48,6 +48,14 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
+def test_what_this_process_may_ask_of_a_hub_is_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for offline in (False, True):
+        monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda: offline)  # noqa: B023
+        save_model(load_model(folder), load_tokenizer(folder), tmp_path / str(offline))
+    for file in (tmp_path / "True").iterdir():
+        assert (tmp_path / "False" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda text: not any(s in text for s in SPECIAL)))
 @example("a\n\nb\r\n")
 def test_a_character_tokenizer_gives_every_text_back(text: str) -> None:

@@ -39,7 +39,6 @@ CONTEXT.set_forkserver_preload(
 """What stages import; of installed modules, as the server does not know this process's path."""
 
 os.environ["TQDM_MININTERVAL"] = "0"  # for the server: progress is what tests wait for
-os.environ["HF_HUB_OFFLINE"] = "1"  # as stages have it; transformers writes it into tokenizer_config.json
 
 LONG = {
     "models/base": ["base"],

@@ -66,6 +66,22 @@ def locked(root: Path) -> list[Output]:
     return outputs
 
 
+def set_aside_half(root: Path) -> None:
+    """Rename a dvc.lock that DVC itself cannot read: it writes that file in place, and a kill may leave half of it. Without
+    the file ``dvc repro`` takes every result from its run cache; with the half it would stop at once."""
+    from dvc.exceptions import DvcException
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils.strictyaml import load
+
+    path = root / LOCK
+    if path.is_file():
+        try:
+            load(path, COMPILED_LOCKFILE_SCHEMA)
+        except DvcException:
+            path.replace(path.with_suffix(".lock.half"))
+            print(f"featdiff: {LOCK} is not whole, and was renamed {LOCK}.half; dvc repro takes what it has from its cache")
+
+
 def _is_md5(value: object) -> bool:
     return isinstance(value, str) and MD5.fullmatch(value.removesuffix(".dir")) is not None
 
@@ -141,3 +157,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         print(f"featdiff: {error} (taken as empty)", file=sys.stderr)
         return {}
+
+
+if __name__ == "__main__":
+    set_aside_half(Path())

@@ -204,6 +204,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ContractError(
             folder / "tokenizer.json", "content", "a fast tokenizer", said, "save the tokenizer again"
         ) from None
+    # Whether the hub may be asked is a fact about this process, and would be saved with the tokenizer.
+    tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
