@@ -5,7 +5,7 @@ from featdiff.language.models import require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import load_texts
 
-name = stage_key("--model", __doc__, lambda _: ("base", "sft", "grpo", "sft_twin"))
+name = stage_key("--model", __doc__, lambda study: study.models)
 
 with stage("activations", key=name, out=f"activations/{name}") as run:
     data, base, folder = run.read("data", "corpus.parquet"), run.read("models/base"), run.read(f"models/{name}")

@@ -5,13 +5,12 @@ from safetensors.torch import load_file
 from featdiff.activations.store import ActivationStore
 from featdiff.attribution.norms import attribute, class_counts
 from featdiff.attribution.scaling import latent_scaling, scaling_rows
-from featdiff.config.params import load_study
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.stage import stage
 from featdiff.tasks.task import write_rows
 
 with stage("attribution", out="analysis/attribution") as run:
-    params, fits = run.params, load_study().crosscoder.fits
+    params, fits = run.params, run.study.fits
     models = dict.fromkeys(model for chosen in fits.values() for model in chosen.models)
     activations = {str(model): run.read(f"activations/{model}") for model in models}
     rows, scaled = [], []

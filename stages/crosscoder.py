@@ -1,4 +1,4 @@
-"""One crosscoder on the activations of two or three models."""
+"""One crosscoder on the activations of two or more models."""
 
 from safetensors.torch import save_file
 
@@ -8,12 +8,12 @@ from featdiff.crosscoder.measure import measure
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.processes.ranks import rank
 
-name = stage_key("--fit", __doc__, lambda study: study.crosscoder.fits)
+name = stage_key("--fit", __doc__, lambda study: study.fits)
 
 with stage("crosscoder", key=name, out=f"crosscoders/{name}") as run:
-    chosen, training = run.params.fits[name], run.params.training
+    chosen, training = run.study.fits[name], run.params.training
     store = ActivationStore({slot: run.read(f"activations/{model}") for slot, model in chosen.slots.items()})
-    seed, tied = run.seed + chosen.seed, not chosen.null
+    seed, tied = run.seed + chosen.seed, not run.study.null(name)
     fitted = fit(store, chosen.loss, training, seed, run.log, name, scratch=run.scratch(), tied=tied)
     metrics, features = measure(store, *fitted)
     if rank() == 0:

@@ -3,7 +3,6 @@
 from featdiff.activations.residual import token_stream
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json, write_json
-from featdiff.config.params import load_study
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.description.describe import EMPTY, Sources, describe, summary, written_out
@@ -25,7 +24,7 @@ with stage("describe", out="analysis/describe") as run:
         models = {name: load_model(folder).to(device) for name, folder in folders.items()}
         crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
         texts = load_texts(data, "corpus")
-        corpus = token_stream(texts, tokenizer, load_study().activations).first(run.params.corpus_tokens)
+        corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
         largest = largest_values(crosscoder, stores["grpo"])
         editor = Editor(crosscoder, "base", layer, device, largest)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}

@@ -1,37 +1,39 @@
-"""Which features move over the checkpoints of both arms: in one fixed dictionary, and in crosscoders trained on."""
+"""Which features move over the checkpoints of an arm: in one fixed dictionary, and in crosscoders trained on."""
 
 import torch
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
 from featdiff.attribution.dynamics import change_from_base, overlap_rows, refit, trajectory_rows
-from featdiff.config.params import load_study
+from featdiff.config.params import BASE, PAIR
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.pipeline.stage import stage
+from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import write_rows
 
-with stage("dynamics", out="analysis/dynamics") as run:
-    params = run.params
-    crosscoder = Crosscoder.load(run.read(f"crosscoders/{params.fit}"))
-    training = load_study().crosscoder.training.model_copy(update={"steps": params.refit_steps, "lr": params.refit_lr})
-    base = run.read("activations/base")
+arm = stage_key("--arm", __doc__, lambda study: study.dynamics.arms)
+
+with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
+    params, training = run.params, run.study.crosscoder.training
+    training = training.model_copy(update={"steps": params.refit_steps, "lr": params.refit_lr})
+    base, folder = run.read("activations/base"), run.read(f"activations/{arm}")
+    index = read_json(folder / "index.json")
+    rows = index["checkpoint_rows"] or index["rows"]
+    series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
+    before = ActivationStore({BASE: base, arm: folder}).read(0, rows)[:, 0]
+    after = {i: ActivationStore({arm: folder}, name).read(0, rows)[:, 0] for i, name in enumerate(series, start=1)}
     overlaps, trajectories = [], []
-    for arm in ("sft", "grpo"):
-        folder = run.read(f"activations/{arm}")
-        index = read_json(folder / "index.json")
-        rows = index["checkpoint_rows"] or index["rows"]
-        series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
-        before = ActivationStore({"base": base, arm: folder}).read(0, rows)[:, 0]
-        after = {i: ActivationStore({arm: folder}, name).read(0, rows)[:, 0] for i, name in enumerate(series, start=1)}
-        changes = {i: change_from_base(crosscoder, before, acts, arm) for i, acts in after.items()}
-        odd, even = (change_from_base(crosscoder, before[part::2], after[len(after)][part::2], arm) for part in (0, 1))
+    crosscoder = Crosscoder.load(run.read(f"crosscoders/{params.fit}"))
+    slot = next((name for name in run.study.repeats(arm) if name in crosscoder.models), None)
+    if slot:  # an arm that the dictionary has never seen, nor a repeat of it, has no slot there
+        changes = {i: change_from_base(crosscoder, before, acts, slot) for i, acts in after.items()}
+        odd, even = (change_from_base(crosscoder, before[part::2], after[len(after)][part::2], slot) for part in (0, 1))
         overlaps += overlap_rows(arm, "fixed", changes, (odd, even), params.top)
         trajectories += trajectory_rows(arm, changes)
-        pair = Crosscoder.load(run.read(f"crosscoders/{params.pairs[arm]}"))
-        pairs = {i: torch.stack([before, acts], dim=1) for i, acts in after.items()}
-        ranked = {i: refit(pair, acts, training, run.seed, f"{arm} {i}") for i, acts in pairs.items()}
-        again = refit(pair, pairs[len(after)], training, run.seed + 1, f"{arm} again")
-        overlaps += overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
+    pair = Crosscoder.load(run.read(f"crosscoders/{PAIR}{arm}"))
+    pairs = {i: torch.stack([before, acts], dim=1) for i, acts in after.items()}
+    ranked = {i: refit(pair, acts, training, run.seed, f"{arm} {i}") for i, acts in pairs.items()}
+    again = refit(pair, pairs[len(after)], training, run.seed + 1, f"{arm} again")
+    overlaps += overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
     write_rows(run.out / "overlap.parquet", overlaps)
     write_rows(run.out / "trajectories.parquet", trajectories)
     wanted = {"method": "fixed", "a": 1, "b": len(after), "top": max(params.top)}

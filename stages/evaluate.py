@@ -5,7 +5,7 @@ from featdiff.language.models import load_model, load_tokenizer, require_same_to
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import load_samples, load_tasks, write_rows
 
-name = stage_key("--model", __doc__, lambda _: ("base", "sft", "grpo"))
+name = stage_key("--model", __doc__, lambda study: study.models)
 
 with stage("evaluate", key=name, out=f"evals/{name}") as run:
     data, folder = run.read("data", "tasks.json", "eval.parquet"), run.read(f"models/{name}")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from featdiff.config.params import load_study
 from featdiff.pipeline.stage import stage
 from featdiff.report.build import render
 from featdiff.report.evidence import load
@@ -15,7 +14,7 @@ with stage("report", out="report") as run:
     evidence = load(run.read)
     judge = Judge(evidence, run.params, run.seed)
     verdicts = judge.verdicts()
-    for name, page in render(evidence, judge, verdicts, run.params, load_study().profile, run.parents).items():
+    for name, page in render(evidence, judge, verdicts, run.params, run.study.profile, run.parents).items():
         (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)

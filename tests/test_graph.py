@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from featdiff.config.params import Study
+from featdiff.config.params import METHODS, Study
 from featdiff.config.reading import PROFILES, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,10 +30,14 @@ def stages() -> dict[str, dict[str, Any]]:
     return {name: entry.get("do", entry) for name, entry in found.items()}
 
 
-def imported(path: Path) -> set[Path]:
-    """Science modules of the package that ``path`` imports, directly or through others, wherever the import stands."""
+def imported(path: Path, method: str = "") -> set[Path]:
+    """Science modules of the package that ``path`` imports, directly or through others, wherever the import stands, and the
+    module of ``method``, which a stage imports by name."""
     found: set[Path] = set()
     queue = [path]
+    if method:
+        found.add(ROOT / f"src/featdiff/training/{method}.py")
+        queue += found
     while queue:
         tree = ast.parse(queue.pop().read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -55,11 +59,17 @@ def script(name: str) -> Path:
 
 @pytest.mark.parametrize("name", stages())
 def test_code_dependencies_are_the_imports(name: str) -> None:
-    declared = [ROOT / dep for dep in stages()[name]["deps"] if dep.startswith("src/")]
-    needed = imported(script(name))
-    covered = {module for module in needed for dep in declared if module == dep or dep in module.parents}
-    assert needed - covered == set(), "imported and not declared: a change would leave the stage stale"
-    idle = [dep for dep in declared if not any(module == dep or dep in module.parents for module in needed)]
+    methods = METHODS if name == "arm" else [""]
+    needed_by_any: set[Path] = set()
+    for method in methods:
+        declared = [
+            ROOT / dep.replace("${item.method}", method) for dep in stages()[name]["deps"] if dep.startswith("src/")
+        ]
+        needed = imported(script(name), method)
+        covered = {module for module in needed for dep in declared if module == dep or dep in module.parents}
+        assert needed - covered == set(), "imported and not declared: a change would leave the stage stale"
+        needed_by_any |= needed
+    idle = [dep for dep in declared if not any(module == dep or dep in module.parents for module in needed_by_any)]
     assert idle == [], "declared and not imported: a change would rerun the stage for nothing"
 
 
@@ -71,9 +81,9 @@ COMPUTING = sorted(stages().keys() - {"check"})
 def test_params_are_the_sections_that_are_read(name: str) -> None:
     entry = stages()[name]
     source = script(name).read_text(encoding="utf-8")
-    sections = {param.split(".")[0] for param in entry["params"]}
+    sections = {param.split(".")[0] for param in entry["params"] if param != "${item.method}"}
     assert sections <= set(Study.model_fields)
-    assert script(name).stem in sections
+    assert {script(name).stem, f"{script(name).stem}s"} & sections
     assert ("seed" in sections) == ("run.seed" in source)
     assert ("profile" in sections) == (".profile" in source)
 

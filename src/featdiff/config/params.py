@@ -51,7 +51,8 @@ Level = Annotated[float, Field(gt=0, lt=1)]
 """A probability that is neither 0 nor 1: of an interval, of a test."""
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 Rate = Annotated[float, Field(gt=0)]
-Model = Literal["base", "sft", "grpo", "sft_twin"]
+BASE = "base"
+"""Name of the model from which every arm starts."""
 Role = Literal["train", "find", "control", "heldout"]
 Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
@@ -212,6 +213,12 @@ class BaseParams(Params):
 
 
 class SFTParams(Params):
+    """Supervised fine-tuning on the teacher's solutions."""
+
+    teacher: Literal["own", "foreign"] | None
+    """Wording of the solutions: the base's own or one it has never seen; null for what ``prepare.teacher`` says."""
+    schedule: Literal["linear", "constant_with_warmup"]
+    """Of the learning rate after its warm-up."""
     epochs: Annotated[float, Field(gt=0, le=10**4)]
     batch_size: Positive
     """Problems per update, over all processes."""
@@ -258,6 +265,102 @@ class GRPOParams(Params):
         return self
 
 
+class RFTParams(Params):
+    """Rejection sampling: the base's own right answers, then the loss of SFT on them."""
+
+    samples: Annotated[int, Field(ge=1, le=10**4)]
+    """Answers sampled from the base for every problem."""
+    kept: Positive
+    """Different right ones kept of them for a problem, at most."""
+    temperature: Temperature
+    max_new_tokens: Length
+    sampling_batch_size: Positive
+    schedule: Literal["linear", "constant_with_warmup"]
+    steps: Many
+    """Optimizer updates; the answers are gone through as often as that takes."""
+    batch_size: Positive
+    """Answers per update, over all processes."""
+    micro_batch_size: Positive
+    lr: Rate
+    warmup_share: Fraction
+    checkpoints: Positive
+
+
+class DPOParams(Params):
+    """Direct preference optimisation: of the base's own answers to a problem, a right one before a wrong one."""
+
+    samples: Annotated[int, Field(ge=2, le=10**4)]
+    """Answers sampled from the base for every problem."""
+    pairs: Positive
+    """Pairs kept for a problem, at most."""
+    temperature: Temperature
+    max_new_tokens: Length
+    sampling_batch_size: Positive
+    schedule: Literal["linear", "constant_with_warmup"]
+    steps: Many
+    batch_size: Positive
+    """Pairs per update, over all processes."""
+    micro_batch_size: Positive
+    lr: Rate
+    warmup_share: Fraction
+    beta: Rate
+    """Strength of the pull to the base."""
+    checkpoints: Positive
+
+
+class ImportedParams(Params):
+    """A finished model that comes from elsewhere."""
+
+    source: Place | None
+    """A model folder, a folder of a PEFT adapter (merged on arrival), or ``hub:<owner>/<name>@<commit>``; each arm names its
+    own, so the section of params.yaml says null."""
+    checkpoints: list[Place]
+    """Earlier checkpoints of it in order, in the same forms."""
+    dtype: Literal["float32", "bfloat16"]
+
+
+METHODS: dict[str, type[Params]] = {
+    "sft": SFTParams,
+    "grpo": GRPOParams,
+    "rft": RFTParams,
+    "dpo": DPOParams,
+    "imported": ImportedParams,
+}
+"""How an arm may come from the base: a section of params.yaml, and a module of featdiff.training of that name."""
+
+
+class Arm(BaseModel):
+    """One model that is compared with the base: its method, and the numbers of the method that it changes. Arms that differ in
+    their seed alone are repeats of the first of them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    method: Literal["sft", "grpo", "rft", "dpo", "imported"]
+    seed: Seed = 0
+    """Added to the study's seed."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it changes of its method's section."""
+        return dict(self.model_extra or {})
+
+
+class Roles(Params):
+    """Who plays which part in the claims."""
+
+    original: Name
+    """The model before; what the tuned one gained is gained over it."""
+    tuned: Name
+    """The model whose features are sought, switched off in it and on in the original."""
+    contrast: Name | None
+    """Another arm from the same base, for what only one of the two does; null without one."""
+
+    @property
+    def models(self) -> list[str]:
+        """All that there are, the original first."""
+        return [name for name in (self.original, self.contrast, self.tuned) if name is not None]
+
+
 class EvaluateParams(Params):
     batch_size: Positive
     max_new_tokens: Length
@@ -267,6 +370,19 @@ class EvaluateParams(Params):
     confidence: Level
     bootstrap: Resamples
     """Resamples behind each interval."""
+
+
+class CheckpointsParams(Params):
+    """What is asked of every kept checkpoint of every arm."""
+
+    questions: Positive
+    """Questions of the report split per task, the first of them."""
+    prompts: Positive
+    """Of these, the questions per task on which the KL divergence from the base is measured."""
+    batch_size: Positive
+    max_new_tokens: Length
+    confidence: Level
+    bootstrap: Resamples
 
 
 class ActivationsParams(Params):
@@ -287,16 +403,16 @@ class ActivationsParams(Params):
 
 AGAIN = "again"
 """Name of a model's second appearance in a crosscoder with itself."""
-TWIN = "sft_twin"
-"""A second SFT run that differs from the first in its seed alone."""
+PAIR = "pair_"
+"""How the crosscoder of base and an arm is called, before the name of the arm."""
 
 
 class Fit(Params):
-    """One crosscoder. ``models`` names three inputs for dvc.yaml: a pair repeats its last model. A null pair is one
-    model three times, which is then compared with itself, or ``sft`` with ``sft_twin``: what such a fit calls specific
+    """One crosscoder. In ``crosscoder.fits`` ``models`` names three inputs for dvc.yaml: a pair repeats its last model. A null
+    pair is one model three times, which is then compared with itself, or two repeats of an arm: what such a fit calls specific
     is an error of the method."""
 
-    models: Annotated[list[Model], Field(min_length=3, max_length=3)]
+    models: Annotated[list[Name], Field(min_length=2)]
     loss: LossName
     seed: Seed
 
@@ -306,10 +422,12 @@ class Fit(Params):
         slots: dict[str, str] = {model: model for model in self.models}
         return slots if len(slots) > 1 else slots | {AGAIN: self.models[0]}
 
-    @property
-    def null(self) -> bool:
-        """Whether nothing in it can be specific."""
-        return set(self.slots) in ({self.models[0], AGAIN}, {"sft", TWIN})
+
+class PairFits(Params):
+    """The crosscoders of the base and each arm, which need not be listed."""
+
+    loss: LossName
+    seed: Seed
 
 
 class CrosscoderTraining(Params):
@@ -357,6 +475,23 @@ class CrosscoderTraining(Params):
 class CrosscoderParams(Params):
     training: CrosscoderTraining
     fits: Annotated[dict[Name, Fit], Field(min_length=1)]
+    """Of two or three models each; made again when the activations of one of them change."""
+    wide: dict[Name, Fit]
+    """Of more models; made again when any activations change."""
+    pairs: PairFits
+
+    @model_validator(mode="after")
+    def _three_inputs(self) -> CrosscoderParams:
+        for name, fit in self.fits.items():
+            if len(fit.models) != 3:
+                raise ValueError(
+                    f"fits.{name}.models has {len(fit.models)} entries, not 3; a pair repeats its last model, and more than "
+                    f"three models go to crosscoder.wide"
+                )
+        names = [*self.fits, *self.wide]
+        if wrong := [name for name in names if name.startswith(PAIR) or names.count(name) > 1]:
+            raise ValueError(f"{wrong[0]}: a name in both fits and wide, or one that begins with {PAIR}; take another")
+        return self
 
 
 class AttributionParams(Params):
@@ -377,8 +512,8 @@ class DynamicsParams(Params):
     """The crosscoder that serves as fixed dictionary."""
     top: Annotated[list[Positive], Field(min_length=1)]
     """Sizes n of the top-n sets whose overlap over checkpoints is reported."""
-    pairs: dict[Literal["sft", "grpo"], Name]
-    """The crosscoder of base and each arm, from which those of its checkpoints start."""
+    arms: list[Name]
+    """Arms whose checkpoints are read."""
     refit_steps: Many
     """Steps for which they are trained on."""
     refit_lr: Rate
@@ -510,9 +645,15 @@ class Study(Params):
     seed: Seed
     prepare: PrepareParams
     base: BaseParams
+    arms: Annotated[dict[Name, Arm], Field(min_length=1)]
+    roles: Roles
     sft: SFTParams
     grpo: GRPOParams
+    rft: RFTParams
+    dpo: DPOParams
+    imported: ImportedParams
     evaluate: EvaluateParams
+    checkpoints: CheckpointsParams
     activations: ActivationsParams
     crosscoder: CrosscoderParams
     attribution: AttributionParams
@@ -523,24 +664,73 @@ class Study(Params):
     report: ReportParams
     resume: ResumeParams
 
+    def numbers(self, name: str) -> Any:
+        """The numbers in force for the arm ``name``: its method's section with its own changes."""
+        arm = self.arms[name]
+        section = getattr(self, arm.method).model_dump()
+        if unknown := [key for key in arm.changes if key not in section]:
+            raise ConfigError(f"params.yaml: arms.{name}.{legible(unknown[0])}: unknown key; {closest(unknown[0], section)}")
+        return parse(METHODS[arm.method], section | arm.changes, f"params.yaml: arms.{name}")
+
+    def repeats(self, name: str) -> list[str]:
+        """The arm ``name`` and those that differ from it in their seed alone, in their order; a base has none but itself."""
+        if name not in self.arms:
+            return [name]
+        arm = self.arms[name]
+        return [other for other, found in self.arms.items() if (found.method, found.changes) == (arm.method, arm.changes)]
+
+    @property
+    def models(self) -> list[str]:
+        """The base and every arm."""
+        return [BASE, *self.arms]
+
+    @property
+    def fits(self) -> dict[str, Fit]:
+        """Every crosscoder by name, those of ``crosscoder.pairs`` last."""
+        pairs = {
+            f"{PAIR}{arm}": Fit(models=[BASE, arm], loss=self.crosscoder.pairs.loss, seed=self.crosscoder.pairs.seed)
+            for arm in self.arms
+        }
+        return self.crosscoder.fits | self.crosscoder.wide | pairs
+
+    def null(self, fit: str) -> bool:
+        """Whether nothing in this crosscoder can be specific: a model with itself, or repeats of one arm."""
+        first, *others = dict.fromkeys(self.fits[fit].models)
+        return all(other in self.repeats(first) for other in others)
+
+    @model_validator(mode="after")
+    def _models_exist(self) -> Study:
+        if reserved := {BASE, AGAIN} & set(self.arms):
+            raise ValueError(f"arms.{min(reserved)}: this name is taken; choose another")
+        for name, arm in self.arms.items():
+            if arm.method == "imported" and self.numbers(name).source is None:
+                raise ValueError(f"arms.{name}.source: missing; name the model that is imported")
+            self.numbers(name)
+        named = {f"crosscoder.fits.{fit}.models": found.models for fit, found in self.crosscoder.fits.items()}
+        named |= {f"crosscoder.wide.{fit}.models": found.models for fit, found in self.crosscoder.wide.items()}
+        named |= {"roles": self.roles.models, "dynamics.arms": self.dynamics.arms}
+        known = {key: list(self.arms) if key == "dynamics.arms" else self.models for key in named}
+        for key, models in named.items():
+            if absent := [model for model in models if model not in known[key]]:
+                raise ValueError(f"{key}: {absent[0]!r} is no arm; {closest(absent[0], known[key])}")
+        if len(set(self.roles.models)) != len(self.roles.models) or self.roles.tuned not in self.arms:
+            raise ValueError("roles: original, tuned and contrast are different models, and tuned is an arm")
+        return self
+
     @model_validator(mode="after")
     def _fits_exist(self) -> Study:
         for section in ("dynamics", "localize"):
             fit = getattr(self, section).fit
-            if fit not in self.crosscoder.fits:
-                raise ValueError(f"{section}.fit = {fit} is not in crosscoder.fits; {closest(fit, self.crosscoder.fits)}")
-            needed = {"localize": {"base", "grpo"}, "dynamics": {"base", "sft", "grpo"}}[section]
-            if missing := sorted(needed - set(self.crosscoder.fits[fit].models)):
-                raise ValueError(
-                    f"{section}.fit = {fit} does not hold {', '.join(missing)}, which {section} reads; take another fit"
-                )
-        for arm in ("sft", "grpo"):
-            pair = self.dynamics.pairs.get(arm, "none")
-            if pair not in self.crosscoder.fits or list(self.crosscoder.fits[pair].slots) != ["base", arm]:
-                raise ValueError(f"dynamics.pairs.{arm} = {pair} is not a fit of base and {arm} in crosscoder.fits; add one")
-        fits, first = self.crosscoder.fits, self.crosscoder.fits[self.localize.fit]
+            if fit not in self.fits:
+                raise ValueError(f"{section}.fit = {fit} is not in crosscoder.fits; {closest(fit, self.fits)}")
+        needed = {self.roles.original, self.roles.tuned}
+        if missing := sorted(needed - set(self.fits[self.localize.fit].models)):
+            raise ValueError(
+                f"localize.fit = {self.localize.fit} does not hold {', '.join(missing)}, which roles name; take another fit"
+            )
+        first = self.fits[self.localize.fit]
         for name in self.localize.seeds:
-            if name not in fits or fits[name].models != first.models:
+            if name not in self.fits or self.fits[name].models != first.models:
                 raise ValueError(
                     f"localize.seeds: {name} is no fit of the models of {self.localize.fit}; add it or leave it out"
                 )
@@ -618,9 +808,3 @@ def load_study(path: Path = PARAMS) -> Study:
     data = read_yaml(path)
     refuse_secrets(data, str(path))
     return parse(Study, data, str(path))
-
-
-def load_params(section: str, path: Path = PARAMS) -> tuple[Any, int]:
-    """One section and the seed. The whole file is checked, so a typo anywhere stops every stage."""
-    study = load_study(path)
-    return getattr(study, section), study.seed

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 
 from featdiff.artifacts import artifact, provenance
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Study, load_params, load_study
+from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
-from featdiff.processes.launch import EXIT_BAD_INPUT, RANKS
+from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
 from featdiff.processes.ranks import alive, leave, process_start, rank, starters, world_size
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
 from featdiff.tracking.record import Record
@@ -39,9 +39,10 @@ POLL_SECONDS = 0.2
 class Run:
     """What a stage may touch: verified inputs, one output folder, scratch to resume from, and the record of metrics."""
 
-    def __init__(self, name: str, out: Path, signature: dict[str, Any], params: Any, record: Record) -> None:
-        self.name, self.target, self.signature, self.params, self.record = name, out, signature, params, record
-        self.seed: int = signature["params"]["seed"]
+    def __init__(self, name: str, out: Path, signature: dict[str, Any], study: Study, params: Any, record: Record) -> None:
+        self.name, self.target, self.signature, self.record = name, out, signature, record
+        self.study, self.params = study, params
+        self.seed: int = study.seed
         self.parents: dict[str, str] = {}
         self.door_seconds = 0.0
         """Spent on verifying what is read and publishing what is written."""
@@ -63,7 +64,7 @@ class Run:
             for other in place.glob("*"):
                 if other.name != key:
                     shutil.rmtree(other)
-        resume = load_study().resume
+        resume = self.study.resume
         return Scratch(place / key, resume.every_seconds, resume.share, self.record)
 
     def read(self, path: str, *files: str) -> Path:
@@ -88,13 +89,17 @@ class Run:
 
 def stage_key(option: str, doc: str, known: Callable[[Study], Iterable[str]]) -> str:
     """Which of its kind this stage makes, one of ``known``: what ``option`` says on the command line, else what stands after
-    ``@`` in the name that DVC gives (``$DVC_STAGE``). DVC would write it into a command as it is, and a shell would run
+    ``@`` in the name that DVC gives (``$DVC_STAGE``), or after ``_`` where a stage of that kind stands by itself. DVC would write it into a command as it is, and a shell would run
     what it holds; so no command of dvc.yaml has it."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument(option, dest="key", default=os.environ.get("DVC_STAGE", "").partition("@")[2])
+    kind, _, named = os.environ.get("DVC_STAGE", "").partition("@")
+    parser.add_argument(option, dest="key", default=named or kind.rpartition("_")[2])
     key: str = parser.parse_args().key
     try:
-        if key not in (names := list(known(load_study()))):
+        names = list(known(load_study()))
+        if f"{kind}_{key}" in names:  # the stage of a kind within a kind
+            key = f"{kind}_{key}"
+        if key not in names:
             raise ConfigError(f"{option}: {key!r}: unknown; {closest(key, names)}")
     except ConfigError as error:
         _exit(str(error), EXIT_BAD_INPUT)
@@ -102,9 +107,10 @@ def stage_key(option: str, doc: str, known: Callable[[Study], Iterable[str]]) ->
 
 
 @contextmanager
-def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
-    """Everything around a stage's work: reads its section of params.yaml, takes the lock of ``out``, opens
-    the record, and publishes ``out`` whole at the end. Bad input ends the process with one line."""
+def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | None = None) -> Iterator[Run]:
+    """Everything around a stage's work: reads its numbers (the section of params.yaml that has its name, or what ``numbers``
+    takes from the whole), takes the lock of ``out``, opens the record, and publishes ``out`` whole at the end. Bad input ends
+    the process with one line."""
     target, main = Path(out), rank() == 0
     label = f"{name}@{key}" if key else name
     try:
@@ -112,18 +118,20 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
         signals.outlive_terminal()
         _report("")
         signals.die_with_parent()
-        params, signature = _signature(name, label)
+        if (launcher := os.environ.get(LAUNCHER)) and not alive(*map(int, launcher.split(":"))):
+            raise Stopped("the end of its launcher")
+        study, params, signature = _signature(name, key, numbers)
         with _lock(target) if main else _nothing():
             if main:
                 artifact.begin(target)
-            record = Record(label, name, key, params.model_dump(), signature["params"]["seed"], main=main)
-            run = Run(label, target, signature, params, record)
+            record = Record(label, name, key, params.model_dump(), study.seed, main=main)
+            run = Run(label, target, signature, study, params, record)
             status = "FAILED"
             try:
                 yield run
                 if main:
                     record.save(run.out)
-                    _, now = _signature(name, label)
+                    *_, now = _signature(name, key, numbers)
                     if now != signature:
                         changed = next(field for field in now if now[field] != signature[field])
                         where = "params.yaml" if changed == "params" else "src"
@@ -174,11 +182,17 @@ def scratch_folder(target: Path) -> Path:
     return SCRATCH / "scratch" / target
 
 
-def _signature(name: str, label: str) -> tuple[Any, dict[str, Any]]:
-    """The stage's section of params.yaml, and what determines its result besides its inputs."""
-    params, seed = load_params(name)
-    code = artifact.hash_files(source_files(name))
-    return params, {"label": label, "params": {"seed": seed, name: params.model_dump()}, "code": code}
+def _signature(name: str, key: str, numbers: Callable[[Study], Any] | None) -> tuple[Study, Any, dict[str, Any]]:
+    """The params as a whole, the stage's own, and what determines its result besides its inputs."""
+    study = load_study()
+    params = numbers(study) if numbers else getattr(study, name)
+    in_force: dict[str, Any] = {"seed": study.seed, name: params.model_dump()}
+    if key in study.arms:
+        in_force["arms"] = {key: study.arms[key].model_dump()}
+    if "roles" in _definition(name).get("params", []):
+        in_force["roles"] = study.roles.model_dump()
+    code = artifact.hash_files(source_files(name, key))
+    return study, params, {"label": f"{name}@{key}" if key else name, "params": in_force, "code": code}
 
 
 def _disk_full(error: OSError | SafetensorError) -> bool:
@@ -188,10 +202,17 @@ def _disk_full(error: OSError | SafetensorError) -> bool:
     return any(f"os error {code}" in str(error) for code in codes)  # safetensors passes the code on in words only
 
 
-def source_files(name: str) -> list[Path]:
-    """Source files that dvc.yaml declares as dependencies of stage ``name``."""
-    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
-    deps = entry.get("do", entry)["deps"]
+def _definition(name: str) -> dict[str, Any]:
+    """What dvc.yaml says of the stage ``name``, or of each of a group of that name."""
+    entry: dict[str, Any] = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    do: dict[str, Any] = entry.get("do", entry)
+    return do
+
+
+def source_files(name: str, key: str = "") -> list[Path]:
+    """Source files that dvc.yaml declares as dependencies of stage ``name``, of an arm ``key`` those of its method."""
+    arm = load_study().arms.get(key)
+    deps = [dep.replace("${item.method}", arm.method) if arm else dep for dep in _definition(name)["deps"]]
     return [Path(dep) for dep in deps if dep.startswith(("src/", "stages/"))]
 
 

@@ -133,6 +133,10 @@ def _params(entry: dict[str, Any], stage: str) -> tuple[int, dict[str, Any]]:
                 target = target.setdefault(part, {})
                 require(isinstance(target, dict), Path(LOCK), name, "a name in a mapping", target, REPAIR)
             target[last] = value
+        elif stage == "arm" and name.startswith("arms.") and isinstance(value, dict):
+            method = found.get(value.get("method"), {})
+            require(isinstance(method, dict), Path(LOCK), str(value.get("method")), "a mapping", method, REPAIR)
+            section |= method | {key: change for key, change in value.items() if key not in ("method", "seed")}
     return found.get("seed", 0), section
 
 

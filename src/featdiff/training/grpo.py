@@ -59,7 +59,7 @@ class Reward:
         return rewards
 
 
-def train_grpo(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
+def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
     """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
     state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")

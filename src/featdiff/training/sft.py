@@ -25,7 +25,7 @@ SERIES = {
 }
 
 
-def train_sft(base: Path, data: Path, out: Path, scratch: Scratch, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
+def train(base: Path, data: Path, out: Path, scratch: Scratch, params: SFTParams, seed: int, log: Log) -> dict[str, Any]:
     """Fine-tune ``base`` on the train problems of ``data``; loss on the solution only. Returns the audit."""
     process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
@@ -48,7 +48,7 @@ def train_sft(base: Path, data: Path, out: Path, scratch: Scratch, params: SFTPa
         train_dataset=Dataset.from_list(rows),
         args=SFTConfig(
             **common_arguments(params, seed, model, recorder.folder, params.batch_size, "sft.batch_size"),
-            lr_scheduler_type="linear",
+            lr_scheduler_type=params.schedule,
             num_train_epochs=params.epochs,
             max_length=None,
             completion_only_loss=True,

@@ -1,0 +1,16 @@
+"""A model that is compared with the base: trained from it by one of the methods, or brought from elsewhere."""
+
+from importlib import import_module
+
+from featdiff.pipeline.stage import stage, stage_key
+
+name = stage_key("--arm", __doc__, lambda study: study.arms)
+
+with stage("arm", key=name, out=f"models/{name}", numbers=lambda study: study.numbers(name)) as run:
+    base, data = run.read("models/base"), run.read("data", "tasks.json", "train.parquet")
+    arm = run.study.arms[name]
+    method = import_module(f"featdiff.training.{arm.method}")
+    audit = method.train(base, data, run.out, run.scratch(), run.params, run.seed + arm.seed, run.log)
+    run.metrics({name: value for name, value in audit.items() if isinstance(value, (int, float))})
+    if (run.out / "completions.parquet").exists():
+        run.attach("completions.parquet")
