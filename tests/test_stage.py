@@ -237,6 +237,18 @@ def test_a_full_disk_is_one_line(small_disk: Path, write: str) -> None:
     project.refused(result, "data", "featdiff: prepare: ", "no space left on device; free some and run dvc repro")
 
 
+def test_a_stage_whose_launcher_ended_before_it_began_stops(project: Project) -> None:
+    """It was importing when the launcher was killed, and nobody above it is left who could tell."""
+    body(project)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    project.environment["FEATDIFF_LAUNCHER"] = f"{gone.pid}:1"
+    done = project.run("stages/prepare.py")
+    assert done.returncode == 75
+    assert "stopped by the end of its launcher" in done.stderr
+    project.without("data")
+
+
 def test_hardware_that_is_not_there_is_one_line(project: Project) -> None:
     body(project)
     project.environment["ACCELERATE_CONFIG"] = "conf/accelerate/tpu.yaml"

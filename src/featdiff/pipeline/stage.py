@@ -24,7 +24,7 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import Study, load_params, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
-from featdiff.processes.launch import EXIT_BAD_INPUT, RANKS
+from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
 from featdiff.processes.ranks import alive, leave, process_start, rank, starters, world_size
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
 from featdiff.tracking.record import Record
@@ -112,6 +112,8 @@ def stage(name: str, out: str, key: str = "") -> Iterator[Run]:
         signals.outlive_terminal()
         _report("")
         signals.die_with_parent()
+        if (launcher := os.environ.get(LAUNCHER)) and not alive(*map(int, launcher.split(":"))):
+            raise Stopped("the end of its launcher")
         params, signature = _signature(name, label)
         with _lock(target) if main else _nothing():
             if main:

@@ -23,12 +23,16 @@ from pathlib import Path
 from types import FrameType
 
 from featdiff.processes import signals
+from featdiff.processes.ranks import process_start
 from featdiff.processes.signals import EXIT_STOPPED, say
 
 DEFAULT_HARDWARE = "conf/accelerate/cpu.yaml"
 EXIT_BAD_INPUT = 2
 RANKS = "FEATDIFF_RANKS"
 """Environment variable: a folder in which each rank writes a file, named after its pid and holding its exit status at last."""
+LAUNCHER = "FEATDIFF_LAUNCHER"
+"""Environment variable: pid and start time of the launcher. A rank that finds it gone when it begins has nobody left above
+that could end it."""
 GRACE = 2
 """Seconds that ranks have to end by themselves after a second request."""
 SPIN = "5000"
@@ -50,7 +54,7 @@ class Launch:
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Exit status of ``command`` and of all that it started: 0, 2 (bad input), 75 (stopped), or another failure."""
-        environment = environment | {RANKS: str(self._ranks)}
+        environment = environment | {RANKS: str(self._ranks), LAUNCHER: f"{os.getpid()}:{process_start(os.getpid())}"}
         child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_follow)
         self._group = child.pid
         if self._requests.asked:  # while it was being started
