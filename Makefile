@@ -25,6 +25,7 @@ profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits 
 	@$(BIN)/python -m featdiff.config.profiles use $(PROFILE) $(if $(DISCARD),--discard)
 
 repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
+	@$(BIN)/python -m featdiff.config.profiles check > /dev/null
 	@$(BIN)/python -m featdiff.artifacts.dvc
 	dvc repro
 	-@$(BIN)/python -m featdiff.tracking.mirror sync --wait 60

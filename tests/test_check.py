@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,23 +28,33 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def named(project: Project, name: str) -> None:
-    """params.yaml with one more crosscoder of this name."""
+def named(project: Project, name: str, table: str = "crosscoder.fits") -> None:
+    """params.yaml with one more crosscoder of this name, or one more arm."""
     project.fill_params()
-    fits = yaml.safe_load((project.path / "params.yaml").read_text(encoding="utf-8"))["crosscoder"]["fits"]
-    project.set({"crosscoder.fits": fits | {name: dict(fits["joint_l1"], models=list(fits["joint_l1"]["models"]))}})
+    params = yaml.safe_load((project.path / "params.yaml").read_text(encoding="utf-8"))
+    entries = params["arms"] if table == "arms" else params["crosscoder"]["fits"]
+    project.set({table: entries | {name: copy.deepcopy(next(iter(entries.values())))}})
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_name_is_one_line_and_touches_nothing(repository: Project, name: str) -> None:
-    named(repository, name)
+@pytest.mark.parametrize(("table", "name"), [*product(["crosscoder.fits"], HOSTILE), *product(["arms"], HOSTILE[:3])])
+def test_a_hostile_name_is_one_line_and_touches_nothing(repository: Project, table: str, name: str) -> None:
+    named(repository, name, table)
     done = repository.run("-m", "dvc", "repro")
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("featdiff: ")]
     assert len(lines) == 1
-    assert "params.yaml: crosscoder.fits" in lines[0]
+    assert f"params.yaml: {table}" in lines[0]
     assert not (repository.path / "pwned").exists()
+    assert (repository.path / "docs/kept.md").read_text() == "kept"
+
+
+@pytest.mark.graph
+def test_an_arm_that_would_lead_out_of_its_folder_is_refused_by_dvc_itself(repository: Project) -> None:
+    named(repository, "../docs", "arms")
+    done = repository.run("-m", "dvc", "repro")
+    assert done.returncode != 0
+    assert "output 'docs' is specified in" in done.stderr
     assert (repository.path / "docs/kept.md").read_text() == "kept"
 
 

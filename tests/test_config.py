@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from featdiff.config import params as config
-from featdiff.config.params import Study, load_params, load_study, parse
+from featdiff.config.params import Study, load_study, parse
 from featdiff.config.profiles import main, render_profile, use_profile
 from featdiff.config.reading import ConfigError, flatten
 
@@ -80,7 +80,21 @@ def test_a_typo_names_the_key_and_the_nearest_one(change: dict[str, Any], key: s
             ["prepare.tasks.Add: a name is 1 to 40 lowercase letters", "(found 'Add')"],
         ),
         ({"activations.layer": "midle"}, ["activations.layer:", "integer", "'middle'", "'midle'"]),
-        ({"crosscoder.fits.joint_l1.models": ["base", "rl", "sft"]}, ["crosscoder.fits.joint_l1.models.1", "'rl'"]),
+        ({"crosscoder.fits.joint_l1.models": ["base", "rl", "sft"]}, ["crosscoder.fits.joint_l1.models: 'rl' is no arm"]),
+        (
+            {"crosscoder.fits.joint_l1.models": ["base", "sft"]},
+            ["fits.joint_l1.models has 2 entries, not 3", "crosscoder.wide"],
+        ),
+        ({"arms.ppo": {"method": "ppo"}}, ["arms.ppo.method:", "'ppo'", "'grpo'"]),
+        ({"arms.Sft": {"method": "sft"}}, ["arms.Sft: a name is 1 to 40 lowercase letters"]),
+        ({"arms.base": {"method": "sft"}}, ["arms.base: this name is taken"]),
+        ({"arms.theirs": {"method": "imported"}}, ["arms.theirs.source: missing"]),
+        ({"arms.own": {"method": "sft", "lrr": 0.1}}, ["arms.own.lrr: unknown key; did you mean lr?"]),
+        ({"arms.own": {"method": "sft", "lr": -0.1}}, ["arms.own: lr:", "greater than 0", "-0.1"]),
+        ({"arms": {}}, ["arms:", "at least 1"]),
+        ({"roles.tuned": "gpro"}, ["roles: 'gpro' is no arm; did you mean grpo?"]),
+        ({"roles.contrast": "grpo"}, ["roles: original, tuned and contrast are different models"]),
+        ({"roles.tuned": "rft"}, ["localize.fit = joint_topk does not hold rft"]),
         ({"dynamics": None}, ["dynamics:"]),
         ({"-seed": None}, ["seed: missing"]),
         ({"-grpo.beta": None}, ["grpo.beta: missing"]),
@@ -109,15 +123,19 @@ def test_sizes_beyond_any_study_are_refused_and_generous_ones_are_not() -> None:
 def test_a_name_is_held_to_one_pattern_wherever_it_stands(name: str) -> None:
     for change in (
         {"profile": name}, {"localize.fit": name}, {"localize.seeds": [name]}, {"dynamics.fit": name},
-        {"dynamics.pairs.sft": name},
+        {"dynamics.arms": [name]}, {"roles.tuned": name}, {"roles.contrast": name},
     ):  # fmt: skip
         assert f"a name is 1 to 40 lowercase letters, digits and underscores, and starts with a letter (found {name!r})" in (
             said_about(change)
         )
-    for place in ("prepare.tasks", "crosscoder.fits"):
+    for table in (
+        lambda data: data["prepare"]["tasks"],
+        lambda data: data["crosscoder"]["fits"],
+        lambda data: data["arms"],
+    ):
         data = copy.deepcopy(DEFAULT)
-        section, key = place.split(".")
-        data[section][key][name] = next(iter(data[section][key].values()))
+        entries = table(data)
+        entries[name] = next(iter(entries.values()))
         with pytest.raises(ConfigError, match="a name is 1 to 40 lowercase letters") as caught:
             parse(Study, data, "params.yaml")
         assert "\n" not in str(caught.value)
@@ -171,6 +189,24 @@ def test_values_that_do_not_go_together(change: dict[str, Any], words: list[str]
         assert word in message
 
 
+def test_an_arm_changes_numbers_of_its_method_and_repeats_differ_in_the_seed_alone() -> None:
+    data = copy.deepcopy(DEFAULT)
+    data["arms"] |= {"own": {"method": "sft", "teacher": "own"}, "own_1": {"method": "sft", "teacher": "own", "seed": 4}}
+    study = parse(Study, data, "params.yaml")
+    assert study.numbers("own").model_dump() == DEFAULT["sft"] | {"teacher": "own"}
+    assert study.repeats("own_1") == ["own", "own_1"]
+    assert study.repeats("sft") == ["sft", "sft_1", "sft_2"]
+    assert study.repeats("base") == ["base"]
+    assert study.fits["pair_own_1"].models == ["base", "own_1"]
+    assert {name for name in study.fits if study.null(name)} == {"null_base", "null_sft"}
+
+
+def test_a_study_needs_no_contrast() -> None:
+    data = copy.deepcopy(DEFAULT)
+    data["roles"]["contrast"] = None
+    assert parse(Study, data, "params.yaml").roles.models == ["base", "grpo"]
+
+
 def test_tokens_that_give_exactly_one_batch_are_enough() -> None:
     data = copy.deepcopy(DEFAULT)
     data["activations"]["checkpoint_tokens"] = 1077
@@ -199,12 +235,12 @@ def test_a_file_that_is_no_text_or_not_there() -> None:
 
 
 def test_a_section_is_checked_with_the_whole_file() -> None:
-    params, seed = load_params("sft")
-    assert (params.model_dump(), seed) == (DEFAULT["sft"], DEFAULT["seed"])
+    study = load_study()
+    assert (study.sft.model_dump(), study.seed) == (DEFAULT["sft"], DEFAULT["seed"])
     text = Path("params.yaml").read_text(encoding="utf-8")
     Path("params.yaml").write_text(text.replace("n_features: 768", "n_feature: 768"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"crosscoder\.training\.n_feature"):
-        load_params("sft")
+        load_study()
 
 
 def test_params_cannot_be_changed_once_read() -> None:

@@ -22,6 +22,10 @@ from typing import Any
 
 from featdiff.artifacts.artifact import MANIFEST, sha256_file
 from featdiff.artifacts.provenance import path_of
+from featdiff.config.params import Study as StudyParams
+from featdiff.config.params import parse
+from featdiff.config.profiles import render_profile
+from featdiff.config.reading import parse_yaml
 from project import Project
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -40,11 +44,13 @@ CONTEXT.set_forkserver_preload(
 
 os.environ["TQDM_MININTERVAL"] = "0"  # for the server: progress is what tests wait for
 
+NANO = parse(StudyParams, parse_yaml(render_profile("nano"), "nano"), "nano")
 LONG = {
     "models/base": ["base"],
-    "models/sft": ["sft"],
-    "models/grpo": ["grpo"],
+    "models/sft": ["arm", "--arm", "sft"],
+    "models/grpo": ["arm", "--arm", "grpo"],
     "evals/grpo": ["evaluate", "--model", "grpo"],
+    "checkpoints/grpo": ["checkpoints", "--arm", "grpo"],
     "activations/grpo": ["activations", "--model", "grpo"],
     "crosscoders/joint_topk": ["crosscoder", "--fit", "joint_topk"],
     "crosscoders/joint_l1": ["crosscoder", "--fit", "joint_l1"],
@@ -53,18 +59,21 @@ LONG = {
 """Long stages by output: what has to go on after a kill."""
 CHECKPOINT = "checkpoints/0*"
 """Checkpoints of base and crosscoders in their scratch."""
-SHORT = {"analysis/attribution": ["attribution"], "analysis/dynamics": ["dynamics"], "analysis/describe": ["describe"]}
-FITS = ("joint_topk_1", "base_sft", "base_grpo", "null_base", "null_sft")
-MODELS = ("base", "sft", "grpo", "sft_twin")
+SHORT = {
+    "analysis/attribution": ["attribution"],
+    "analysis/dynamics/grpo": ["dynamics", "--arm", "grpo"],
+    "analysis/describe": ["describe"],
+}
 GRAPH = [
     ("data", ["prepare"]),
-    *((out, LONG[out]) for out in ("models/base", "models/sft", "models/grpo")),
-    ("models/sft_twin", ["sft", "--twin"]),
-    *((f"evals/{name}", ["evaluate", "--model", name]) for name in MODELS[:3]),
-    *((f"activations/{name}", ["activations", "--model", name]) for name in MODELS),
-    *((out, LONG[out]) for out in LONG if out.startswith("crosscoders")),
-    *((f"crosscoders/{name}", ["crosscoder", "--fit", name]) for name in FITS),
+    ("models/base", ["base"]),
+    *((f"models/{name}", ["arm", "--arm", name]) for name in NANO.arms),
+    *((f"evals/{name}", ["evaluate", "--model", name]) for name in NANO.models),
+    *((f"checkpoints/{name}", ["checkpoints", "--arm", name]) for name in NANO.arms),
+    *((f"activations/{name}", ["activations", "--model", name]) for name in NANO.models),
+    *((f"crosscoders/{name}", ["crosscoder", "--fit", name]) for name in NANO.fits),
     ("analysis/localize", ["localize"]),
+    ("analysis/dynamics/sft", ["dynamics", "--arm", "sft"]),
     *SHORT.items(),
     ("analysis/intervene", LONG["analysis/intervene"]),
 ]

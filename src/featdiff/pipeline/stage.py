@@ -89,8 +89,8 @@ class Run:
 
 def stage_key(option: str, doc: str, known: Callable[[Study], Iterable[str]]) -> str:
     """Which of its kind this stage makes, one of ``known``: what ``option`` says on the command line, else what stands after
-    ``@`` in the name that DVC gives (``$DVC_STAGE``), or after ``_`` where a stage of that kind stands by itself. DVC would write it into a command as it is, and a shell would run
-    what it holds; so no command of dvc.yaml has it."""
+    ``@`` in the name that DVC gives (``$DVC_STAGE``), or after ``_`` where a stage of that kind stands by itself. DVC would
+    write it into a command as it is, and a shell would run what it holds; so no command of dvc.yaml has it."""
     parser = argparse.ArgumentParser(description=doc)
     kind, _, named = os.environ.get("DVC_STAGE", "").partition("@")
     parser.add_argument(option, dest="key", default=named or kind.rpartition("_")[2])
