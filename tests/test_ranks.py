@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from project import Project
 
 STAGES = [
-    ("stages/sft.py",),
-    ("stages/grpo.py",),
+    ("stages/arm.py", "--arm", "sft"),
+    ("stages/arm.py", "--arm", "grpo"),
     ("stages/activations.py", "--model", "base"),
     ("stages/activations.py", "--model", "sft"),
     ("stages/activations.py", "--model", "grpo"),

@@ -202,7 +202,7 @@ def test_an_edit_while_a_stage_runs_makes_it_fail(study: Study, edited: str) -> 
     process = study.reached(out, CHECKPOINT)
     shutil.copytree(study.kept / out, study.path / out)  # of the last good run
     if edited == "src":
-        with (study.path / "src/featdiff/crosscoder/losses.py").open("a", encoding="utf-8") as stream:
+        with (study.path / "src/featdiff/crosscoder/model.py").open("a", encoding="utf-8") as stream:
             stream.write("# edited\n")
     else:
         study.set({"crosscoder.training.lr": 0.002})
@@ -255,10 +255,15 @@ def test_a_damaged_cache_object_that_keeps_its_mode_is_found_and_never_read_as_g
         shutil.rmtree(folder / "models/base")
         subprocess.run(["dvc", "checkout", "models/base"], cwd=folder, env=environment, capture_output=True, check=False)
         refused = subprocess.run(
-            [sys.executable, "stages/sft.py"], cwd=folder, env=environment, text=True, capture_output=True, check=False
+            [sys.executable, "stages/arm.py", "--arm", "sft"],
+            cwd=folder,
+            env=environment,
+            text=True,
+            capture_output=True,
+            check=False,
         )
         assert refused.returncode == 2
-        assert "featdiff: sft: models/base" in refused.stderr
+        assert "featdiff: arm@sft: models/base" in refused.stderr
     finally:
         stored.chmod(0o644)
         stored.write_bytes(sound)
