@@ -227,7 +227,7 @@ def test_edits_that_cannot_be_made(kind: str, said: str) -> None:
 def along(model: str = "base") -> Editor:
     made = editor(model=model)
     generator = torch.Generator().manual_seed(5)
-    made.directions = {name: torch.randn(6, generator=generator) for name in ("mean_difference", "base_mean")}
+    made.directions = {name: torch.randn(6, generator=generator) for name in ("mean_difference", "original_mean")}
     return made
 
 
@@ -242,7 +242,7 @@ def test_a_projection_leaves_the_base_s_component_along_the_direction_and_all_ot
     made, before = along(), resid()
     after = made.direct("project", "mean_difference", "all", 0.0)(before.clone(), None, prompt=True)
     unit = made.directions["mean_difference"] / made.directions["mean_difference"].norm()
-    torch.testing.assert_close(after @ unit, (made.directions["base_mean"] @ unit).expand(3, 4))
+    torch.testing.assert_close(after @ unit, (made.directions["original_mean"] @ unit).expand(3, 4))
     across = torch.eye(6) - torch.outer(unit, unit)
     torch.testing.assert_close(after @ across, before @ across)
     again = made.direct("project", "mean_difference", "all", 0.0)(after.clone(), None, prompt=True)

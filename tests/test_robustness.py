@@ -96,5 +96,5 @@ def test_directions_come_from_the_positions_of_the_search() -> None:
     torch.testing.assert_close(found["mean_difference"], reading.mean(strength * v).mean(0))
     torch.testing.assert_close(found["first_component"], found["mean_difference"], rtol=1e-3, atol=1e-3)
     assert found["random_direction"].norm() == pytest.approx(found["mean_difference"].norm().item())
-    torch.testing.assert_close(found["base_mean"], base.mean(0))
+    torch.testing.assert_close(found["original_mean"], base.mean(0))
     assert torch.equal(found["random_direction"], search.directions(3)["random_direction"])
