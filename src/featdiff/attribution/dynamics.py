@@ -53,9 +53,10 @@ def top_overlap(a_F: Float[Tensor, " F"], b_F: Float[Tensor, " F"], top: int) ->
 def refit(
     crosscoder: Crosscoder, acts_NMD: Float[Tensor, "N 2 D"], training: CrosscoderTraining, seed: int, label: str
 ) -> Float[Tensor, " F"]:
-    """NRN of every feature after ``crosscoder``, that of base and arm, was trained on for ``training.steps`` steps. ``acts_NMD``
-    are raw activations of base and checkpoint. A feature that never fires on them gets −1. Raises ContractError where there are
-    fewer rows than one batch."""
+    """NRN of every feature after ``crosscoder``, that of base and arm, was trained on for ``training.steps`` steps.
+
+    ``acts_NMD`` are raw activations of base and checkpoint. A feature that never fires on them gets −1. Raises ContractError
+    where there are fewer rows than one batch."""
     source = ActivationTensor(crosscoder.models, acts_NMD)
     made, *_ = fit(source, crosscoder.loss, training, seed, lambda *_: None, label, scratch=Scratch(), warm=crosscoder)
     return torch.where(feature_statistics(made, source)["firing_rate"] > 0, nrn(made.W_dec), -1.0)

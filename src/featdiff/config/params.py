@@ -733,7 +733,7 @@ class Study(Params):
                 f"localize.fit = {self.localize.fit} does not hold {', '.join(missing)}, which roles name; take another fit"
             )
         if BASE not in self.fits[self.dynamics.fit].models:
-            raise ValueError(f"dynamics.fit = {self.dynamics.fit} does not hold {BASE}, where every arm starts; take another fit")
+            raise ValueError(f"dynamics.fit = {self.dynamics.fit} does not hold {BASE}, where arms start; take another fit")
         first = self.fits[self.localize.fit]
         for name in self.localize.seeds:
             if name not in self.fits or self.fits[name].models != first.models:
