@@ -2,9 +2,10 @@
 
     NRN_k   = ‖d_k^T‖₁ / (‖d_k^O‖₁ + ‖d_k^T‖₁)     two models, O original, T tuned
     MAS_k^m = ‖d_k^m‖₁ / Σ_m' ‖d_k^m'‖₁            any number of models; sums to one
-The paper has them for two and for three models. From three on, a feature may be new without being one model's own: every tuned
-model has it and the original does not. That class is ours. Latent scaling (featdiff.attribution.scaling) asks the activations
-whether the norms are right.
+The paper has them for two and for three models; crosscoders of many were fitted on the snapshots of a pretraining (Ge et al.
+2025, arXiv 2509.17196). From three models on, a feature may be new without being one model's own: every tuned model has it and
+the original does not. That class is ours. Latent scaling (featdiff.attribution.scaling) asks the activations whether the norms
+are right.
 F features, M models, the first of which is the original.
 """
 
