@@ -40,7 +40,7 @@ verify: $(STAMP)  ## hash every artifact against its manifest and every object o
 faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about 20 minutes on two cores
 	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist loadscope --no-loadscope-reorder
 
-golden: $(STAMP)  ## attribution methods against planted features; fails where the figures are missed
+golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
 check: $(STAMP)  ## format, lint, types, quick tests

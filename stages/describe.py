@@ -6,7 +6,6 @@ from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.description.describe import EMPTY, Sources, describe, summary, written_out
-from featdiff.description.lens import MODELS
 from featdiff.language.models import load_model, load_tokenizer
 from featdiff.pipeline.stage import stage
 from featdiff.processes.ranks import process_state
@@ -14,22 +13,24 @@ from featdiff.tasks.task import load_samples, load_tasks, load_texts, read_rows,
 
 with stage("describe", out="analysis/describe") as run:
     found = read_json(run.read("analysis/localize", "features.json") / "features.json")
-    described, rows = EMPTY
+    roles, (described, rows) = run.study.roles, EMPTY
     if found["status"] == "found":
         data, fit = run.read("data", "tasks.json", "eval.parquet", "corpus.parquet"), run.read(f"crosscoders/{found['fit']}")
-        folders = {name: run.read(f"models/{name}") for name in MODELS}
-        answers = {name: read_rows(run.read(f"evals/{name}", "samples.parquet") / "samples.parquet") for name in MODELS}
-        stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in MODELS}
-        device, tokenizer = process_state().device, load_tokenizer(folders["base"])
+        parts = (roles.original, roles.tuned)
+        folders = {name: run.read(f"models/{name}") for name in parts}
+        answers = {name: read_rows(run.read(f"evals/{name}", "samples.parquet") / "samples.parquet") for name in parts}
+        stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in parts}
+        device, tokenizer = process_state().device, load_tokenizer(folders[roles.original])
         models = {name: load_model(folder).to(device) for name, folder in folders.items()}
         crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
         texts = load_texts(data, "corpus")
         corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
-        largest = largest_values(crosscoder, stores["grpo"])
-        editor = Editor(crosscoder, "base", layer, device, largest)
+        largest = largest_values(crosscoder, stores[roles.tuned])
+        editor = Editor(crosscoder, roles.original, layer, device, largest, donor_name=roles.tuned)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
         tasks, samples = load_tasks(data), load_samples(data, "eval")
-        sources = Sources(crosscoder, layer, models, tokenizer, tasks, samples, answers, texts, corpus, stores, largest, edits)
+        asked = tokenizer, tasks, samples, answers, texts, corpus
+        sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)
         described, rows = describe(sources, run.params, run.seed)
         described = written_out(described, tokenizer)
     write_json(run.out / "features.json", {name: found[name] for name in ("status", "fit")} | {"readout": "swap"} | described)

@@ -15,7 +15,7 @@ arm = stage_key("--arm", __doc__, lambda study: study.dynamics.arms)
 with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
     params, training = run.params, run.study.crosscoder.training
     training = training.model_copy(update={"steps": params.refit_steps, "lr": params.refit_lr})
-    base, folder = run.read("activations/base"), run.read(f"activations/{arm}")
+    base, folder = run.read(f"activations/{BASE}"), run.read(f"activations/{arm}")
     index = read_json(folder / "index.json")
     rows = index["checkpoint_rows"] or index["rows"]
     series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]

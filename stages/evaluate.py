@@ -1,5 +1,6 @@
 """Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
 
+from featdiff.config.params import BASE
 from featdiff.language.evaluation import Examinee, accuracy_table, evaluate
 from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
@@ -9,7 +10,7 @@ name = stage_key("--model", __doc__, lambda study: study.models)
 
 with stage("evaluate", key=name, out=f"evals/{name}") as run:
     data, folder = run.read("data", "tasks.json", "eval.parquet"), run.read(f"models/{name}")
-    require_same_tokenizer(folder, run.read("models/base"))
+    require_same_tokenizer(folder, run.read(f"models/{BASE}"))
     tasks = load_tasks(data)
     examinee = Examinee(
         load_model(folder),

@@ -1,4 +1,4 @@
-"""The features behind what GRPO gained: scores on flipped samples of the find split, thresholded and intersected."""
+"""The features behind what the tuned model gained: scores on flipped samples of the find split, thresholded and intersected."""
 
 from safetensors.torch import save_file
 
@@ -6,20 +6,20 @@ from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.language.models import load_model, load_tokenizer, truncate
 from featdiff.localization.flipped import flipped_answers, read_flipped
-from featdiff.localization.localize import describe, score_rows, select
+from featdiff.localization.localize import as_json, score_rows, select
 from featdiff.localization.search import Search
 from featdiff.pipeline.stage import stage
 from featdiff.tasks.task import load_samples, load_tasks, read_rows, write_rows
 
 with stage("localize", out="analysis/localize") as run:
-    params, data = run.params, run.read("data", "tasks.json", "eval.parquet")
+    params, roles, data = run.params, run.study.roles, run.read("data", "tasks.json", "eval.parquet")
     fits = {name: run.read(f"crosscoders/{name}") for name in (params.fit, *params.seeds)}
     crosscoders = {name: Crosscoder.load(folder) for name, folder in fits.items()}
     tasks, samples = load_tasks(data), {sample.sample_id: sample for sample in load_samples(data, "eval")}
     folders = {name: run.read(f"models/{name}") for name in crosscoders[params.fit].models}
-    layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders["base"])
+    layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders[roles.original])
     trunks = {name: truncate(load_model(folder), layer) for name, folder in folders.items()}
-    before, after = (read_rows(run.read(f"evals/{name}") / "samples.parquet") for name in ("base", "grpo"))
+    before, after = (read_rows(run.read(f"evals/{name}") / "samples.parquet") for name in (roles.original, roles.tuned))
     flipped = flipped_answers(before, after, tasks, "find")
     readings, skipped = {}, {}
     for name, task in tasks.items():
@@ -28,10 +28,10 @@ with stage("localize", out="analysis/localize") as run:
         elif task.role == "find":
             chosen = [samples[sample_id] for sample_id in flipped[name]]
             readings[name] = read_flipped(trunks, tokenizer, task, chosen, list(flipped[name].values()), params.batch_size)
-    search = Search(crosscoders, readings, params)
+    search = Search(crosscoders, readings, params, roles)
     found = select(search.differences(), skipped, params, run.seed)
     facts, sweep = search.robustness(found.features, run.seed) if readings else ({}, [])
-    write_json(run.out / "features.json", describe(found, params) | facts)
+    write_json(run.out / "features.json", as_json(found, params) | facts)
     write_rows(run.out / "scores.parquet", score_rows(found))
     write_rows(run.out / "sweep.parquet", sweep)
     save_file(search.directions(run.seed) if readings else {}, run.out / "directions.safetensors")

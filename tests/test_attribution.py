@@ -98,12 +98,33 @@ def test_classes_of_a_pair(share: float, named: str) -> None:
         ([0.2, 0.6, 0.2], "shared"),  # dominance has to be exceeded
         ([1 / 3, 1 / 3, 1 / 3], "shared"),
         ([0.45, 0.45, 0.1], "mixed"),
-        ([0.16, 0.42, 0.42], "mixed"),
+        ([0.16, 0.42, 0.42], "new"),
         ([0.17, 0.415, 0.415], "shared"),
+        ([0.1, 0.3, 0.6], "new"),
+        ([0.16, 0.33, 0.51], "mixed"),  # against the original, NRN of the second is .67
+        ([0.0, 0.4, 0.6], "new"),
+        ([0.42, 0.42, 0.16], "mixed"),  # lost in one tuned model is not new
     ],
 )
 def test_classes_of_three_models(shares: list[float], named: str) -> None:
     assert classify(shares, ["base", "sft", "grpo"], params()) == named
+
+
+@pytest.mark.parametrize(
+    ("shares", "named"),
+    [
+        ([0.25, 0.25, 0.25, 0.25], "shared"),
+        ([0.02, 0.3, 0.33, 0.35], "new"),
+        ([0.0, 0.2, 0.3, 0.5], "mixed"),  # NRN of the last against the second is .71
+        ([0.0, 0.22, 0.28, 0.5], "new"),
+        ([0.0, 0.5, 0.5, 0.0], "mixed"),
+        ([0.1, 0.2, 0.3, 0.4], "mixed"),
+        ([0.05, 0.05, 0.2, 0.7], "rft"),
+        ([0.7, 0.1, 0.1, 0.1], "base"),
+    ],
+)
+def test_classes_of_four_models(shares: list[float], named: str) -> None:
+    assert classify(shares, ["base", "sft", "grpo", "rft"], params()) == named
 
 
 def scaled(crosscoder: Crosscoder, owners: dict[int, str]) -> LatentScaling:
@@ -113,7 +134,7 @@ def scaled(crosscoder: Crosscoder, owners: dict[int, str]) -> LatentScaling:
     for k, owner in owners.items():
         t = crosscoder.slot(owner)
         beta[[o for o in range(m) if o != t], t, k] = 0.0
-    return LatentScaling(crosscoder.models, beta, beta)
+    return LatentScaling(crosscoder.models, beta, beta.clone())
 
 
 def test_an_owner_holds_against_every_other_model() -> None:
@@ -121,6 +142,17 @@ def test_an_owner_holds_against_every_other_model() -> None:
     scaling = scaled(joint, {0: "grpo", 1: "grpo"})
     scaling.error_MMF[0, 2, 1] = 1.0  # feature 1 acts in base as well
     assert own(scaling, params()) == ["grpo", None, None]
+
+
+def test_new_is_what_every_tuned_model_has_against_the_original_and_none_against_another() -> None:
+    joint = random_crosscoder(("base", "sft", "grpo", "rft"), n_features=6)
+    scaling = scaled(joint, {3: "sft", 4: "base"})
+    for beta_MMF in scaling[1:]:
+        beta_MMF[0, 1:, [0, 1, 2, 5]] = 0.0
+    scaling.error_MMF[0, 2, 1] = 1.0  # the base has as much of feature 1 as grpo
+    scaling.error_MMF[1, 3, 2] = scaling.reconstruction_MMF[1, 3, 2] = 0.0  # rft has feature 2 and sft does not
+    scaling.reconstruction_MMF[0, 1, 5] = 1.0  # what other features say of feature 5 is in the base
+    assert own(scaling, params()) == ["new", None, None, "sft", "base", None]
 
 
 def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
@@ -132,18 +164,18 @@ def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
     assert class_counts(rows) == {"pair": {"specific": 1, "sft": 3, "dead": 2}}
     assert [row["feature_class"] for row in rows] == ["sft", "dead", "sft", "sft", "dead"]
     assert [row["dead"] for row in rows] == [False, True, False, False, True]
-    assert [(row["feature_id"], row["nrn"], row["mas_sft"]) for row in rows] == [(k, 1.0, None) for k in range(5)]
+    assert [(row["feature_id"], row["nrn"], row["mas"]) for row in rows] == [(k, 1.0, None) for k in range(5)]
     assert rows[0]["max_activation"] == 2.0
 
 
-def test_joint_fits_have_mas_in_the_place_of_their_model() -> None:
-    joint = random_crosscoder(("grpo", "base", "sft"), n_features=4)
+def test_more_than_two_models_have_mas_in_their_order() -> None:
+    joint = random_crosscoder(("base", "sft", "grpo", "rft"), n_features=4)
     none = scaled(joint, {})
     rows = attribute("joint", joint, statistics(4), none, params())
     shares = mas(joint.W_dec.detach())
     for k, row in enumerate(rows):
         assert row["nrn"] is None
-        assert [row["mas_grpo"], row["mas_base"], row["mas_sft"]] == pytest.approx(shares[k].tolist())
+        assert row["mas"] == pytest.approx(shares[k].tolist())
     counts = class_counts(rows + attribute("other", joint, statistics(4, dead=(0,)), none, params()))
     assert sum(counts["joint"].values()) == sum(counts["other"].values()) == 4
     assert counts["other"]["dead"] == 1

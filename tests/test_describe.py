@@ -17,11 +17,11 @@ from featdiff.config.params import DescribeParams
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.readout import Reader
 from featdiff.description.describe import EMPTY, Sources, contexts, describe, summary, where_it_fires, written_out
-from featdiff.description.lens import Answered, Reading, answered
+from featdiff.description.reading import Answered, Reading, answered
 from featdiff.language.models import truncate
 from featdiff.stats import Interval
 from featdiff.tasks.task import Sample, TaskInfo, Text
-from tiny import params_of, random_crosscoder, tiny_model, write_store
+from tiny import ROLES, params_of, random_crosscoder, tiny_model, write_store
 
 TOKENIZER = tiny_model()[1]
 FEATURES = [9, 4]
@@ -35,9 +35,7 @@ def params(**changes: Any) -> DescribeParams:
 def reading_of(texts: list[str], values: Mapping[str, list[list[float]]], skip: int = 1) -> Reading:
     """Values of one feature, by text and kept token (BOS before each text)."""
     stream = TokenStream(TOKENIZER(texts)["input_ids"], skip)
-    return Reading(
-        stream, {model: torch.tensor([[float(v)] for part in parts for v in part]) for model, parts in values.items()}
-    )
+    return Reading(stream, {part: torch.tensor([[float(v)] for text in held for v in text]) for part, held in values.items()})
 
 
 def listed(
@@ -48,32 +46,31 @@ def listed(
 
 
 def test_contexts_hold_the_largest_values_of_each_source() -> None:
-    grpo = [[0, 1, 0, 0, 3, 0, 0, 2], [0, 7, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 9, 0]]
-    base = [[value / 2 for value in part] for part in grpo]
-    made = listed(
-        reading_of(["abcdefgh", "ijkl", "mnop", "qrst", "uvwx"], {"grpo": grpo, "base": base}), ["p", "p", "p", "p", "q"]
-    )
+    tuned = [[0, 1, 0, 0, 3, 0, 0, 2], [0, 7, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 9, 0]]
+    original = [[value / 2 for value in part] for part in tuned]
+    texts = ["abcdefgh", "ijkl", "mnop", "qrst", "uvwx"]
+    made = listed(reading_of(texts, {"tuned": tuned, "original": original}), ["p", "p", "p", "p", "q"])
     assert [(row["source"], row["rank"], row["text"]) for row in made] == [
         ("q", 1, "text-4"), ("p", 1, "text-1"), ("p", 2, "text-0"),
     ]  # fmt: skip
     longest = made[2]
     assert longest["tokens"] == list("bcdefgh"), "three tokens on either side of the fifth"
-    assert longest["grpo"] == [1, 0, 0, 3, 0, 0, 2]
-    assert longest["base"] == [0.5, 0, 0, 1.5, 0, 0, 1]
-    assert all(row["grpo"][row["peak"]] == max(row["grpo"]) for row in made)
+    assert longest["tuned"] == [1, 0, 0, 3, 0, 0, 2]
+    assert longest["original"] == [0.5, 0, 0, 1.5, 0, 0, 1]
+    assert all(row["tuned"][row["peak"]] == max(row["tuned"]) for row in made)
     assert {row["feature_id"] for row in made} == {5}
 
 
 def test_equal_contexts_stand_once_and_silence_is_no_context() -> None:
-    reading = reading_of(["ab", "ab", "cd"], {model: [[2, 0], [2, 0], [0, 1]] for model in ("grpo", "base")})
+    reading = reading_of(["ab", "ab", "cd"], {model: [[2, 0], [2, 0], [0, 1]] for model in ("tuned", "original")})
     made = listed(reading, ["p"] * 3, contexts=3)
     assert [row["tokens"] for row in made] == [["a", "b"], ["c", "d"]]
-    quiet = reading_of(["ab"], {"grpo": [[0, 0]], "base": [[5, 5]]})
+    quiet = reading_of(["ab"], {"tuned": [[0, 0]], "original": [[5, 5]]})
     assert listed(quiet, ["p"]) == []
 
 
 def test_where_the_answer_begins_is_counted_from_the_window() -> None:
-    reading = reading_of(["abcdef=gh"], {model: [[0, 0, 0, 0, 0, 0, 4, 0, 0]] for model in ("grpo", "base")})
+    reading = reading_of(["abcdef=gh"], {model: [[0, 0, 0, 0, 0, 0, 4, 0, 0]] for model in ("tuned", "original")})
     start = 1 + len("abcdef=")
     row = listed(reading, ["p"], [start])[0]
     assert row["tokens"][row["answer_from"] :] == ["g", "h"]
@@ -82,7 +79,7 @@ def test_where_the_answer_begins_is_counted_from_the_window() -> None:
 def test_positions_are_told_apart_and_every_task_counts_the_same() -> None:
     texts = ["ab=xyz", "c=wv", "d=", "e=u"]
     values = [[1, 0, 5, 7, 0, 4], [0, 3, 0, 2], [2, 0], [0, 6, 0]]
-    reading = reading_of(texts, {"grpo": values, "base": [[0] * len(part) for part in values]})
+    reading = reading_of(texts, {"tuned": values, "original": [[0] * len(part) for part in values]})
     tasks = ["p", "p", "p", "q"]
     samples = [Sample(f"s{i}", task, "find", text, "") for i, (task, text) in enumerate(zip(tasks, texts, strict=True))]
     answers = Answered(samples, reading.stream.texts, [1 + text.index("=") + 1 for text in texts])
@@ -95,12 +92,12 @@ def test_positions_are_told_apart_and_every_task_counts_the_same() -> None:
         "answer_rest": ((2 + 2) / 2, (0.5 + 1) / 2),
     }
     for position, (value, rate) in wanted.items():
-        assert found["grpo", position, None][0].value == pytest.approx(value), position
-        assert found["grpo", position, None][1].value == pytest.approx(rate), position
-        assert found["base", position, None][0].value == 0
-    assert found["grpo", "prompt_last", "p"][0].value == pytest.approx(8 / 3)
-    assert found["grpo", "prompt_last", "q"][1].value == 1
-    assert (found["grpo", "prompt_last", None][0].n, found["grpo", "answer_rest", None][0].n) == (4, 2)
+        assert found["tuned", position, None][0].value == pytest.approx(value), position
+        assert found["tuned", position, None][1].value == pytest.approx(rate), position
+        assert found["original", position, None][0].value == 0
+    assert found["tuned", "prompt_last", "p"][0].value == pytest.approx(8 / 3)
+    assert found["tuned", "prompt_last", "q"][1].value == 1
+    assert (found["tuned", "prompt_last", None][0].n, found["tuned", "answer_rest", None][0].n) == (4, 2)
     assert {task for _, position, task in found if position != "prompt_last"} == {None}
 
 
@@ -158,12 +155,12 @@ def sources(folder: Path) -> tuple[Sources, dict[str, torch.nn.Module]]:
         acts = read_residual(trunk, stream, 4, TOKENIZER.pad_token_id, torch.float32)
         stores[name] = ActivationStore({name: write_store(folder / name, acts, shard_rows=50)})
     largest = largest_values(coder, stores["grpo"])
-    editor = Editor(coder, "base", 1, torch.device("cpu"), largest)
+    editor = Editor(coder, "base", 1, torch.device("cpu"), largest, donor_name="grpo")
     edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in FEATURES}
     models = {name: tiny_model(seed)[0] for name, seed in (("base", 0), ("grpo", 1))}
     graded = {"base": ANSWERS, "grpo": ANSWERS}
     first = stream.first(150)
-    return Sources(coder, 1, models, TOKENIZER, TASKS, SAMPLES, graded, CORPUS, first, stores, largest, edits), trunks
+    return Sources(ROLES, coder, 1, models, TOKENIZER, TASKS, SAMPLES, graded, CORPUS, first, stores, largest, edits), trunks
 
 
 def read_alone(trunk: torch.nn.Module, reader: Reader, ids: list[int]) -> Tensor:
@@ -175,6 +172,7 @@ def test_the_whole_description_is_of_values_read_one_text_at_a_time(tmp_path: Pa
     given, trunks = sources(tmp_path)
     described, rows = describe(given, params(), 0)
     readers = {name: Reader(given.crosscoder, name, features=FEATURES) for name in trunks}
+    played = {"base": "original", "grpo": "tuned"}
     found = answered(TOKENIZER, TASKS, SAMPLES, ANSWERS, 4)
     values = {name: [read_alone(trunk, readers[name], ids)[1:] for ids in found.texts] for name, trunk in trunks.items()}
     stored = {name: [read_alone(trunk, readers[name], ids)[1:] for ids in given.corpus.texts] for name, trunk in trunks.items()}
@@ -184,26 +182,26 @@ def test_the_whole_description_is_of_values_read_one_text_at_a_time(tmp_path: Pa
         for source, parts in (("corpus", stored["grpo"]), ("rev", values["grpo"][:4]), ("quiz", values["grpo"][4:])):
             peak = max(part[:, s].max().item() for part in parts)
             assert peak > 0
-            assert strongest[source]["grpo"][strongest[source]["peak"]] == pytest.approx(peak, rel=1e-3)
+            assert strongest[source]["tuned"][strongest[source]["peak"]] == pytest.approx(peak, rel=1e-3)
         i = int(strongest["corpus"]["text"].removeprefix("corpus-"))
         peak = int(stored["grpo"][i][:, s].argmax())
-        assert strongest["corpus"]["base"][strongest["corpus"]["peak"]] == pytest.approx(
+        assert strongest["corpus"]["original"][strongest["corpus"]["peak"]] == pytest.approx(
             stored["base"][i][peak, s].item(), abs=1e-3
         )
-        for name in ("base", "grpo"):
+        for name, part in played.items():
             rate = (torch.cat(stored[name])[:, s] > 0).float().mean().item()
-            assert feature["corpus_rate"][name] == pytest.approx(rate)
+            assert feature["corpus_rate"][part] == pytest.approx(rate)
             last = [part[start - 2, s].item() for part, start in zip(values[name], found.starts, strict=True)]
             row = next(
                 row
                 for row in feature["positions"]
-                if (row["model"], row["position"], row["task"]) == (name, "prompt_last", None)
+                if (row["model"], row["position"], row["task"]) == (part, "prompt_last", None)
             )
             assert row["value"].value == pytest.approx(sum(last) / len(last), rel=1e-3)
-            assert feature["manner"]["answers"][name]["fires"] == sum(value > 0 for value in last[:4]), "only rev has a manner"
-        assert feature["manner"]["answers"]["base"]["steps"].value == 0.5
-        assert feature["manner"]["texts"]["grpo"]["prompts"] == 4
-    assert described["set"]["manner"]["answers"]["grpo"]["prompts"] == 4
+            assert feature["manner"]["answers"][part]["fires"] == sum(value > 0 for value in last[:4]), "only rev has a manner"
+        assert feature["manner"]["answers"]["original"]["steps"].value == 0.5
+        assert feature["manner"]["texts"]["tuned"]["prompts"] == 4
+    assert described["set"]["manner"]["answers"]["tuned"]["prompts"] == 4
     assert (described["prompts"], described["corpus_tokens"]) == (8, given.corpus.rows)
 
 

@@ -30,7 +30,7 @@ def resid(seed: int = 1, tokens: int = 4) -> Tensor:
 
 
 def editor(crosscoder: Crosscoder | None = None, model: str = "base") -> Editor:
-    return Editor(crosscoder or random_crosscoder(MODELS), model, 2, CPU, torch.arange(12.0) + 1)
+    return Editor(crosscoder or random_crosscoder(MODELS), model, 2, CPU, torch.arange(12.0) + 1, donor_name="grpo")
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,7 +144,7 @@ def model_editor(seed: int = 0) -> tuple[Editor, list[list[int]], dict[str, int]
     crosscoder = random_crosscoder(MODELS, d_model=16, n_features=32, threshold=0.5)
     prompts = tokenizer(["add 12 34=", "rev a="])["input_ids"]
     return (
-        Editor(crosscoder, "base", 1, CPU, torch.full((32,), 5.0), donor=tiny_model(seed + 1)[0]),
+        Editor(crosscoder, "base", 1, CPU, torch.full((32,), 5.0), donor_name="grpo", donor=tiny_model(seed + 1)[0]),
         prompts,
         {"pad": tokenizer.pad_token_id},
     )
@@ -192,7 +192,7 @@ def test_transplanting_every_direction_of_a_full_dictionary_gives_the_donors_ans
     axes = torch.cat([torch.eye(16), -torch.eye(16)])
     crosscoder.W_dec.data[:] = axes[:, None]
     crosscoder.W_enc.data[:] = axes.T / 2
-    maker = Editor(crosscoder, "base", 2, CPU, torch.ones(32), donor=donor)
+    maker = Editor(crosscoder, "base", 2, CPU, torch.ones(32), donor_name="grpo", donor=donor)
     made = maker.edit("transplant", list(range(32)), "all", 1.0)
     model.lm_head.weight.data, model.model.norm.weight.data = donor.lm_head.weight.data, donor.model.norm.weight.data
     alone = generate(donor, prompts, max_new_tokens=6, eos=-1, batch_size=2, **pad)
@@ -227,7 +227,7 @@ def test_edits_that_cannot_be_made(kind: str, said: str) -> None:
 def along(model: str = "base") -> Editor:
     made = editor(model=model)
     generator = torch.Generator().manual_seed(5)
-    made.directions = {name: torch.randn(6, generator=generator) for name in ("mean_difference", "base_mean")}
+    made.directions = {name: torch.randn(6, generator=generator) for name in ("mean_difference", "original_mean")}
     return made
 
 
@@ -238,11 +238,11 @@ def test_a_push_adds_the_direction_and_nothing_else() -> None:
     torch.testing.assert_close(after[:, -1], before[:, -1] + 2 * made.directions["mean_difference"])
 
 
-def test_a_projection_leaves_the_base_s_component_along_the_direction_and_all_others_as_they_were() -> None:
+def test_a_projection_leaves_the_original_s_component_along_the_direction_and_all_others_as_they_were() -> None:
     made, before = along(), resid()
     after = made.direct("project", "mean_difference", "all", 0.0)(before.clone(), None, prompt=True)
     unit = made.directions["mean_difference"] / made.directions["mean_difference"].norm()
-    torch.testing.assert_close(after @ unit, (made.directions["base_mean"] @ unit).expand(3, 4))
+    torch.testing.assert_close(after @ unit, (made.directions["original_mean"] @ unit).expand(3, 4))
     across = torch.eye(6) - torch.outer(unit, unit)
     torch.testing.assert_close(after @ across, before @ across)
     again = made.direct("project", "mean_difference", "all", 0.0)(after.clone(), None, prompt=True)

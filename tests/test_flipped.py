@@ -12,7 +12,7 @@ from featdiff.language.models import truncate
 from featdiff.localization.flipped import answer_text, feature_differences, flipped_answers, read_flipped
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import Sample, TaskInfo
-from tiny import random_crosscoder, tiny_model
+from tiny import ROLES, random_crosscoder, tiny_model
 
 WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
 QUIZ = TaskInfo("quiz", "find", "questions", "option_text_norm", "letter", "strict", False, 3)
@@ -35,7 +35,7 @@ def row(sample_id: str, task: str, mode: str, correct: bool, split: str = "find"
     }
 
 
-def test_flipped_is_base_wrong_and_grpo_right_under_the_tasks_own_rule() -> None:
+def test_flipped_is_original_wrong_and_tuned_right_under_the_tasks_own_rule() -> None:
     base, tuned = [], []
     for number, (before, after) in enumerate(((False, True), (True, True), (False, False), (True, False))):
         base.append(row(f"w{number}", "words", "greedy", before))
@@ -85,7 +85,7 @@ def differences(
     batch_size: int = 2,
 ) -> Tensor:
     reading = read_flipped(models, tiny_model()[1], task, samples, answers, batch_size)[positions]
-    return feature_differences(coder, reading, readout)
+    return feature_differences(coder, reading, readout, ROLES)
 
 
 def crosscoder(models: tuple[str, ...] = ("base", "sft", "grpo")) -> Crosscoder:

@@ -1,4 +1,4 @@
-"""Attribution against planted truth, on a small version of what ``make golden`` runs."""
+"""Attribution against known features, on a small version of what ``make golden`` runs."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,15 @@ import torch
 
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.attribution import golden
-from featdiff.attribution.golden import Case, GoldenParams, called_own, examine, match, missed, plant, table
+from featdiff.attribution.golden import Case, GoldenParams, called_own, examine, match, missed, synthesise, table
+from featdiff.attribution.norms import attribute
 from featdiff.attribution.scaling import latent_scaling
-from featdiff.config.params import parse
+from featdiff.config.params import CrosscoderTraining, parse
 from featdiff.config.reading import read_yaml
+from featdiff.crosscoder.fit import fit
+from featdiff.crosscoder.measure import measure
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.pipeline.checkpoint import Scratch
 from tiny import ROOT
 
 SETTINGS = read_yaml(ROOT / golden.SETTINGS)
@@ -31,12 +35,24 @@ def small(**changes: Any) -> GoldenParams:
     )
 
 
+def kinds_of(models: tuple[str, ...], strengths: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    """Eight features of each kind, by their strength in each model."""
+    return {
+        name: {
+            "count": 8,
+            "strength": {model: [level, level] for model, level in zip(models, levels, strict=True)},
+            "degrees": dict.fromkeys(models, 0.0),
+        }
+        for name, levels in strengths.items()
+    }
+
+
 def of_kind(kinds: list[str], kind: str) -> list[int]:
     return [i for i, other in enumerate(kinds) if other == kind]
 
 
 def test_every_kind_is_what_its_name_says() -> None:
-    _, directions, kinds = plant(small(), Case(active=4, noise=0.0, mean=0.0), torch.Generator().manual_seed(0))
+    _, directions, kinds = synthesise(small(), Case(active=4, noise=0.0, mean=0.0), torch.Generator().manual_seed(0))
     base, tuned = directions.unbind(1)
     norms, cosine = directions.norm(dim=2), torch.cosine_similarity(base, tuned, dim=1)
     factor = norms[:, 1] / norms[:, 0]
@@ -55,11 +71,11 @@ def test_every_kind_is_what_its_name_says() -> None:
     assert factor[rotated].tolist() == [one] * 8
 
 
-def test_activations_are_the_planted_sums_with_mean_and_noise_of_the_size_asked_for() -> None:
-    def planted(noise: float, mean: float) -> torch.Tensor:
-        return plant(small(), Case(active=3, noise=noise, mean=mean), torch.Generator().manual_seed(0)).acts_NMD
+def test_activations_are_the_sums_with_mean_and_noise_of_the_size_asked_for() -> None:
+    def made(noise: float, mean: float) -> torch.Tensor:
+        return synthesise(small(), Case(active=3, noise=noise, mean=mean), torch.Generator().manual_seed(0)).acts_NMD
 
-    plain, moved, noisy = planted(0.0, 0.0), planted(0.0, 2.0), planted(0.5, 0.0)
+    plain, moved, noisy = made(0.0, 0.0), made(0.0, 2.0), made(0.5, 0.0)
     size = (plain - plain.mean(0)).square().sum(2).mean().sqrt()
     shift = moved - plain
     torch.testing.assert_close(shift, shift[:1, :1].expand_as(shift), rtol=1e-3, atol=1e-4)
@@ -70,9 +86,9 @@ def test_activations_are_the_planted_sums_with_mean_and_noise_of_the_size_asked_
 
 
 def exact(params: GoldenParams) -> tuple[Crosscoder, ActivationTensor, list[str]]:
-    """A crosscoder whose decoder is the planted truth and whose code is exact, as there are fewer features than dimensions."""
+    """A crosscoder whose decoder is the truth and whose code is exact, as there are fewer features than dimensions."""
     case = Case(active=4, noise=0.0, mean=0.0)
-    acts, directions, kinds = plant(params, case, torch.Generator().manual_seed(0))
+    acts, directions, kinds = synthesise(params, case, torch.Generator().manual_seed(0))
     crosscoder = Crosscoder(params.models, params.d_model, len(kinds), "l1")
     with torch.no_grad():
         crosscoder.W_dec.copy_(directions)
@@ -90,11 +106,8 @@ def test_the_truth_is_called_by_its_name() -> None:
 
 
 def test_with_three_models_a_feature_must_be_absent_from_both_others() -> None:
-    kinds = {
-        name: {"count": 8, "strength": {"base": [base] * 2, "sft": [sft] * 2, "grpo": [1.0, 1.0]}, "degrees": dict.fromkeys(
-            ("base", "sft", "grpo"), 0.0)}
-        for name, base, sft in (("shared", 1.0, 1.0), ("tuned_only", 0.0, 0.0), ("of_both_arms", 0.0, 1.0))
-    }  # fmt: skip
+    strengths = {"shared": (1.0, 1.0, 1.0), "tuned_only": (0.0, 0.0, 1.0), "of_both_arms": (0.0, 1.0, 1.0)}
+    kinds = kinds_of(("base", "sft", "grpo"), strengths)
     crosscoder, source, kind = exact(small(kinds=kinds, rows=2000))
     calls = called_own(crosscoder.W_dec.detach(), latent_scaling(crosscoder, source, 0, 2000), small())
     assert {method: called.nonzero().squeeze(1).tolist() for method, called in calls.items()} == dict.fromkeys(
@@ -102,24 +115,48 @@ def test_with_three_models_a_feature_must_be_absent_from_both_others() -> None:
     )
 
 
-def test_planted_and_learned_features_find_each_other() -> None:
-    directions = plant(small(), Case(active=4, noise=0.0, mean=0.0), torch.Generator().manual_seed(0)).direction_PMD[:5].clone()
+def test_true_and_learned_features_find_each_other() -> None:
+    truth = synthesise(small(), Case(active=4, noise=0.0, mean=0.0), torch.Generator().manual_seed(0))
+    directions = truth.direction_PMD[:5].clone()
     order = torch.tensor([3, 0, 4, 1, 2])
     learned = torch.cat([directions[order] * 3, directions[:1] + 0.01, torch.zeros(1, 2, 32)])
     learned[0, 0] = 0  # shrunk in base: still the same feature
     alive = torch.ones(7, dtype=torch.bool)
     found = match(directions, learned, alive, 0.7)
     assert found.feature_P.tolist() == [1, 3, 4, 0, 2]
-    assert found.planted_F.tolist() == [3, 0, 4, 1, 2, 0, -1]
+    assert found.true_F.tolist() == [3, 0, 4, 1, 2, 0, -1]
     alive[1] = False
     found = match(directions, learned, alive, 0.7)
     assert found.feature_P.tolist() == [5, 3, 4, 0, 2]
-    assert found.planted_F.tolist() == [3, -1, 4, 1, 2, 0, -1]
+    assert found.true_F.tolist() == [3, -1, 4, 1, 2, 0, -1]
     assert (
         match(directions, torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(9)), alive[:3] | True, 0.7)[0].max() < 0
     )
     near = torch.stack([directions[0], directions[0] + 0.3 * directions[1]])  # one learned feature cannot stand for both
     assert match(near, directions[:1], alive[:1], 0.7).feature_P.tolist() == [0, -1]
+
+
+def test_of_four_models_what_all_tuned_ones_gained_is_new_and_what_one_gained_its_own() -> None:
+    models = ("base", "sft", "grpo", "rft")
+    strengths = {
+        "shared": (1.0, 1.0, 1.0, 1.0),
+        "new": (0.0, 1.0, 1.0, 1.0),
+        "rft": (0.0, 0.0, 0.0, 1.0),
+        "base": (1.0, 0.0, 0.0, 0.0),
+        "mixed": (0.0, 0.0, 1.0, 1.0),
+    }
+    params = small(kinds=kinds_of(models, strengths))
+    truth = synthesise(params, Case(active=4, noise=0.3, mean=1.0), torch.Generator().manual_seed(0))
+    source = ActivationTensor(params.models, truth.acts_NMD)
+    training = parse(CrosscoderTraining, params.training | {"k": 4}, "golden.yaml")
+    fitted = fit(source, "batchtopk", training, 0, lambda *_: None, "four", scratch=Scratch())
+    features = measure(source, *fitted)[1]
+    scaling = latent_scaling(fitted.crosscoder, source, 0, source.rows)
+    rows = attribute("four", fitted.crosscoder, features, scaling, params.attribution)
+    found_P = match(truth.direction_PMD, fitted.crosscoder.W_dec, features["firing_rate"] > 0, 0.7).feature_P
+    assert (found_P >= 0).all()
+    assert [rows[k]["feature_class"] for k in found_P.tolist()] == truth.kind
+    assert [rows[k]["specific"] for k in found_P.tolist()] == [kind not in ("shared", "mixed") for kind in truth.kind]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +184,7 @@ def test_under_l1_norms_take_reweighted_features_for_new_ones_and_latent_scaling
     assert scaled["called"]["tuned_only"] >= 7
 
 
-def test_counts_stay_within_what_was_planted_and_called(moderate: dict[tuple[str, str], dict[str, Any]]) -> None:
+def test_counts_stay_within_what_there_is_and_what_was_called(moderate: dict[tuple[str, str], dict[str, Any]]) -> None:
     for row in moderate.values():
         assert all(row["called"][kind] <= row["matched"][kind] <= COUNTS[kind] for kind in COUNTS)
         assert row["called"]["tuned_only"] <= row["own"] <= row["features"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.config.params import LocalizeParams
-from featdiff.localization.localize import above_threshold, describe, score, score_rows, select
+from featdiff.localization.localize import above_threshold, as_json, score, score_rows, select
 from tiny import params_of
 
 F = 30
@@ -130,7 +130,7 @@ def test_permuting_features_permutes_the_result(seed: int) -> None:
 def test_too_few_flipped_samples_are_a_result() -> None:
     found = select({}, {"reverse": "1 flipped samples, 10 needed"}, params(), 0)
     assert (found.status, found.features) == ("too_few_flipped", [])
-    described = json.loads(json.dumps(describe(found, params())))
+    described = json.loads(json.dumps(as_json(found, params())))
     assert described["skipped"] == {"reverse": "1 flipped samples, 10 needed"}
     assert score_rows(found) == []
 
@@ -142,7 +142,7 @@ def test_one_sample_is_enough_to_compute_with() -> None:
 
 def test_what_is_written() -> None:
     found = select(tasks(), {}, params(), 0)
-    described = json.loads(json.dumps(describe(found, params())))
+    described = json.loads(json.dumps(as_json(found, params())))
     assert set(described) == {
         "fit",
         "readout",

@@ -1,6 +1,5 @@
 """Models and tokenizers on disk: what loads, what is refused, and the trunk that stops at the hooked layer."""
 
-import copy
 import json
 import pickle
 import shutil
@@ -187,7 +186,7 @@ def test_the_trunk_gives_the_hooked_residual_stream_bit_for_bit(make_model: Call
     with torch.inference_mode():
         full = model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
         handle.remove()
-        trunk = truncate(copy.deepcopy(model), layer)
+        trunk = truncate(model, layer)
         resid = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     assert torch.equal(resid, seen[0])
     if layer < 3:  # the library puts the final norm on the last of its hidden states
@@ -197,10 +196,15 @@ def test_the_trunk_gives_the_hooked_residual_stream_bit_for_bit(make_model: Call
     assert len(trunk.layers) == layer
 
 
-def test_the_trunk_shares_its_weights(make_model: Callable[..., Any]) -> None:
-    model = make_model()
-    first = model.model.layers[0].mlp.down_proj.weight
-    assert truncate(model, 1).layers[0].mlp.down_proj.weight is first
+def test_the_trunk_shares_its_weights_and_leaves_the_model_as_it_is(make_model: Callable[..., Any]) -> None:
+    model, ids = make_model(), torch.tensor([[1, 4, 5, 6]])
+    with torch.inference_mode():
+        before = model(input_ids=ids, use_cache=False).logits
+        trunk = truncate(model, 1)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+    held = {id(weight) for weight in model.parameters()}
+    assert [name for name, weight in trunk.named_parameters() if id(weight) not in held] == []
+    assert (model.config.num_hidden_layers, trunk.config.num_hidden_layers) == (2, 1)
 
 
 def test_checkpoints_come_in_order_and_the_model_last(tmp_path: Path) -> None:

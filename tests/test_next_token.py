@@ -89,18 +89,18 @@ def test_what_enters_the_norm_gives_the_probabilities() -> None:
     torch.testing.assert_close(logits.softmax(-1), found, rtol=1e-3, atol=1e-5)
 
 
-def test_measured_effects_are_those_of_one_feature_at_its_largest_value_at_the_last_token_of_the_base() -> None:
-    (base, tokenizer), (grpo, _) = tiny_model(0), uneven_norm(1)
+def test_measured_effects_are_those_of_one_feature_at_its_largest_value_at_the_last_token_of_the_original() -> None:
+    (original, tokenizer), (tuned, _) = tiny_model(0), uneven_norm(1)
     coder, largest = random_crosscoder(d_model=16, n_features=8), torch.linspace(1, 3, 8)
-    editor = Editor(coder, "base", 1, torch.device("cpu"), largest)
+    editor = Editor(coder, "base", 1, torch.device("cpu"), largest, donor_name="grpo")
     edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in (5, 2)}
     prompts, written = prompts_of(tokenizer), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    made = next_token_effects({"base": base, "grpo": grpo}, prompts, written, edits, tokenizer.pad_token_id, params(), 0)
-    before = torch.stack([alone(base, ids) for ids in prompts])
-    final = final_stream(grpo, prompts, tokenizer.pad_token_id, 4)
-    for k, direct_V in zip((5, 2), direct_logits(grpo, written, final), strict=True):
+    made = next_token_effects(original, tuned, prompts, written, edits, tokenizer.pad_token_id, params(), 0)
+    before = torch.stack([alone(original, ids) for ids in prompts])
+    final = final_stream(tuned, prompts, tokenizer.pad_token_id, 4)
+    for k, direct_V in zip((5, 2), direct_logits(tuned, written, final), strict=True):
         direction = coder.W_dec[k, coder.slot("base")] / coder.scale[coder.slot("base")]
-        after = torch.stack([alone(base, ids, largest[k] * direction) for ids in prompts])
+        after = torch.stack([alone(original, ids, largest[k] * direction) for ids in prompts])
         change = (after - before).mean(0)
         assert change.abs().max() > 0.01
         effects = made[k]

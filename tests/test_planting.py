@@ -8,8 +8,8 @@ import torch
 
 from featdiff.activations.residual import TokenStream
 from featdiff.config.params import DescribeParams
-from featdiff.description.lens import Lens, Reading
 from featdiff.description.planting import plan, planted
+from featdiff.description.reading import PARTS, FeatureReader, Reading
 from tiny import params_of
 
 TOKEN, BEFORE = 7, 3
@@ -33,16 +33,16 @@ def never(_ids: list[int], _place: int) -> float:
     return 0.0
 
 
-class Rules(Lens):
+class Rules(FeatureReader):
     """Features that are rules on token ids."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules, self.features, self.seen = rules, list(range(len(rules))), []
 
-    def read(self, stream: TokenStream, models: Sequence[str] = ("base", "grpo")) -> Reading:
+    def read(self, stream: TokenStream, parts: Sequence[str] = PARTS) -> Reading:
         self.seen += stream.texts
         values = [[rule(ids, place) for rule in self.rules] for ids in stream.texts for place in range(stream.skip, len(ids))]
-        return Reading(stream, {model: torch.tensor(values) for model in models})
+        return Reading(stream, {part: torch.tensor(values) for part in parts})
 
 
 def params(**changes: Any) -> DescribeParams:
@@ -62,9 +62,9 @@ def answers() -> TokenStream:
 
 
 def test_a_token_detector_and_a_feature_of_context_are_told_apart() -> None:
-    lens = Rules([on_token, in_context, weak_alone, never])
-    read, stored = lens.read(answers()), lens.read(corpus())
-    made = planted(lens, [read, stored], stored, params(), 0)
+    reader = Rules([on_token, in_context, weak_alone, never])
+    read, stored = reader.read(answers()), reader.read(corpus())
+    made = planted(reader, [read, stored], stored, params(), 0)
     assert [row["verdict"] for row in made] == ["token", "context", "context", "untested"]
     assert [[token["token_id"] for token in row["tokens"]] for row in made] == [[TOKEN]] * 3 + [[]]
     token, context, weak = (row["tokens"][0] for row in made[:3])
@@ -74,7 +74,7 @@ def test_a_token_detector_and_a_feature_of_context_are_told_apart() -> None:
     assert weak["rate"].value == 1
     assert weak["ratio"].value > 0.05
     assert {row["ratio"].n for row in (token, context, weak)} == {40}
-    lenient = planted(lens, [read, stored], stored, params(token_detector=0.05), 0)
+    lenient = planted(reader, [read, stored], stored, params(token_detector=0.05), 0)
     assert [row["verdict"] for row in (lenient[0], lenient[2])] == ["token", "token"]
 
 
@@ -82,22 +82,22 @@ def test_a_feature_that_planting_half_wakes_is_undecided() -> None:
     def after_even(ids: list[int], place: int) -> float:
         return 2.0 if ids[place] == TOKEN and ids[place - 1] % 2 == 0 else 0.0
 
-    lens = Rules([on_token, after_even])
-    stored = lens.read(corpus())
-    (token,) = planted(lens, [stored], stored, params(), 0)[1]["tokens"]
+    reader = Rules([on_token, after_even])
+    stored = reader.read(corpus())
+    (token,) = planted(reader, [stored], stored, params(), 0)[1]["tokens"]
     assert token["ratio"].low < 0.5 < token["ratio"].high
     assert token["verdict"] == "undecided"
     for bound, verdict in ((0.1, "token"), (0.9, "context")):
-        assert planted(lens, [stored], stored, params(token_detector=bound), 0)[1]["verdict"] == verdict
+        assert planted(reader, [stored], stored, params(token_detector=bound), 0)[1]["verdict"] == verdict
 
 
 def test_each_top_token_is_judged_by_itself() -> None:
     def mixed(ids: list[int], place: int) -> float:
         return 5.0 if ids[place] == 8 else in_context(ids, place)
 
-    lens = Rules([on_token, mixed])
-    read, stored = lens.read(answers()), lens.read(corpus())
-    row = planted(lens, [read, stored], stored, params(), 0)[1]
+    reader = Rules([on_token, mixed])
+    read, stored = reader.read(answers()), reader.read(corpus())
+    row = planted(reader, [read, stored], stored, params(), 0)[1]
     verdicts = {token["token_id"]: token["verdict"] for token in row["tokens"]}
     assert verdicts == {8: "token", TOKEN: "context"}, "the answers' strongest token beside that of the corpus"
     assert row["verdict"] == "token"
@@ -107,12 +107,12 @@ def test_each_top_token_is_judged_by_itself() -> None:
 
 
 def test_tokens_end_silent_texts_of_the_corpus() -> None:
-    lens = Rules([in_context])
-    read, stored = lens.read(answers()), lens.read(corpus())
-    lens.seen.clear()
-    planted(lens, [read, stored], stored, params(), 0)
-    assert len(lens.seen) == 40
-    for ids in lens.seen:
+    reader = Rules([in_context])
+    read, stored = reader.read(answers()), reader.read(corpus())
+    reader.seen.clear()
+    planted(reader, [read, stored], stored, params(), 0)
+    assert len(reader.seen) == 40
+    for ids in reader.seen:
         assert ids[-1] == TOKEN
         whole = next(text for text in stored.stream.texts if text[: len(ids) - 1] == ids[:-1] and len(text) > len(ids) - 1)
         assert not any(in_context(whole, place) for place in range(1, len(whole)))
@@ -121,8 +121,8 @@ def test_tokens_end_silent_texts_of_the_corpus() -> None:
 
 def test_a_feature_of_every_text_is_planted_where_it_is_silent_in_the_quietest() -> None:
     stream = TokenStream([[99, 1, TOKEN, 2, TOKEN, 4] for _ in range(30)], 1)
-    lens = Rules([on_token, lambda ids, place: on_token(ids, place) * (1 + (ids[0] == 98))])
-    stored = lens.read(TokenStream([[98, *ids[1:]] if i < 25 else ids for i, ids in enumerate(stream.texts)], 1))
+    reader = Rules([on_token, lambda ids, place: on_token(ids, place) * (1 + (ids[0] == 98))])
+    stored = reader.read(TokenStream([[98, *ids[1:]] if i < 25 else ids for i, ids in enumerate(stream.texts)], 1))
     made = plan([stored], stored, 1, params(planted_texts=5), np.random.default_rng(0))
     assert made.silent == 0
     assert len(made.texts) == 5
@@ -135,9 +135,9 @@ def test_top_tokens_are_those_of_the_strongest_contexts() -> None:
     def graded(ids: list[int], place: int) -> float:
         return {8: 5.0, 6: 4.0, 4: 0.1}.get(ids[place], 0.0)
 
-    lens = Rules([graded])
+    reader = Rules([graded])
     texts = TokenStream([[99, 4, 4, 4]] * 50 + [[99, 6, 4, 1]] * 3 + [[99, 4, 8, 6]] * 4, 1)
-    stored = lens.read(texts)
+    stored = reader.read(texts)
     made = plan([stored], stored, 0, params(planted_texts=7, planted_tokens=1), np.random.default_rng(0))
     assert made.original == {8: [5.0] * 4}
     both = plan([stored], stored, 0, params(planted_texts=7), np.random.default_rng(0))

@@ -11,7 +11,7 @@ from featdiff.crosscoder.model import Crosscoder
 from featdiff.localization.flipped import FlippedStreams
 from featdiff.localization.robustness import common, mutual_matches, seed_stability, shuffled_identities, strongest, sweep
 from featdiff.localization.search import Search
-from tiny import params_of, random_crosscoder
+from tiny import ROLES, params_of, random_crosscoder
 
 PLANTED = [4, 17]
 
@@ -91,10 +91,10 @@ def test_directions_come_from_the_positions_of_the_search() -> None:
     reading = FlippedStreams({"base": base, "grpo": base + strength * v}, owner, 15)
     other = FlippedStreams({"base": base, "grpo": base * 0}, owner, 15)
     params = params_of(LocalizeParams, "localize", positions="answer")
-    search = Search({}, {"task": {"prompt_last": other, "answer": reading}}, params)
+    search = Search({}, {"task": {"prompt_last": other, "answer": reading}}, params, ROLES)
     found = search.directions(3)
     torch.testing.assert_close(found["mean_difference"], reading.mean(strength * v).mean(0))
     torch.testing.assert_close(found["first_component"], found["mean_difference"], rtol=1e-3, atol=1e-3)
     assert found["random_direction"].norm() == pytest.approx(found["mean_difference"].norm().item())
-    torch.testing.assert_close(found["base_mean"], base.mean(0))
+    torch.testing.assert_close(found["original_mean"], base.mean(0))
     assert torch.equal(found["random_direction"], search.directions(3)["random_direction"])

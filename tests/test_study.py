@@ -246,7 +246,7 @@ def subject(name: str, seed: int) -> Subject:
     model, tokenizer = tiny_model(seed)
     crosscoder = random_crosscoder(("base", "sft", "grpo"), d_model=16, n_features=24, threshold=1.0)
     directions = dict(
-        zip((*BASELINES, "base_mean"), torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), strict=True)
+        zip((*BASELINES, "original_mean"), torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), strict=True)
     )
     editor = Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor=tiny_model(2)[0], directions=directions)
     return Subject(Examinee(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4), editor)

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import write_json
-from featdiff.config.params import P, Pretraining, parse
+from featdiff.config.params import P, Pretraining, Roles, parse
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.language.models import character_tokenizer, organism_model
 
 ROOT = Path(__file__).parents[1]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=<>(),."
+ROLES = Roles(original="base", tuned="grpo", contrast="sft")
 
 
 @cache

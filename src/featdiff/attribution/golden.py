@@ -1,8 +1,9 @@
-"""Attribution methods against the truth: crosscoders fitted on features that were planted in each model.
+"""Attribution methods against the truth: crosscoders fitted on synthetic activations, whose features are known.
 
     x^m = mean + Σ_i f_i · strength_i^m · direction_i^m + noise
-A feature i fires at its own rate with a log-normal value; its strength and direction in each model are those of its kind.
-Every method is asked which features the last model has alone. N token rows, M models, D width, P planted, F learned features.
+A true feature i fires at its own rate with a log-normal value. Its strength and direction in each model are those of its kind.
+Every method is asked which features the last model has alone.
+N token rows, M models, D width, P true features, F learned features.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Method = Literal["nrn", "mas", "scaling", "nrn_scaling"]
 
 
 class Kind(Params):
-    """Planted features that have the same fate. All kinds name the same models in the same order."""
+    """True features that have the same fate. All kinds name the same models in the same order."""
 
     count: Positive
     strength: dict[Name, Annotated[list[float], Field(min_length=2, max_length=2)]]
@@ -57,7 +58,7 @@ class Kind(Params):
 
 class Case(Params):
     active: Positive
-    """Mean number of planted features that fire on a token, which is also k of BatchTopK."""
+    """Mean number of true features that fire on a token, which is also k of BatchTopK."""
     noise: Annotated[float, Field(ge=0)]
     """Root mean square norm of the noise, relative to the features'."""
     mean: Annotated[float, Field(ge=0)]
@@ -71,7 +72,7 @@ class Reach(Params):
     loss: LossName
     method: Method
     found: Fraction
-    """Least share of the planted ``tuned_only`` features to be called so."""
+    """Least share of the true ``tuned_only`` features to be called so."""
     shared_called: Fraction
     """Largest share of the shared ones to be called so."""
 
@@ -96,15 +97,15 @@ class GoldenParams(Params):
         return list(next(iter(self.kinds.values())).strength)
 
 
-class Planted(NamedTuple):
+class Truth(NamedTuple):
     acts_NMD: Float[Tensor, "N M D"]
     direction_PMD: Float[Tensor, "P M D"]
     """What one unit of each feature adds to each model."""
     kind: list[str]
-    """Kind of each planted feature."""
+    """Kind of each true feature."""
 
 
-def plant(params: GoldenParams, case: Case, generator: torch.Generator) -> Planted:
+def synthesise(params: GoldenParams, case: Case, generator: torch.Generator) -> Truth:
     """Activations with known features: random directions, independent firing, isotropic noise of each model's own."""
     kind = [name for name, group in params.kinds.items() for _ in range(group.count)]
     shape = len(kind), params.d_model
@@ -124,22 +125,22 @@ def plant(params: GoldenParams, case: Case, generator: torch.Generator) -> Plant
     size = (acts_NMD - acts_NMD.mean(0)).square().sum(2).mean().sqrt()
     acts_NMD += case.mean * size * normalize(torch.randn(params.d_model, generator=generator), dim=0)
     acts_NMD += case.noise * size / params.d_model**0.5 * torch.randn(acts_NMD.shape, generator=generator)
-    return Planted(acts_NMD, direction_PMD, kind)
+    return Truth(acts_NMD, direction_PMD, kind)
 
 
 class Match(NamedTuple):
     feature_P: Int[Tensor, " P"]
-    """The learned feature of each planted one, mutually nearest; −1 for none."""
-    planted_F: Int[Tensor, " F"]
-    """The planted feature nearest to each learned one; −1 for none."""
+    """The learned feature of each true one, mutually nearest; −1 for none."""
+    true_F: Int[Tensor, " F"]
+    """The true feature nearest to each learned one; −1 for none."""
 
 
 def match(
     direction_PMD: Float[Tensor, "P M D"], W_dec_FMD: Float[Tensor, "F M D"], alive_F: Bool[Tensor, " F"], least: float
 ) -> Match:
-    """Planted and learned features by their largest decoder cosine in any model, from ``least`` on.
+    """Which true and learned features belong together: those of largest decoder cosine, from ``least`` on.
 
-    In any, not in all: a decoder row that was shrunk to nothing must not hide which feature it was."""
+    The cosine is the largest over models: a decoder row that was shrunk to nothing must not hide which feature it was."""
     cosine_PF = torch.einsum("pmd,fmd->mpf", normalize(direction_PMD, dim=2), normalize(W_dec_FMD, dim=2)).amax(0)
     cosine_PF = cosine_PF.where(alive_F, -1.0)
     nearest_P, nearest_F = cosine_PF.max(1), cosine_PF.max(0)
@@ -166,28 +167,29 @@ def called_own(
 
 
 def examine(params: GoldenParams, name: str, loss: LossName) -> list[dict[str, Any]]:
-    """Plant ``name``, fit a crosscoder under ``loss`` and count, for each method, what it calls the tuned model's own.
+    """Make the activations of the case ``name``, fit a crosscoder under ``loss`` and count, for each method, what it calls the
+    tuned model's own.
 
-    ``called`` and ``matched`` count planted features of each kind whose learned feature was called, or exists at all;
-    ``own`` of the ``features`` called are nearest to a planted one of the tuned model's own."""
+    ``matched`` counts the true features of each kind that have a learned feature, ``called`` those whose learned feature was
+    called. ``features`` were called in all, and ``own`` of them are nearest to a true feature of the tuned model's own."""
     case = params.cases[name]
-    planted = plant(params, case, torch.Generator().manual_seed(params.seed))
-    source = ActivationTensor(params.models, planted.acts_NMD)
+    truth = synthesise(params, case, torch.Generator().manual_seed(params.seed))
+    source = ActivationTensor(params.models, truth.acts_NMD)
     training = parse(CrosscoderTraining, params.training | {"k": case.active}, str(SETTINGS))
     fitted = fit(source, loss, training, params.seed, lambda *_: None, f"{name} {loss}", scratch=Scratch())
     crosscoder, (metrics, features) = fitted.crosscoder, measure(source, *fitted)
     alive_F = features["firing_rate"] > 0
-    matches = match(planted.direction_PMD, crosscoder.W_dec, alive_F, params.least_cosine)
+    matches = match(truth.direction_PMD, crosscoder.W_dec, alive_F, params.least_cosine)
     scaling = latent_scaling(crosscoder, source, 0, min(params.attribution.scaling_tokens, source.rows))
-    own_P = torch.tensor([kind == OWN for kind in planted.kind])
-    is_own_F = own_P[matches.planted_F] & (matches.planted_F >= 0)
+    own_P = torch.tensor([kind == OWN for kind in truth.kind])
+    is_own_F = own_P[matches.true_F] & (matches.true_F >= 0)
     rows = []
     for method, called_F in called_own(crosscoder.W_dec, scaling, params).items():
         called_F = called_F & alive_F
         found_P = matches.feature_P >= 0
         counts: dict[str, dict[str, int]] = {"called": {}, "matched": {}}
         for kind in params.kinds:
-            of_kind_P = torch.tensor([other == kind for other in planted.kind])
+            of_kind_P = torch.tensor([other == kind for other in truth.kind])
             counts["called"][kind] = int((called_F[matches.feature_P] & found_P & of_kind_P).sum())
             counts["matched"][kind] = int((found_P & of_kind_P).sum())
         facts = {"case": name, "loss": loss, "method": method, "fve": metrics["fve"], "l0": metrics["l0"]}

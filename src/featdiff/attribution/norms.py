@@ -1,13 +1,18 @@
 """Whose feature is it? Decoder norms of a crosscoder, compared between its models.
 
-    NRN_k  = ‖d_k^T‖₁ / (‖d_k^O‖₁ + ‖d_k^T‖₁)      two models, O original, T tuned
+    NRN_k   = ‖d_k^T‖₁ / (‖d_k^O‖₁ + ‖d_k^T‖₁)     two models, O original, T tuned
     MAS_k^m = ‖d_k^m‖₁ / Σ_m' ‖d_k^m'‖₁            any number of models; sums to one
-(both from the paper; F features, M models), and latent scaling (featdiff.attribution.scaling), which asks activations.
+The paper has them for two and for three models; crosscoders of many were fitted on the snapshots of a pretraining (Ge et al.
+2025, arXiv 2509.17196). From three models on, a feature may be new without being one model's own: every tuned model has it and
+the original does not. That class is ours. Latent scaling (featdiff.attribution.scaling) asks the activations whether the norms
+are right.
+F features, M models, the first of which is the original.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -15,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featdiff.attribution.scaling import LatentScaling
-from featdiff.config.params import AttributionParams
+from featdiff.config.params import DEAD, MIXED, NEW, SHARED, SPECIFIC, AttributionParams
 from featdiff.crosscoder.model import Crosscoder
 
 
@@ -27,36 +32,41 @@ def mas(W_dec_FMD: Float[Tensor, "F M D"]) -> Float[Tensor, "F M"]:
 
 
 def nrn(W_dec_FMD: Float[Tensor, "F 2 D"]) -> Float[Tensor, " F"]:
-    """Share of the tuned model (index 1): about 1 tuned-only, 0 base-only, 0.5 shared."""
+    """Share of the second of two models: about 1 where the feature is its own, 0 where it is the first's, 0.5 where both
+    have it."""
     return mas(W_dec_FMD)[:, 1]
 
 
 def classify(shares: list[float], models: list[str], params: AttributionParams) -> str:
-    """Class of a feature by its decoder norms alone. Two models: ``shared`` inside the band of NRN, else the
-    model it belongs to. Three and more: the model whose MAS dominates, ``shared`` where every model has at least
-    half of an equal share, else ``mixed``."""
+    """Class of a feature by its ``shares``, the MAS of ``models``, of which the first is the original.
+
+    Two models: ``shared`` inside the band of NRN, else the model it belongs to. Three and more: the model whose MAS dominates;
+    ``shared`` where every model has at least half of an equal share; ``new`` where NRN says so for every two models, which
+    means above the band for each tuned model against the original, and inside it for any two tuned models; else ``mixed``."""
+    low, high = params.shared_band
     if len(models) == 2:
-        low, high = params.shared_band
-        return "shared" if low <= shares[1] <= high else models[int(shares[1] > high)]
+        return SHARED if low <= shares[1] <= high else models[int(shares[1] > high)]
     largest = max(range(len(models)), key=shares.__getitem__)
     if shares[largest] > params.joint_dominance:
         return models[largest]
-    return "shared" if min(shares) >= 0.5 / len(models) else "mixed"
+    if min(shares) >= 0.5 / len(models):
+        return SHARED
+    original, *tuned = shares
+    gained = all(share > high * (original + share) for share in tuned)
+    return NEW if gained and all(low <= b / (a + b) <= high for a, b in combinations(tuned, 2)) else MIXED
 
 
 def attribute(
     name: str, crosscoder: Crosscoder, features: dict[str, Tensor], scaling: LatentScaling, params: AttributionParams
 ) -> list[dict[str, Any]]:
-    """One row per feature of one crosscoder: norm shares, class and activity; whose own it is by latent scaling; and
-    whether both agree that it is one model's own (the full rule). Dead features are flagged, not classed."""
-    shares_FM = mas(crosscoder.W_dec).tolist()
-    owners = own(scaling, params)
+    """One row per feature of the crosscoder ``name``: its class by decoder norms (with ``nrn`` for two models, with ``mas`` in
+    the order of the models for more), its owner by latent scaling, and whether it is ``specific``: both say the same. A feature
+    that never fires is ``dead``. ``features`` are statistics of every feature [F], with ``firing_rate`` among them."""
+    owners, pair = own(scaling, params), len(crosscoder.models) == 2
     rows = []
-    for k, shares in enumerate(shares_FM):
+    for k, shares in enumerate(mas(crosscoder.W_dec).tolist()):
         dead = features["firing_rate"][k].item() == 0
-        by_model = dict(zip(crosscoder.models, shares, strict=True))
-        pair = len(crosscoder.models) == 2
-        by_norm = "dead" if dead else classify(shares, crosscoder.models, params)
+        by_norm = DEAD if dead else classify(shares, crosscoder.models, params)
         rows.append(
             {
                 "fit": name,
@@ -64,7 +74,7 @@ def attribute(
                 "dead": dead,
                 **{key: column[k].item() for key, column in features.items()},
                 "nrn": shares[1] if pair else None,
-                **{f"mas_{model}": None if pair else by_model.get(model) for model in ("base", "sft", "grpo")},
+                "mas": None if pair else shares,
                 "feature_class": by_norm,
                 "scaling_owner": None if dead else owners[k],
                 "specific": not dead and by_norm == owners[k],
@@ -74,16 +84,21 @@ def attribute(
 
 
 def own(scaling: LatentScaling, params: AttributionParams) -> list[str | None]:
-    """For each feature the model whose own it is, against every other one, by latent scaling; None where there is none."""
+    """Whose each feature is by latent scaling: a model that has it against every other one; ``new`` where each tuned model has
+    it against the original (the first model) and none against another tuned one; None for any other feature."""
     specific_MMF = scaling.specific(params.nu_error, params.nu_reconstruction)
-    models = range(len(scaling.models))
-    against_all_MF = torch.stack([torch.stack([specific_MMF[o, t] for o in models if o != t]).all(0) for t in models])
-    return [scaling.models[int(row.nonzero()[0])] if row.any() else None for row in against_all_MF.T]
+    itself_MM1 = torch.eye(len(scaling.models), dtype=torch.bool)[:, :, None]
+    own_MF = (specific_MMF | itself_MM1).all(0)
+    new_F = specific_MMF[0, 1:].all(0) & ~specific_MMF[1:, 1:].flatten(0, 1).any(0)
+    return [
+        scaling.models[int(own_M.nonzero()[0])] if own_M.any() else NEW if new else None
+        for own_M, new in zip(own_MF.T, new_F.tolist(), strict=True)
+    ]
 
 
 def class_counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Features per class for each crosscoder, and those that the full rule calls specific."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        counts.setdefault(row["fit"], Counter()).update([row["feature_class"]] + ["specific"] * row["specific"])
-    return {fit: {"specific": 0} | dict(sorted(found.items())) for fit, found in counts.items()}
+        counts.setdefault(row["fit"], Counter()).update([row["feature_class"]] + [SPECIFIC] * row["specific"])
+    return {fit: {SPECIFIC: 0} | dict(sorted(found.items())) for fit, found in counts.items()}

@@ -40,8 +40,9 @@ class LatentScaling(NamedTuple):
         """Whether a feature is t's (second index) and not o's (first): |ν_ε| and ν_r below their bounds, 0.2 and 0.5 in
         the source.
 
-        We take |ν_ε|: a feature that acts in o with the opposite sign is not t's own, and for a feature of o alone, whose
-        row in t is next to nothing, ν is large of either sign. ν_r stays signed, as the bias pushes it both ways."""
+        We take |ν_ε|. A feature that acts in o with the opposite sign is not t's own.
+        And for a feature of o alone, whose row in t is next to nothing, ν is large and may have either sign. ν_r keeps its
+        sign, because the bias pushes it both ways."""
         return (ratio(self.error_MMF).abs() < nu_error) & (ratio(self.reconstruction_MMF) < nu_reconstruction)
 
 
@@ -55,7 +56,7 @@ def ratio(beta_MMF: Float[Tensor, "M M F"]) -> Float[Tensor, "M M F"]:
 def latent_scaling(crosscoder: Crosscoder, source: ActivationSource, start: int, stop: int) -> LatentScaling:
     """β over rows ``start`` to ``stop`` of raw activations, read once in pieces.
 
-    Only Σ f_k², Σ f_k (x − x̂) and Σ f_k x̂ are summed up, 2·M·D·F + F numbers in float64 that all pairs share.
+    All pairs of models share three sums in float64: Σ f_k², Σ f_k (x − x̂) and Σ f_k x̂, together 2·M·D·F + F numbers.
     Raises ValueError unless the source holds the crosscoder's models in their order."""
     if list(source.models) != crosscoder.models:
         raise ValueError(f"the crosscoder is of {', '.join(crosscoder.models)}, the activations of {', '.join(source.models)}")

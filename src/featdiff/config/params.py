@@ -56,6 +56,8 @@ BASE = "base"
 Role = Literal["train", "find", "control", "heldout"]
 Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
+Readout = Literal["swap", "slot", "contribution"]
+"""What "the value of a feature in one model" means (featdiff.crosscoder.readout)."""
 LossName = Literal["batchtopk", "l1"]
 """Keys of ``featdiff.crosscoder.losses.table.LOSSES``, which cannot be asked here: it imports torch."""
 
@@ -405,6 +407,8 @@ AGAIN = "again"
 """Name of a model's second appearance in a crosscoder with itself."""
 PAIR = "pair_"
 """How the crosscoder of base and an arm is called, before the name of the arm."""
+SHARED, NEW, MIXED, DEAD, SPECIFIC = "shared", "new", "mixed", "dead", "specific"
+"""What a feature may be beside one model's own (featdiff.attribution.norms), so that no arm can have such a name."""
 
 
 class Fit(Params):
@@ -496,9 +500,9 @@ class CrosscoderParams(Params):
 
 class AttributionParams(Params):
     shared_band: Annotated[list[float], Field(min_length=2, max_length=2)]
-    """NRN between these bounds is called shared; below is base-only, above tuned-only."""
+    """NRN between these bounds is called shared; below is the first model's alone, above the second's."""
     joint_dominance: Fraction
-    """MAS share above which a feature of the three-model crosscoder is called one model's own."""
+    """MAS share above which a feature of a crosscoder of three and more models is called one model's own."""
     scaling_tokens: Tokens
     """Tokens of the stream on which latent scaling is computed."""
     nu_error: Fraction
@@ -527,7 +531,7 @@ class LocalizeParams(Params):
     """The same crosscoder with other seeds: does the set come out again?"""
     least_cosine: Fraction
     """Decoder cosine from which two features that are each other's best match across seeds count as the same."""
-    readout: Literal["swap", "slot", "contribution"]
+    readout: Readout
     positions: Literal["prompt_last", "answer", "all"]
     """Where scores are taken."""
     threshold: Fraction
@@ -537,7 +541,7 @@ class LocalizeParams(Params):
     shuffles: Resamples
     """Of the models' identities, for the size of the set by chance."""
     min_flipped: Positive
-    """Fewest samples that base fails and GRPO solves for a task to take part."""
+    """Fewest samples that the original model fails and the tuned one solves for a task to take part."""
     bootstrap: Resamples
     batch_size: Positive
 
@@ -546,7 +550,7 @@ class DescribeParams(Params):
     """What is read to say what the features of the set are (featdiff.description.describe)."""
 
     samples: Positive
-    """Questions of the find split per task, read with GRPO's own answers."""
+    """Questions of the find split per task, read with the tuned model's own answers."""
     corpus_tokens: Tokens
     """Tokens of the corpus that are searched for contexts, the first of the stream of ``activations``."""
     contexts: Positive
@@ -700,7 +704,7 @@ class Study(Params):
 
     @model_validator(mode="after")
     def _models_exist(self) -> Study:
-        if reserved := {BASE, AGAIN} & set(self.arms):
+        if reserved := {BASE, AGAIN, SHARED, NEW, MIXED, DEAD, SPECIFIC} & set(self.arms):
             raise ValueError(f"arms.{min(reserved)}: this name is taken; choose another")
         for name, arm in self.arms.items():
             if arm.method == "imported" and self.numbers(name).source is None:
@@ -728,6 +732,8 @@ class Study(Params):
             raise ValueError(
                 f"localize.fit = {self.localize.fit} does not hold {', '.join(missing)}, which roles name; take another fit"
             )
+        if BASE not in self.fits[self.dynamics.fit].models:
+            raise ValueError(f"dynamics.fit = {self.dynamics.fit} does not hold {BASE}, where arms start; take another fit")
         first = self.fits[self.localize.fit]
         for name in self.localize.seeds:
             if name not in self.fits or self.fits[name].models != first.models:

@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featdiff.config.params import Readout
 from featdiff.crosscoder.model import Crosscoder
-
-Readout = Literal["swap", "slot", "contribution"]
 
 
 class Reader:

@@ -1,6 +1,7 @@
 """What the features of a set are: on what text they fire, where in an answer, and all that is known of them in one place.
 
-Everything is read under the swap readout, in GRPO and on the same tokens in the base; the report split stays untouched.
+Everything is read under the swap readout, in the tuned model and on the same tokens in the original. The report split stays
+untouched. What is made is keyed by the part that a model plays, ``original`` or ``tuned``, and not by its name.
 N token rows, T token, P prompts (one answer each), S features of the set.
 """
 
@@ -20,13 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from featdiff import stats
 from featdiff.activations.residual import TokenStream
 from featdiff.activations.store import ActivationStore
-from featdiff.config.params import DescribeParams
+from featdiff.config.params import DescribeParams, Roles
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.crosscoder.readout import Reader
-from featdiff.description.lens import MODELS, Answered, Lens, Reading, answered
 from featdiff.description.manner import SET, manner_of_answers, manner_of_texts
 from featdiff.description.next_token import next_token_effects
 from featdiff.description.planting import planted
+from featdiff.description.reading import PARTS, TUNED, Answered, FeatureReader, Reading, answered, by_part
 from featdiff.language.decode import Edit
 from featdiff.language.models import truncate
 from featdiff.stats import Interval
@@ -48,12 +48,14 @@ def contexts(
     tokenizer: PreTrainedTokenizerFast,
     params: DescribeParams,
 ) -> Iterator[Row]:
-    """The ``params.contexts`` strongest contexts of every feature for each of ``sources``: tokens around a text's largest value
-    in GRPO, and the values of both models at each. One per text, none without a value, equal ones once.
+    """The ``params.contexts`` strongest contexts of every feature for each of ``sources``. A context is the tokens around a
+    text's largest value in the tuned model, with the values in both models. A text has at most one and none where the feature
+    is silent; of equal contexts one is kept.
 
-    ``labels`` name the texts, ``sources`` group them, ``starts`` say where an answer begins."""
+    By text of ``reading``: ``sources`` say which group it is of, ``labels`` what it is called, ``starts`` where an answer
+    begins, None for no answer."""
     value_TS, place_TS = reading.peaks
-    parts = {model: reading.split(model) for model in MODELS}
+    values = {part: reading.split(part) for part in PARTS}
     skip = reading.stream.skip
     for s, k in enumerate(features):
         kept: dict[str, set[tuple[int, ...]]] = {source: set() for source in sources}
@@ -74,7 +76,7 @@ def contexts(
                 "peak": peak - low,
                 "answer_from": None if start is None else start - skip - low,
                 "tokens": [tokenizer.decode([token]) for token in window],
-                **{model: parts[model][i][low:high, s].tolist() for model in MODELS},
+                **{part: values[part][i][low:high, s].tolist() for part in PARTS},
             }
 
 
@@ -96,12 +98,12 @@ def all_contexts(
 
 
 def where_it_fires(reading: Reading, answers: Answered, params: DescribeParams, seed: int) -> list[list[Row]]:
-    """Per feature, mean value and firing rate of both models by position, over all tasks (``task`` None) and at the last
-    prompt token for each task. A number is the mean over answers of an answer's own mean, every task counting the same."""
-    table: list[list[Row]] = [[] for _ in range(reading.values["grpo"].shape[1])]
-    for model in MODELS:
+    """By feature, mean value and firing rate in both models by position, over all tasks (``task`` None) and at the last prompt
+    token for each task. A number is the mean over answers of an answer's own mean, and every task counts the same."""
+    table: list[list[Row]] = [[] for _ in range(reading.values[TUNED].shape[1])]
+    for part in PARTS:
         for position in POSITIONS:
-            strata = _by_task(reading, model, position, answers)
+            strata = _by_task(reading, part, position, answers)
             groups: dict[str | None, dict[str, NDArray[Any]]] = {None: strata} if strata else {}
             if position == "prompt_last":
                 groups |= {task: {task: measured} for task, measured in strata.items()}
@@ -116,14 +118,14 @@ def where_it_fires(reading: Reading, answers: Answered, params: DescribeParams, 
                         )
                         for i in range(2)
                     )
-                    rows.append({"model": model, "position": position, "task": task, "value": value, "rate": rate})
+                    rows.append({"model": part, "position": position, "task": task, "value": value, "rate": rate})
     return table
 
 
-def _by_task(reading: Reading, model: str, position: str, answers: Answered) -> dict[str, NDArray[Any]]:
+def _by_task(reading: Reading, part: str, position: str, answers: Answered) -> dict[str, NDArray[Any]]:
     """Mean value and firing rate [P, 2, S] of the answers that have tokens at ``position``, by task."""
     found: dict[str, list[Tensor]] = {}
-    for values_TS, start, task in zip(reading.split(model), answers.starts, answers.tasks, strict=True):
+    for values_TS, start, task in zip(reading.split(part), answers.starts, answers.tasks, strict=True):
         first = start - reading.stream.skip
         last = max(first - 1, 0)
         spans = (slice(0, last), slice(last, first), slice(first, first + 1), slice(first + 1, None))
@@ -134,57 +136,60 @@ def _by_task(reading: Reading, model: str, position: str, answers: Answered) -> 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a description is made from, opened."""
+    """What a description is made from, opened; models, answers and stores by the names of the models."""
 
+    roles: Roles
     crosscoder: Crosscoder
     layer: int
+    """Blocks below the residual stream that the crosscoder was fitted on."""
     models: Mapping[str, PreTrainedModel]
-    """Whole; :func:`describe` cuts them off after ``layer`` blocks when it is done with their heads."""
     tokenizer: PreTrainedTokenizerFast
     tasks: Mapping[str, TaskInfo]
     samples: Sequence[Sample]
     answers: Mapping[str, list[Row]]
-    """Graded answers by model."""
+    """Graded answers."""
     texts: Sequence[Text]
     """The corpus."""
     corpus: TokenStream
     """The same as tokens."""
     stores: Mapping[str, ActivationStore]
-    """By model; what they hold begins with ``corpus``."""
+    """What they hold begins with ``corpus``."""
     largest_F: Float[Tensor, " F"]
-    """Largest value of every feature in GRPO, f^max."""
+    """Largest value of every feature in the tuned model, f^max."""
     edits: Mapping[int, Edit]
-    """For every feature of the set, the edit of the base that adds f^max of it alone at the last prompt token."""
+    """For every feature of the set, the edit of the original model that adds f^max of it alone at the last prompt token."""
 
 
 def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[str, Any], list[Row]]:
     """All that is known of every feature of ``sources.edits`` and of the set as a whole, and the features' contexts.
     Intervals are :class:`Interval`, tokens ids (see :func:`written_out`)."""
-    crosscoder, features, pad = sources.crosscoder, list(sources.edits), sources.tokenizer.pad_token_id
-    answers = answered(sources.tokenizer, sources.tasks, sources.samples, sources.answers["grpo"], params.samples)
-    written_SD = Reader(crosscoder, "grpo", features=features).directions_FD * sources.largest_F[features, None]
-    effects = next_token_effects(sources.models, answers.prompts, written_SD, sources.edits, pad, params, seed)
-    trunks = {name: truncate(model, sources.layer) for name, model in sources.models.items()}
-    lens = Lens(crosscoder, trunks, features, pad, params.batch_size)
-    corpus = lens.read_stores(sources.corpus, sources.stores)
-    reading = lens.read(TokenStream(answers.texts, corpus.stream.skip))
-    positions = where_it_fires(reading, answers, params, seed)
-    lexical = planted(lens, [reading, corpus], corpus, params, seed)
+    roles, tokenizer, features = sources.roles, sources.tokenizer, list(sources.edits)
+    original, tuned = sources.models[roles.original], sources.models[roles.tuned]
+    trunks = {roles.original: truncate(original, sources.layer), roles.tuned: truncate(tuned, sources.layer)}
+    pad, graded = tokenizer.pad_token_id, by_part(sources.answers, roles)
+    reader = FeatureReader(sources.crosscoder, trunks, roles, features, pad, params.batch_size)
+    answers = answered(tokenizer, sources.tasks, sources.samples, graded[TUNED], params.samples)
+    corpus = reader.read_stores(sources.corpus, by_part(sources.stores, roles))
+    reading = reader.read(TokenStream(answers.texts, corpus.stream.skip))
+    written_SD = reader.readers[TUNED].directions_FD * sources.largest_F[features, None]
+    effects = next_token_effects(original, tuned, answers.prompts, written_SD, sources.edits, pad, params, seed)
+    lexical = planted(reader, [reading, corpus], corpus, params, seed)
     manner = {
-        "answers": manner_of_answers(reading, answers, features, sources.answers, params, seed),
-        "texts": manner_of_texts(lens, sources.tokenizer, sources.texts, params, seed),
+        "answers": manner_of_answers(reading, answers, features, graded, params, seed),
+        "texts": manner_of_texts(reader, tokenizer, sources.texts, params, seed),
     }
-    rates = {model: (corpus.values[model] > 0).double().mean(0).tolist() for model in MODELS}
+    positions = where_it_fires(reading, answers, params, seed)
+    rates = {part: (values_NS > 0).double().mean(0).tolist() for part, values_NS in corpus.values.items()}
 
     def told(name: str) -> dict[str, dict[str, Row]]:
-        return {what: {model: rows[name] for model, rows in judged.items()} for what, judged in manner.items()}
+        return {what: {part: rows[name] for part, rows in judged.items()} for what, judged in manner.items()}
 
     described = {
         "features": [
             {
                 "feature_id": k,
                 "largest": sources.largest_F[k].item(),
-                "corpus_rate": {model: rates[model][s] for model in MODELS},
+                "corpus_rate": {part: rate_S[s] for part, rate_S in rates.items()},
                 "positions": positions[s],
                 "lexical": lexical[s],
                 "manner": told(str(k)),
@@ -197,7 +202,7 @@ def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[
         "corpus_tokens": corpus.stream.rows,
         "corpus_texts": len(corpus.stream.texts),
     }
-    return described, all_contexts(reading, answers, corpus, features, sources.tokenizer, params)
+    return described, all_contexts(reading, answers, corpus, features, tokenizer, params)
 
 
 EMPTY: tuple[dict[str, Any], list[Row]] = (
@@ -208,15 +213,15 @@ EMPTY: tuple[dict[str, Any], list[Row]] = (
 
 
 def summary(described: dict[str, Any]) -> dict[str, Any]:
-    """Of a description as written out: features by verdict of the planted tokens; precision, recall and AUROC of the set for
-    the manner of answers and texts, by model."""
+    """Of a description as written out: the number of features by verdict on their planted tokens, and by part of a model how
+    well the set tells the manner of answers and of texts (precision, recall, AUROC)."""
     verdicts = Counter(feature["lexical"]["verdict"] for feature in described["features"])
     return {
         "features": len(described["features"]),
         "verdicts": dict(sorted(verdicts.items())),
         **{
             measure: {
-                what: {model: row[measure]["value"] for model, row in judged.items() if row[measure]}
+                what: {part: row[measure]["value"] for part, row in judged.items() if row[measure]}
                 for what, judged in described["set"]["manner"].items()
             }
             for measure in ("precision", "recall", "auroc")

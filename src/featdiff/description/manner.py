@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from featdiff import stats
 from featdiff.activations.residual import TokenStream
 from featdiff.config.params import DescribeParams
-from featdiff.description.lens import MODELS, Answered, Lens, Reading
+from featdiff.description.reading import PARTS, Answered, FeatureReader, Reading
 from featdiff.language.evaluation import GREEDY, SAMPLED
 from featdiff.stats import Interval
 from featdiff.tasks.task import Text
@@ -74,33 +74,35 @@ def manner_of_answers(
     params: DescribeParams,
     seed: int,
 ) -> dict[str, Judged]:
-    """By model: do its values at the last prompt token tell the manner of its own answers (``graded``) to these questions?"""
+    """By part: do the values in that model at the last prompt token tell the manner of its own answers (``graded``, by part) to
+    these questions?"""
     judged = {}
-    for model in MODELS:
-        parts, shares = reading.split(model), step_shares(graded[model])
+    for part in PARTS:
+        values, shares = reading.split(part), step_shares(graded[part])
         known = [i for i, sample in enumerate(answers.samples) if sample.sample_id in shares]
         if known:
-            values_PS = torch.stack([parts[i][answers.starts[i] - reading.stream.skip - 1] for i in known])
+            values_PS = torch.stack([values[i][answers.starts[i] - reading.stream.skip - 1] for i in known])
             steps_P = np.array([shares[answers.samples[i].sample_id] for i in known])
             tasks = [answers.tasks[i] for i in known]
-            judged[model] = tell_manner(values_PS.double().numpy(), features, steps_P, tasks, params, seed)
+            judged[part] = tell_manner(values_PS.double().numpy(), features, steps_P, tasks, params, seed)
     return judged
 
 
 def manner_of_texts(
-    lens: Lens, tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], params: DescribeParams, seed: int
+    reader: FeatureReader, tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], params: DescribeParams, seed: int
 ) -> dict[str, Judged]:
-    """By model: do its values at the last prompt token tell the manner that the prompt shows (:func:`in_a_manner`)?"""
+    """By part: do the values in that model at the last prompt token tell the manner that the prompt shows
+    (:func:`in_a_manner`)?"""
     chosen = in_a_manner(texts, params.samples)
     if not chosen:
         return {}
     prompts = tokenizer([text.prompt for text in chosen])["input_ids"]
-    read, last = lens.read(TokenStream(prompts, skip=0)), torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1
+    read, last = reader.read(TokenStream(prompts, skip=0)), torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1
     steps_P = np.array([float(text.source.endswith(STEPS)) for text in chosen])
     families = [text.source.partition("/")[0] for text in chosen]
     return {
-        model: tell_manner(read.values[model][last].double().numpy(), lens.features, steps_P, families, params, seed)
-        for model in MODELS
+        part: tell_manner(values_NS[last].double().numpy(), reader.features, steps_P, families, params, seed)
+        for part, values_NS in read.values.items()
     }
 
 

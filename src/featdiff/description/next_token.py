@@ -90,7 +90,8 @@ def effects_of(
 
 
 def next_token_effects(
-    models: Mapping[str, PreTrainedModel],
+    original: PreTrainedModel,
+    tuned: PreTrainedModel,
     prompts: list[list[int]],
     written_SD: Float[Tensor, "S D"],
     edits: Mapping[int, Edit],
@@ -98,11 +99,13 @@ def next_token_effects(
     params: DescribeParams,
     seed: int,
 ) -> dict[int, Effects]:
-    """Effects of every feature of ``edits`` (feature id → the edit of the base that adds it alone) after ``prompts``: measured
-    in the base, and by direct attribution of ``written_SD``, what each feature writes in GRPO at its largest value."""
+    """Effects of every feature of ``edits`` on the token after each of ``prompts``, by feature id.
+
+    They are measured in ``original``, under the edit that adds the feature alone, and told by direct attribution in ``tuned``.
+    ``written_SD`` is what each feature writes there at its largest value."""
     size = params.batch_size
-    direct_SV = direct_logits(models["grpo"], written_SD, final_stream(models["grpo"], prompts, pad, size))
-    read = partial(next_token_probabilities, models["base"], prompts, pad=pad, batch_size=size, shared=PromptCache())
+    direct_SV = direct_logits(tuned, written_SD, final_stream(tuned, prompts, pad, size))
+    read = partial(next_token_probabilities, original, prompts, pad=pad, batch_size=size, shared=PromptCache())
     before_PV = read()
     return {
         k: effects_of(direct_V, before_PV, read(edit=edit), params, seed)

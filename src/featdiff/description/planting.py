@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featdiff import stats
 from featdiff.activations.residual import TokenStream
 from featdiff.config.params import DescribeParams
-from featdiff.description.lens import Lens, Reading
+from featdiff.description.reading import TUNED, FeatureReader, Reading
 from featdiff.stats import Interval
 
 Floats = NDArray[np.float64]
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     """What is planted for one feature."""
 
     original: dict[int, list[float]]
-    """Its top tokens, the most common first, with its values in GRPO at those of its strongest contexts."""
+    """Its top tokens, the most common first, with its values in the tuned model at those of its strongest contexts."""
     texts: list[list[int]]
     """Neutral texts, cut at a place where a planted token goes."""
     silent: int
@@ -34,9 +34,11 @@ class Plan(NamedTuple):
 
 
 def plan(readings: Sequence[Reading], corpus: Reading, s: int, params: DescribeParams, rng: np.random.Generator) -> Plan:
-    """Top tokens of the feature in column ``s`` (those of the ``params.planted_texts`` strongest contexts in each of
-    ``readings``, one per text), and that many corpus texts in which it is silent, or nearest to it where it fires in every
-    text, each cut at a random token on which it is silent."""
+    """What is planted for the feature in column ``s``: its top tokens, and the texts that they go into.
+
+    Top tokens are those of its ``params.planted_texts`` strongest contexts in each of ``readings``, one context per text. The
+    texts are that many of the corpus in which it is silent; where it fires in every text, those in which its largest value is
+    lowest. Each is cut at a random token on which the feature is silent."""
     most = params.planted_texts
     strongest: dict[int, list[float]] = {}
     for reading in readings:
@@ -46,7 +48,7 @@ def plan(readings: Sequence[Reading], corpus: Reading, s: int, params: DescribeP
                 token = reading.stream.texts[i][reading.stream.skip + int(places[i])]
                 strongest.setdefault(token, []).append(values[i].item())
     common = sorted(strongest.items(), key=lambda entry: -len(entry[1]))[: params.planted_tokens]
-    parts, peaks = corpus.split("grpo"), corpus.peaks[0][:, s].numpy()
+    parts, peaks = corpus.split(TUNED), corpus.peaks[0][:, s].numpy()
     shuffled = rng.permutation(len(peaks))
     texts = []
     for i in shuffled[peaks[shuffled].argsort(kind="stable")][:most].tolist():
@@ -56,21 +58,25 @@ def plan(readings: Sequence[Reading], corpus: Reading, s: int, params: DescribeP
     return Plan(dict(common), texts, min(len(texts), int((peaks == 0).sum())))
 
 
-def planted(lens: Lens, readings: Sequence[Reading], corpus: Reading, params: DescribeParams, seed: int) -> list[Row]:
-    """One row per feature, with a row for each of its top ``tokens``. ``original`` and ``planted`` are mean values in GRPO at
-    the token in the feature's strongest contexts and where it was planted, ``ratio`` is their quotient (texts of either
-    resampled); ``rate`` says how often planting wakes the feature, ``natural`` on how many of these tokens in the corpus
-    it fires, ``silent`` how many of the neutral texts are silent throughout.
+def planted(
+    reader: FeatureReader, readings: Sequence[Reading], corpus: Reading, params: DescribeParams, seed: int
+) -> list[Row]:
+    """One row per feature, with a row for each of its top ``tokens``. All values are those of the tuned model.
+
+    ``original`` is the mean value at the token in the feature's strongest contexts, ``planted`` the mean value where the token
+    was planted, and ``ratio`` the second over the first, with an interval from resampled texts of both. ``rate`` is the share
+    of plantings that wake the feature, ``natural`` the share of these tokens in the corpus on which it fires. ``silent`` counts
+    the neutral texts in which the feature is silent throughout.
 
     The verdict on a token is ``token`` where the ratio's interval lies above ``params.token_detector``, ``context`` where it
-    lies below, ``undecided`` between, ``untested`` without a silent place. A feature is ``token`` if any of its tokens is,
-    and ``context`` if all are. Strongest contexts are the highest of many values: that makes the ratio smaller."""
+    lies below, ``undecided`` between, and ``untested`` where no text has a silent place. A feature is ``token`` if any of its
+    tokens is, and ``context`` if all are. The strongest contexts are the highest of many values: that lowers the ratio."""
     rng = np.random.default_rng(seed)
-    plans = [plan(readings, corpus, s, params, rng) for s in range(len(lens.features))]
+    plans = [plan(readings, corpus, s, params, rng) for s in range(len(reader.features))]
     texts = [[*text, token] for made in plans for token in made.original for text in made.texts]
     values_N = np.empty(0)
     if texts:
-        read_NS = lens.read(TokenStream(texts, skip=0), ["grpo"]).values["grpo"]
+        read_NS = reader.read(TokenStream(texts, skip=0), [TUNED]).values[TUNED]
         owners = [s for s, made in enumerate(plans) for _ in range(len(made.original) * len(made.texts))]
         values_N = read_NS[torch.tensor([len(text) for text in texts]).cumsum(0) - 1, torch.tensor(owners)].numpy()
     rows, low = [], 0
@@ -87,9 +93,9 @@ def planted(lens: Lens, readings: Sequence[Reading], corpus: Reading, params: De
 
 
 def _natural(corpus: Reading, s: int, token: int) -> Floats:
-    """Share of this token on which the feature fires in GRPO, for every text of the corpus that has it."""
+    """Share of this token on which the feature fires in the tuned model, for every text of the corpus that has it."""
     places = corpus.token_ids == token
-    owners, fires = corpus.owners[places], (corpus.values["grpo"][places, s] > 0).double()
+    owners, fires = corpus.owners[places], (corpus.values[TUNED][places, s] > 0).double()
     counts = torch.bincount(owners, minlength=1)
     return (torch.bincount(owners, weights=fires, minlength=1) / counts)[counts > 0].numpy()
 

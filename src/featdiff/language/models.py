@@ -5,6 +5,7 @@ Shapes: B batch, T token, D residual width.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -254,8 +255,10 @@ def block(model: PreTrainedModel, layer: int) -> torch.nn.Module:
 
 def truncate(model: PreTrainedModel, layer: int) -> torch.nn.Module:
     """The trunk of ``model`` that stops after ``layer`` blocks, without final norm and head; its
-    ``last_hidden_state`` [B, T, D] is bit-identical to the hooked residual stream. Shares the weights."""
-    trunk = model.model
+    ``last_hidden_state`` [B, T, D] is bit-identical to the hooked residual stream. ``model`` stays as it is and shares its
+    weights with the trunk."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    trunk = copy.deepcopy(model.model, tensors)  # what the memo holds already is not copied: modules are new, weights are not
     trunk.layers = trunk.layers[:layer]
     trunk.config.num_hidden_layers = layer
     trunk.norm = torch.nn.Identity()

@@ -1,4 +1,4 @@
-"""Flipped samples (base wrong, GRPO right) and the feature values of both models on them.
+"""Flipped samples (the original model is wrong, the tuned one right) and the feature values of both models on them.
 
 S samples, K kept positions, D residual width, F features.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from featdiff.activations.residual import TokenStream, read_residual
+from featdiff.config.params import Readout, Roles
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.crosscoder.readout import Readout, read_all
+from featdiff.crosscoder.readout import read_all
 from featdiff.language.evaluation import primary_mode
 from featdiff.language.models import encode_prompts
 from featdiff.tasks.suites import listed_prompt
@@ -29,17 +30,17 @@ def answer_text(task: TaskInfo, row: dict[str, Any]) -> str:
 
 
 def flipped_answers(
-    base_rows: list[dict[str, Any]], tuned_rows: list[dict[str, Any]], tasks: dict[str, TaskInfo], split: str
+    original_rows: list[dict[str, Any]], tuned_rows: list[dict[str, Any]], tasks: dict[str, TaskInfo], split: str
 ) -> dict[str, dict[str, str]]:
-    """Per task, the samples of ``split`` that base fails and the tuned model solves under the task's own
-    scoring rule: sample_id → the tuned model's answer text."""
+    """By task, the samples of ``split`` that the original model fails and the tuned one solves under the task's own scoring
+    rule: sample_id → the tuned model's answer text."""
 
     def primary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {
             row["sample_id"]: row for row in rows if row["split"] == split and row["mode"] == primary_mode(tasks[row["task"]])
         }
 
-    before, after = primary(base_rows), primary(tuned_rows)
+    before, after = primary(original_rows), primary(tuned_rows)
     flipped: dict[str, dict[str, str]] = {name: {} for name in tasks}
     for sample_id, row in after.items():
         if row["correct"] and not before[sample_id]["correct"]:
@@ -84,8 +85,8 @@ def read_flipped(
     answers: list[str],
     batch_size: int,
 ) -> dict[str, FlippedStreams]:
-    """What every model reads on identical tokens (prompt and GRPO's own answer), by positions: ``prompt_last``,
-    ``answer`` (the answer's tokens) and ``all`` (all but the first token)."""
+    """What every model of ``trunks`` (by name, cut off at the hooked layer) reads on identical tokens, each sample's prompt and
+    its answer of ``answers``. By positions: ``prompt_last``, ``answer`` (the answer's tokens), ``all`` (all but the first)."""
     texts, starts = sequences(tokenizer, task, samples, answers)
     stream = TokenStream(texts, skip=0)
     resid = {
@@ -108,7 +109,9 @@ def read_flipped(
     }
 
 
-def feature_differences(crosscoder: Crosscoder, reading: FlippedStreams, readout: Readout) -> Float[Tensor, "S F"]:
-    """f^GRPO − f^base of each sample, averaged over its positions."""
+def feature_differences(
+    crosscoder: Crosscoder, reading: FlippedStreams, readout: Readout, roles: Roles
+) -> Float[Tensor, "S F"]:
+    """f^tuned − f^original of each sample, averaged over its positions."""
     values = read_all(crosscoder, reading.resid, readout)
-    return reading.mean(values["grpo"] - values["base"])
+    return reading.mean(values[roles.tuned] - values[roles.original])

@@ -1,6 +1,6 @@
-"""Finding the features that carry what GRPO gained, from samples that base fails and GRPO solves.
+"""Finding the features that carry what the tuned model gained, from samples that the original fails and the tuned one solves.
 
-    Score_k = E[f_k^GRPO − f_k^base] over a task's flipped samples, on identical token sequences (the paper).
+    Score_k = E[f_k^tuned − f_k^original] over a task's flipped samples, on identical token sequences (the paper).
 A feature counts for a task from ``threshold`` of the task's largest score; the set is the intersection over tasks.
 S samples, F features.
 """
@@ -94,7 +94,7 @@ def jaccard(a: set[int], b: set[int]) -> float:
     return len(a & b) / len(a | b) if a | b else 0.0
 
 
-def describe(found: Selection, params: LocalizeParams) -> dict[str, Any]:
+def as_json(found: Selection, params: LocalizeParams) -> dict[str, Any]:
     """The selection as ``features.json``."""
     settings = {"fit": params.fit, "readout": params.readout, "positions": params.positions, "threshold": params.threshold}
     kept = ("status", "features", "per_task", "skipped", "expected_intersection", "overlap")

@@ -20,7 +20,7 @@ Differences = Mapping[str, Float[Tensor, "S F"]]
 
 
 def shuffled_identities(differences: Differences, generator: torch.Generator) -> dict[str, Float[Tensor, "S F"]]:
-    """``differences`` as if, sample by sample, a coin had decided which of the two models is called GRPO."""
+    """``differences`` as if, sample by sample, a coin had decided which of the two models is the tuned one."""
     return {task: rows * (torch.randint(2, (len(rows), 1), generator=generator) * 2 - 1) for task, rows in differences.items()}
 
 

@@ -12,28 +12,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featdiff.config.params import LocalizeParams
+from featdiff.config.params import LocalizeParams, Readout, Roles
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.crosscoder.readout import Readout
 from featdiff.localization.flipped import FlippedStreams, feature_differences
 from featdiff.localization.robustness import common, seed_stability, shuffled_identities, strongest, sweep
 
 
 class Search(NamedTuple):
-    """What a search for features reads: crosscoders by fit, and readings by task and positions."""
+    """What a search for features reads: crosscoders by fit, and readings by task and positions, with streams by model."""
 
     crosscoders: dict[str, Crosscoder]
     readings: dict[str, dict[str, FlippedStreams]]
     params: LocalizeParams
+    roles: Roles
 
     def differences(
         self, fit: str | None = None, readout: Readout | None = None, positions: str | None = None
     ) -> dict[str, Float[Tensor, "S F"]]:
-        """f^GRPO − f^base per sample, by task; as the params say where nothing else is asked for."""
+        """f^tuned − f^original per sample, by task; as the params say where nothing else is asked for."""
         p = self.params
         crosscoder = self.crosscoders[fit or p.fit]
         return {
-            task: feature_differences(crosscoder, reading[positions or p.positions], readout or p.readout)
+            task: feature_differences(crosscoder, reading[positions or p.positions], readout or p.readout, self.roles)
             for task, reading in self.readings.items()
         }
 
@@ -62,11 +62,12 @@ class Search(NamedTuple):
         return facts, sweep(differences, p.thresholds, features, p.shuffles, generator)
 
     def directions(self, seed: int) -> dict[str, Float[Tensor, " D"]]:
-        """Directions of the residual stream that need no dictionary, at the positions of the search: the mean
-        difference GRPO − base (tasks count the same), the first principal component of the differences (pointing the
-        same way) and a random direction, all of the length of the first; and the mean of the base."""
+        """Directions of the residual stream that need no dictionary, at the positions of the search. Three are of equal length:
+        the mean difference tuned − original, for which every task counts the same, the first principal component of the
+        differences, which points the same way, and a random direction. The fourth is the mean of the original model."""
+        original, tuned = self.roles.original, self.roles.tuned
         readings = [reading[self.params.positions] for reading in self.readings.values()]
-        per_task = [reading.mean(reading.resid["grpo"] - reading.resid["base"]) for reading in readings]
+        per_task = [reading.mean(reading.resid[tuned] - reading.resid[original]) for reading in readings]
         mean_D = torch.stack([rows.mean(0) for rows in per_task]).mean(0)
         rows_SD = torch.cat(per_task)
         component_D = torch.linalg.svd(rows_SD - rows_SD.mean(0), full_matrices=False).Vh[0]
@@ -76,5 +77,5 @@ class Search(NamedTuple):
             "mean_difference": mean_D,
             "first_component": component_D * length * (1 if component_D @ mean_D >= 0 else -1),
             "random_direction": random_D / random_D.norm() * length,
-            "base_mean": torch.stack([reading.mean(reading.resid["base"]).mean(0) for reading in readings]).mean(0),
+            "original_mean": torch.stack([reading.mean(reading.resid[original]).mean(0) for reading in readings]).mean(0),
         }

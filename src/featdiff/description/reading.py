@@ -1,6 +1,7 @@
-"""The features of a set read in base and GRPO on the same tokens, under the swap readout.
+"""The features of a set read in the original and in the tuned model on the same tokens, under the swap readout.
 
-Two kinds of text: GRPO's own answers to questions of the find split, and the corpus, whose activations are stored.
+Two kinds of text are read: the tuned model's own answers to questions of the find split, and the corpus, whose activations are
+stored. What is read is kept by the part that a model plays: ``original`` or ``tuned``.
 N token rows, T token, S features of the set, D residual width.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,13 +19,21 @@ from transformers import PreTrainedTokenizerFast
 
 from featdiff.activations.residual import TokenStream, read_residual
 from featdiff.activations.store import ActivationStore, in_order
+from featdiff.config.params import Roles
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.language.evaluation import primary_mode
 from featdiff.localization.flipped import answer_text, sequences
 from featdiff.tasks.task import Sample, TaskInfo
 
-MODELS = ("base", "grpo")
+ORIGINAL, TUNED = PARTS = ("original", "tuned")
+"""The parts that two models play in a description."""
+T = TypeVar("T")
+
+
+def by_part(by_model: Mapping[str, T], roles: Roles) -> dict[str, T]:
+    """What ``by_model`` holds of the original and of the tuned model, by part."""
+    return {ORIGINAL: by_model[roles.original], TUNED: by_model[roles.tuned]}
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,11 @@ class Reading:
 
     stream: TokenStream
     values: Mapping[str, Float[Tensor, "N S"]]
-    """By model."""
+    """By part."""
 
-    def split(self, model: str) -> tuple[Tensor, ...]:
+    def split(self, part: str) -> tuple[Tensor, ...]:
         """Values [T, S] of every text."""
-        return self.values[model].split([len(ids) - self.stream.skip for ids in self.stream.texts])
+        return self.values[part].split([len(ids) - self.stream.skip for ids in self.stream.texts])
 
     @cached_property
     def token_ids(self) -> Int[Tensor, " N"]:
@@ -52,35 +61,42 @@ class Reading:
 
     @cached_property
     def peaks(self) -> tuple[Tensor, Tensor]:
-        """Largest value in GRPO, and its place among the kept tokens, by text and feature."""
-        found = [values_TS.max(0) for values_TS in self.split("grpo")]
+        """Largest value in the tuned model, and its place among the kept tokens, by text and feature."""
+        found = [values_TS.max(0) for values_TS in self.split(TUNED)]
         return torch.stack([values for values, _ in found]), torch.stack([places for _, places in found])
 
 
-class Lens:
-    """Reads ``features`` in both models. ``trunks`` stop at the crosscoder's layer."""
+class FeatureReader:
+    """Reads ``features`` in both models. ``trunks`` are by model and stop at the crosscoder's layer."""
 
     def __init__(
-        self, crosscoder: Crosscoder, trunks: Mapping[str, torch.nn.Module], features: list[int], pad: int, batch_size: int
+        self,
+        crosscoder: Crosscoder,
+        trunks: Mapping[str, torch.nn.Module],
+        roles: Roles,
+        features: list[int],
+        pad: int,
+        batch_size: int,
     ) -> None:
-        self.features, self.trunks, self.pad, self.batch_size = features, trunks, pad, batch_size
-        self.readers = {model: Reader(crosscoder, model, "swap", features) for model in MODELS}
+        self.features, self.pad, self.batch_size = features, pad, batch_size
+        self.trunks = by_part(trunks, roles)
+        self.readers = by_part({model: Reader(crosscoder, model, "swap", features) for model in trunks}, roles)
 
     @torch.inference_mode()
-    def read(self, stream: TokenStream, models: Sequence[str] = MODELS) -> Reading:
-        """Run ``models`` over the texts."""
+    def read(self, stream: TokenStream, parts: Sequence[str] = PARTS) -> Reading:
+        """Run the models of ``parts`` over the texts."""
         values = {}
-        for model in models:
-            resid_ND = read_residual(self.trunks[model], stream, self.batch_size, self.pad, torch.float32)
-            values[model] = self.readers[model](resid_ND)
+        for part in parts:
+            resid_ND = read_residual(self.trunks[part], stream, self.batch_size, self.pad, torch.float32)
+            values[part] = self.readers[part](resid_ND)
         return Reading(stream, values)
 
     @torch.inference_mode()
     def read_stores(self, stream: TokenStream, stores: Mapping[str, ActivationStore]) -> Reading:
-        """Read what ``stores`` hold of ``stream``, the first texts of theirs."""
+        """Read what ``stores``, by part, hold of ``stream``: the first texts of theirs."""
         values = {
-            model: torch.cat([self.readers[model](rows[:, 0]) for rows in in_order(stores[model], 0, stream.rows)])
-            for model in MODELS
+            part: torch.cat([reader(rows[:, 0]) for rows in in_order(stores[part], 0, stream.rows)])
+            for part, reader in self.readers.items()
         }
         return Reading(stream, values)
 
