@@ -110,8 +110,10 @@ def question(number: int, **changes: Any) -> dict[str, Any]:
         ({"prepare.tasks.adds": {"source": "family", "role": "find"}}, ["prepare.tasks.adds", "a family (add, "]),
         ({"prepare.corpus.general": "no/such.jsonl"}, ["no/such.jsonl: file", "correct the path in params.yaml"]),
         ({"prepare.tasks.own": suite("no/such.jsonl")}, ["no/such.jsonl: file", "correct the path in params.yaml"]),
+        ({"arms.new": {"method": "sft"}}, ["arms.new: this name is taken; choose another"]),
+        ({"dynamics.fit": "null_sft"}, ["dynamics.fit = null_sft does not hold base"]),
     ],
-    ids=["typo", "type", "family", "no corpus", "no file"],
+    ids=["typo", "type", "family", "no corpus", "no file", "class of features", "dictionary"],
 )
 def test_params_that_prepare_cannot_use(project: Project, run: Run, changes: dict[str, Any], words: list[str]) -> None:
     project.set(SMALL | changes)
