@@ -213,7 +213,7 @@ def test_dpo_prefers_right_answers_and_its_reference_is_the_base(world: Path, tm
 def preferences(model: Path) -> list[float]:
     """Nats by which the right answer to each problem is likelier than the usual wrong one."""
     tokenizer = load_tokenizer(model)
-    options = [[ids + [tokenizer.eos_token_id] for ids in tokenizer(["c.", "d."], add_special_tokens=False)["input_ids"]]]
+    options = [[[*ids, tokenizer.eos_token_id] for ids in tokenizer(["c.", "d."], add_special_tokens=False)["input_ids"]]]
     contexts = tokenizer(PROBLEMS)["input_ids"]
     scores = score_options(load_model(model), contexts, options * 24, pad=tokenizer.pad_token_id, batch_size=24)
     return [right - wrong for right, wrong in scores]

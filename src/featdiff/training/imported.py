@@ -208,12 +208,12 @@ def train(
     original, tokenizer = load_model(base).state_dict(), load_tokenizer(base)
     for number, (field, source) in enumerate(sources.items(), start=1):
         if (Path(source) / ADAPTER).exists():
-            model = _merged(Path(source), base, getattr(torch, params.dtype), field)
+            model, own = _merged(Path(source), base, getattr(torch, params.dtype), field), tokenizer
         else:
             model, own = load_base(source, params.dtype, field)
-            _require_tokenizer(own, tokenizer, base, source)
         weights = model.state_dict()
         _require_shapes(weights, original, base, source)
+        _require_tokenizer(own, tokenizer, base, source)
         audit["changed"] = sum(not torch.equal(weights[name], original[name]) for name in original) / len(original)
         save_model(model, tokenizer, out if number == len(sources) else out / "checkpoints" / str(number))
     return audit
