@@ -2,7 +2,9 @@
 
 from importlib import import_module
 
+from featdiff.artifacts.artifact import MANIFEST, sha256_file, write_json
 from featdiff.pipeline.stage import stage, stage_key
+from featdiff.processes.ranks import rank
 
 name = stage_key("--arm", __doc__, lambda study: study.arms)
 
@@ -11,6 +13,9 @@ with stage("arm", key=name, out=f"models/{name}", numbers=lambda study: study.nu
     arm = run.study.arms[name]
     method = import_module(f"featdiff.training.{arm.method}")
     audit = method.train(base, data, run.out, run.scratch(), run.params, run.seed + arm.seed, run.log)
+    audit |= {"base_manifest": sha256_file(base / MANIFEST), "problems_sha256": sha256_file(data / "train.parquet")}
+    if rank() == 0:
+        write_json(run.out / "audit.json", audit)
     run.metrics({name: value for name, value in audit.items() if isinstance(value, (int, float))})
     if (run.out / "completions.parquet").exists():
         run.attach("completions.parquet")

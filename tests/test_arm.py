@@ -1,6 +1,5 @@
-"""What both post-training arms share: batches per process, checkpoints, logging, audit."""
+"""What all arms that are trained here share: batches per process, checkpoints, logging, facts of the audit."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from featdiff.artifacts.artifact import ContractError, begin, sha256_file
+from featdiff.artifacts.artifact import ContractError, begin
 from featdiff.language.models import checkpoint_folders, load_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.training.arm import Recorder, finish, per_process
@@ -83,14 +82,10 @@ def test_a_value_that_is_not_finite_stops_training_on_every_rank(tmp_path: Path,
             made.on_log(arguments, TrainerState(global_step=8, is_world_process_zero=main), TrainerControl(), logs=logs)
 
 
-def test_a_run_leaves_its_checkpoints_its_model_and_its_audit(tmp_path: Path) -> None:
+def test_a_run_leaves_its_checkpoints_its_model_and_the_facts_of_its_audit(tmp_path: Path) -> None:
     model, tokenizer = tiny_model()
     rows: list[dict[str, Any]] = [{"input_ids": tokenizer(f"add {i} 1=")["input_ids"][:7]} for i in range(10, 22)]
     rows = [row | {"labels": row["input_ids"]} for row in rows]
-    for name in ("base", "data"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(name, encoding="utf-8")
-        (tmp_path / name / "train.parquet").write_text(name, encoding="utf-8")
     out, points = begin(tmp_path / "sft"), Points()
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "scratch"),
@@ -107,15 +102,7 @@ def test_a_run_leaves_its_checkpoints_its_model_and_its_audit(tmp_path: Path) ->
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     made = recorder(out, points, checkpoints=3)
     made.train(trainer)
-    audit = finish(trainer, made, out, tmp_path / "base", tmp_path / "data", {"problems": 12})
-    assert audit == {
-        "base_manifest": sha256_file(tmp_path / "base/manifest.json"),
-        "problems_sha256": sha256_file(tmp_path / "data/train.parquet"),
-        "updates": 6,
-        "checkpoints": [2, 4, 6],
-        "problems": 12,
-    }
-    assert json.loads((out / "audit.json").read_text(encoding="utf-8")) == audit
+    assert finish(trainer, made, out, {"problems": 12}) == {"updates": 6, "checkpoints": [2, 4, 6], "problems": 12}
     assert [path.name for path in checkpoint_folders(out)] == ["1", "2", out.name]
     weights = [load_model(path).model.layers[0].mlp.up_proj.weight for path in checkpoint_folders(out)]
     assert not torch.equal(weights[0], weights[1])

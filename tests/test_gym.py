@@ -30,6 +30,8 @@ def test_solutions_of_both_teachers_are_right_and_differ_in_manner(dataset: str)
     for teacher, manner in (("own", "steps"), ("foreign", "foreign")):
         for sample in source(dataset, teacher, **OPTIONS[dataset]).train_samples(40, set(), np.random.default_rng(0)):
             assert grade("reasoning_gym", sample, sample.solution) == (sample.answer, True, manner, True, True), sample.solution
+            assert sample.solution == getattr(sample, teacher)
+            assert sample.own != sample.foreign
             assert sample.prompt.endswith(" Only the result.")
 
 

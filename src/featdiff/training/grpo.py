@@ -109,4 +109,4 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
     }
     if state.is_main_process:
         write_rows(out / "completions.parquet", reward.state["kept"])
-    return finish(trainer, recorder, out, base, data, facts)
+    return finish(trainer, recorder, out, facts)

@@ -1,0 +1,62 @@
+"""The loss of supervised fine-tuning, whoever wrote the solutions: cross-entropy on them alone, with TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from featdiff.config.params import RFTParams, SFTParams
+from featdiff.language.models import load_model, load_tokenizer, trl_row
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.tasks.task import Sample, TaskInfo
+from featdiff.training.arm import Log, Recorder, common_arguments, finish, token_counts
+
+SERIES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "mean_token_accuracy": "token_accuracy",
+    "entropy": "entropy",
+}
+
+
+def imitate(
+    samples: list[Sample],
+    tasks: dict[str, TaskInfo],
+    base: Path,
+    out: Path,
+    scratch: Scratch,
+    params: SFTParams | RFTParams,
+    seed: int,
+    log: Log,
+    field: str,
+    **length: float,
+) -> dict[str, Any]:
+    """Train ``base`` on the solutions of ``samples`` and save it to ``out``; returns what :func:`finish` does.
+
+    ``field`` of params.yaml is the batch, and ``length`` the argument of the trainer that says how long to train."""
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    recorder = Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([trl_row(sample, chat=tasks[sample.task].chat, solution=True) for sample in samples]),
+        args=SFTConfig(
+            **common_arguments(params, seed, model, recorder.folder, params.batch_size, field),
+            **length,
+            lr_scheduler_type=params.schedule,
+            max_length=None,
+            completion_only_loss=True,
+            logging_steps=1,
+        ),
+    )
+    recorder.train(trainer)
+    seen = trainer.state.epoch
+    facts = {
+        "samples_seen": round(len(samples) * seen),
+        "tokens_seen": round(sum(token_counts(tokenizer, samples)) * seen),
+    }
+    return finish(trainer, recorder, out, facts)

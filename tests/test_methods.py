@@ -1,0 +1,254 @@
+"""The methods by which an arm is trained, each with its real trainer on a tiny base that is right half of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featdiff.artifacts.artifact import ContractError, begin, sha256_file, write_json
+from featdiff.config.params import METHODS, DPOParams, Pretraining, RFTParams
+from featdiff.language.decode import score_options
+from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, read_rows, write_rows
+from featdiff.training import own_answers as own_answers_module
+from featdiff.training.dpo import pairs
+from featdiff.training.own_answers import Answer, Answers, own_answers
+from featdiff.training.pretrain import pretrain
+from tiny import params_of
+
+SMALL: dict[str, dict[str, Any]] = {
+    "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch_size": 4, "max_length": 16, "lr": 0.01},
+    "grpo": {"steps": 6, "prompts_per_step": 2, "rollouts": 4, "micro_batch_size": 8, "max_new_tokens": 4, "lr": 0.01},
+    "rft": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 4, "samples": 6, "lr": 0.01},
+    "dpo": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 4, "samples": 6, "lr": 0.01},
+}
+PROBLEMS = [f"{a}{b}=" for a in "abcde" for b in "12345"][:24]
+
+
+def numbers(method: str, **changes: Any) -> Any:
+    sampling = {"sampling_batch_size": 10} if method in ("rft", "dpo") else {}
+    return params_of(METHODS[method], method, **{"checkpoints": 3, **SMALL[method], **sampling, **changes})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that answers ``c.`` or ``d.`` to everything, and train problems to which ``c`` is right."""
+    root = tmp_path_factory.mktemp("world")
+    size = {"layers": 1, "d_model": 16, "d_mlp": 32, "heads": 2, "row_tokens": 24, "batch_tokens": 192, "steps": 80}
+    texts = [Text(PROBLEMS[i % 24], "cd"[i // 24 % 2] + ".", "t") for i in range(2400)]
+    made = params_of(Pretraining, "base", "pretraining", **size, warmup_steps=3, lr=0.01)
+    save_model(*pretrain(texts, made, 0, lambda *_: None, Scratch()), root / "base")
+    write_json(root / "base/manifest.json", {})
+    task = TaskInfo("t", "train", "math", "generation", "organism", "strict", chat=False, options=0)
+    samples = [Sample(f"t-{i}", "t", "train", prompt, "c", solution="(1)c.", own="<1>c.", foreign="(1)c.") for i, prompt in
+               enumerate(PROBLEMS)]  # fmt: skip
+    write_data(root / "data", [task], samples)
+    return root
+
+
+def write_data(folder: Path, tasks: list[TaskInfo], samples: list[Sample]) -> None:
+    folder.mkdir()
+    write_json(folder / "tasks.json", [asdict(task) for task in tasks])
+    write_rows(folder / "train.parquet", [asdict(sample) for sample in samples])
+
+
+def trained(
+    method: str,
+    world: Path,
+    target: Path,
+    *,
+    seed: int = 0,
+    data: str = "data",
+    scratch: Scratch | None = None,
+    log: Callable[[int, dict[str, float]], None] = lambda *_: None,
+    **changes: Any,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that a method leaves, and its audit."""
+    out = begin(target)
+    train = import_module(f"featdiff.training.{method}").train
+    audit = train(world / "base", world / data, out, scratch or Scratch(), numbers(method, **changes), seed, log)
+    return out, audit
+
+
+def hashes(out: Path) -> dict[str, str]:
+    wanted = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    return {path.relative_to(out).as_posix(): sha256_file(path) for path in wanted}
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_a_method_moves_every_weight_keeps_checkpoints_and_repeats_exactly(method: str, world: Path, tmp_path: Path) -> None:
+    points: list[tuple[int, dict[str, float]]] = []
+    out, audit = trained(method, world, tmp_path / "one", log=lambda *point: points.append(point))
+    assert audit["updates"] == 6
+    assert audit["checkpoints"] == [2, 4, 6]
+    assert audit["problems"] == 24
+    assert audit["samples_seen"] > 0
+    assert audit["tokens_seen"] > 0
+    assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
+    assert points[0][1].keys() >= {"loss", "grad_norm", "learning_rate"}
+    models = [load_model(world / "base"), *map(load_model, checkpoint_folders(out))]
+    assert len(models) == 4
+    for before, after in pairwise(models):
+        for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+            assert not torch.equal(old, new), name
+    again, _ = trained(method, world, tmp_path / "two")
+    other, _ = trained(method, world, tmp_path / "three", seed=1)
+    assert hashes(out) == hashes(again)
+    assert hashes(out)["model.safetensors"] != hashes(other)["model.safetensors"]
+
+
+class KilledError(Exception):
+    """Stands for a kill between two updates."""
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_a_method_that_was_killed_ends_in_the_same_bytes(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, audit = trained(method, world, tmp_path / "whole")
+
+    def kill(step: int, _: dict[str, float]) -> None:
+        if step == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trained(method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), log=kill)
+    asked: list[int] = []
+    real = own_answers_module.generate
+    monkeypatch.setattr(own_answers_module, "generate", lambda *a, **k: [asked.append(1), real(*a, **k)][1])
+    steps: list[int] = []
+    out, again = trained(
+        method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), log=lambda step, _: steps.append(step)
+    )
+    assert steps == [5, 6]
+    assert asked == []
+    assert again == audit
+    assert hashes(out) == hashes(whole)
+
+
+def test_sft_is_taught_in_the_wording_asked_for(world: Path, tmp_path: Path) -> None:
+    samples = load_samples(world / "data", "train")
+    write_data(tmp_path / "data", list(load_tasks(world / "data").values()), [replace(s, solution=s.own) for s in samples])
+    wordings = (None, "foreign", "own")
+    found = {teacher: hashes(trained("sft", world, tmp_path / str(teacher), teacher=teacher)[0]) for teacher in wordings}
+    told = hashes(trained("sft", world, tmp_path / "told", data=str(tmp_path / "data"))[0])
+    assert found[None] == found["foreign"] != found["own"] == told
+
+
+def test_a_wording_that_does_not_exist_is_one_line(world: Path, tmp_path: Path) -> None:
+    samples = load_samples(world / "data", "train")
+    write_data(tmp_path / "data", list(load_tasks(world / "data").values()), [*samples[:3], replace(samples[3], own="")])
+    with pytest.raises(
+        ContractError, match=r"train.parquet: t-3: expected a solution in the wording own, found none"
+    ) as caught:
+        trained("sft", world, tmp_path / "sft", data=str(tmp_path / "data"), teacher="own")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_solution_that_is_too_long_is_one_line(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"t-0: expected at most sft.max_length = 9 tokens, found 10; raise it"):
+        trained("sft", world, tmp_path / "sft", max_length=9)
+
+
+def answers_of(world: Path, **changes: Any) -> list[Answers]:
+    seed = changes.pop("seed", 0)
+    tasks, samples = load_tasks(world / "data"), load_samples(world / "data", "train")
+    base = world / "base"
+    return own_answers(load_model(base), load_tokenizer(base), tasks, samples, numbers("rft", **changes), seed, Scratch())
+
+
+def test_own_answers_are_sampled_and_graded_for_every_problem(world: Path) -> None:
+    found = answers_of(world)
+    assert [sample for sample, _ in found] == load_samples(world / "data", "train")
+    assert all(len(drawn) == 6 for _, drawn in found)
+    every = [answer for _, drawn in found for answer in drawn]
+    assert all(answer.correct is (answer.text == "c.") for answer in every)
+    assert {"c.", "d."} <= {answer.text for answer in every}
+    assert 0.3 < sum(answer.correct for answer in every) / len(every) < 0.7
+    assert found == answers_of(world)
+    assert found != answers_of(world, seed=1)
+
+
+def test_an_answer_that_was_cut_off_is_neither_right_nor_wrong(world: Path) -> None:
+    found = answers_of(world, max_new_tokens=2)
+    cut = [answer for _, drawn in found for answer in drawn if answer.text in ("c.", "d.")]
+    assert any(answer.correct for answer in cut)
+    assert not any(answer.whole for answer in cut)
+    texts = {sample.solution for answers in found for correct in (True, False) for sample in answers.solved(correct=correct)}
+    assert not texts & {"c.", "d."}
+
+
+def test_rejection_sampling_learns_from_right_answers_alone(world: Path, tmp_path: Path) -> None:
+    out, audit = trained("rft", world, tmp_path / "rft", kept=1, steps=24)
+    rows = read_rows(out / "answers.parquet")
+    solved = {row["sample_id"] for row in rows if row["correct"] and row["whole"]}
+    assert audit["taught"] == len(solved) == 24 - audit["problems_left_out"]
+    assert audit["answers"] == len(rows) == 24 * 6
+    assert audit["answers_right"] == sum(row["correct"] for row in rows)
+    assert share_right(out, world) > share_right(world / "base", world) + 0.2
+
+
+def test_dpo_prefers_right_answers_and_its_reference_is_the_base(world: Path, tmp_path: Path) -> None:
+    points: list[dict[str, float]] = []
+    out, audit = trained("dpo", world, tmp_path / "dpo", pairs=1, steps=24, lr=0.002, log=lambda _, point: points.append(point))
+    assert audit["taught"] == 24 - audit["problems_left_out"]
+    assert points[0]["margin"] == pytest.approx(0, abs=1e-6), "before the first update the model is the reference"
+    assert points[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert points[-1]["pair_accuracy"] == 1
+    gained = [after - before for before, after in zip(preferences(world / "base"), preferences(out), strict=True)]
+    assert min(gained) > 1
+    assert sum(gained) / 24 == pytest.approx(points[-1]["margin"] / 0.1, rel=0.3), "β times what the pairs gained over the base"
+
+
+def preferences(model: Path) -> list[float]:
+    """Nats by which the right answer to each problem is likelier than the usual wrong one."""
+    tokenizer = load_tokenizer(model)
+    options = [[[*ids, tokenizer.eos_token_id] for ids in tokenizer(["c.", "d."], add_special_tokens=False)["input_ids"]]]
+    contexts = tokenizer(PROBLEMS)["input_ids"]
+    scores = score_options(load_model(model), contexts, options * 24, pad=tokenizer.pad_token_id, batch_size=24)
+    return [right - wrong for right, wrong in scores]
+
+
+def share_right(model: Path, world: Path) -> float:
+    found = own_answers(
+        load_model(model), load_tokenizer(model), load_tasks(world / "data"), load_samples(world / "data", "train"),
+        numbers("rft", samples=10), 5, Scratch(),
+    )  # fmt: skip
+    return sum(answer.correct for _, drawn in found for answer in drawn) / 240
+
+
+@pytest.mark.parametrize(("method", "needed"), [("rft", "a right one"), ("dpo", "a right and a wrong one")])
+def test_a_base_that_solves_nothing_is_one_line(method: str, needed: str, world: Path, tmp_path: Path) -> None:
+    samples = [replace(sample, answer="e") for sample in load_samples(world / "data", "train")]
+    write_data(tmp_path / "data", list(load_tasks(world / "data").values()), samples)
+    with pytest.raises(
+        ContractError, match=f"own answers: expected {needed} to at least one problem, found 0 right of 144; sample more"
+    ):
+        trained(method, world, tmp_path / method, data=str(tmp_path / "data"))
+
+
+TEXTS = st.lists(st.builds(Answer, st.text("ab", max_size=2), st.booleans(), st.just("direct"), st.booleans()), max_size=8)
+
+
+@given(TEXTS, st.integers(1, 5))
+def test_pairs_are_different_right_before_wrong_and_as_many_as_there_can_be(drawn: list[Answer], most: int) -> None:
+    answers = Answers(Sample("s", "t", "train", "q", "a"), drawn)
+    found = [(right.solution, wrong.solution) for right, wrong in pairs(answers, most)]
+    right, wrong = ({a.text for a in drawn if a.whole and a.correct is correct} for correct in (True, False))
+    assert len(set(found)) == len(found) == min(most, max(len(right), len(wrong)) if right and wrong else 0)
+    assert all(chosen in right and rejected in wrong for chosen, rejected in found)
+
+
+def test_sections_of_both_sampling_methods_have_what_sampling_needs() -> None:
+    needed = {"samples", "temperature", "max_new_tokens", "sampling_batch_size"}
+    assert needed <= set(RFTParams.model_fields) & set(DPOParams.model_fields)
