@@ -1,12 +1,12 @@
 """Error-preserving edits of the residual stream at the hooked layer, and the reconstruction that is not.
 
     zero, scale   h' = h + Σ_{k∈S} (α − 1) f_k(h) d_k          α = 0 zeroes, α = 1 is an exact no-op
-    add           h' = h + c Σ_{k∈S} f_k^max d_k               f_k^max: largest value of f_k in GRPO
+    add           h' = h + c Σ_{k∈S} f_k^max d_k               f_k^max: largest value of f_k in the donor
     transplant    h' = h + α Σ_{k∈S} (f_k(h^donor) − f_k(h)) d_k
     reconstruct   h' = x̂(h)                                    encode and decode with nothing edited
 and, with a direction v of the residual stream in place of features,
     push          h' = h + c v
-    project       h' = h − ⟨h − μ, v⟩ v / ‖v‖²                  μ: mean of the base, so that its component is what is left
+    project       h' = h − ⟨h − μ, v⟩ v / ‖v‖²                  μ: mean of the original, so that its component is what is left
 (scaling is the paper's; add and transplant are ours, because scaling cannot wake a silent feature; push and project are
 what a feature has to beat)
 Shapes: B batch, T token, D residual width, S features of the set.
@@ -76,16 +76,16 @@ class Change:
 
 @dataclass
 class DirectionEdit(Change):
-    """A push along a direction, or a projection on what the base has of it."""
+    """A push along a direction, or a projection on what the original model has of it."""
 
     direction_D: Tensor
-    base_mean_D: Tensor
+    original_mean_D: Tensor
 
     def change(self, resid_BTD: Tensor, donor_BTD: Tensor | None) -> Tensor:
         if self.kind == "push":
             return (self.dose * self.direction_D).expand_as(resid_BTD).clone()
         unit_D = self.direction_D / self.direction_D.norm()
-        return ((self.base_mean_D - resid_BTD) @ unit_D).unsqueeze(-1) * unit_D
+        return ((self.original_mean_D - resid_BTD) @ unit_D).unsqueeze(-1) * unit_D
 
 
 @dataclass
@@ -127,11 +127,12 @@ class Editor:
     layer: int
     device: torch.device
     largest_F: Tensor
-    """Largest value of every feature in the donor (GRPO) [F]."""
-    donor_name: str = "grpo"
-    donor: PreTrainedModel | None = None
+    """Largest value of every feature in the donor [F]."""
+    donor: str
+    """The model whose values ``transplant`` brings in."""
+    donor_model: PreTrainedModel | None = None
     directions: Mapping[str, Tensor] = field(default_factory=dict)
-    """Directions of the residual stream by name [D], and ``base_mean``."""
+    """Directions of the residual stream by name [D], and ``original_mean``."""
 
     def _reader(self, model: str, features: list[int] | None) -> Reader:
         return Reader(self.crosscoder, model, "swap", features).to(self.device)
@@ -142,10 +143,10 @@ class Editor:
         if kind == "add":
             made.largest_S = self.largest_F[features].to(self.device)
         if kind == "transplant":
-            made.donor, made.donor_reader = self.donor, self._reader(self.donor_name, features)
+            made.donor, made.donor_reader = self.donor_model, self._reader(self.donor, features)
         return made
 
     def direct(self, kind: str, name: str, positions: str, dose: float) -> DirectionEdit:
         """The edit ``kind`` along the direction ``name``."""
-        direction_D, mean_D = (self.directions[key].to(self.device) for key in (name, "base_mean"))
+        direction_D, mean_D = (self.directions[key].to(self.device) for key in (name, "original_mean"))
         return DirectionEdit(kind, self.layer, positions, dose, direction_D, mean_D)
