@@ -145,7 +145,7 @@ def test_the_base_specific_set_is_read_off_the_original_models_column() -> None:
     statistics = {"firing_rate": torch.full((40,), 0.1), "mean_activation": torch.ones(40)}
     controls = Controls.of(crosscoder, statistics, "raw", 0)
     made = controls.sets([0, 1], [2, 3], params_of(InterveneParams, "intervene"))
-    norms_FM = crosscoder.decoder_norms()
-    share_F, (own,) = norms_FM[:, 1] / norms_FM.sum(1), made.by_control["base_specific"]
+    norms_FM, sizes_FM = crosscoder.decoder_norms(), crosscoder.W_dec.abs().sum(-1)
+    share_F, (own,) = sizes_FM[:, 1] / sizes_FM.sum(1), made.by_control["base_specific"]
     active = [k for k in range(2, 40) if norms_FM[k].sum() >= norms_FM[:2].sum(1).min()]
     assert own == sorted(active, key=lambda k: -float(share_F[k]))[:2]
