@@ -28,7 +28,7 @@ with stage("intervene", out="analysis/intervene") as run:
         controls = Controls.of(crosscoder, load_file(fit / "features.safetensors"), roles.original, run.seed)
         sets = controls.sets(found["features"], found["shuffled"], params)
         device, directions = process_state().device, load_file(localized / "directions.safetensors")
-        editor = Editor(crosscoder, roles.tuned, layer, device, largest, donor=roles.tuned, directions=directions)
+        editor = Editor(crosscoder, roles.tuned, layer, device, largest, donor_name=roles.tuned, directions=directions)
         questions, once = Questions.load(data, params.collateral_texts), run.scratch().part
         models = EditableModels(folders, editor, questions.tasks, params)
         result = intervene(models, sets, questions, params, run.seed, once)

@@ -121,7 +121,7 @@ def maker(name: str) -> Editor:
     crosscoder = random_crosscoder(HELD, d_model=16, n_features=24, threshold=1.0)
     drawn = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     directions = dict(zip((*DIRECTIONS, "original_mean"), drawn, strict=True))
-    return Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor="after", directions=directions)
+    return Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor_name="after", directions=directions)
 
 
 def editable(purpose: Purpose, seed: int, kind: type[Evaluator] = Evaluator) -> Any:
@@ -243,7 +243,7 @@ def test_a_repeat_is_edited_through_the_slot_of_the_tuned_model(tmp_path: Path) 
         "zero_tuned": "after", "zero_contrast": "other", "amplify_original": "before", "repeat_after_1": "after"
     }  # fmt: skip
     assert models.open(ZEROED) is models.tuned
-    assert models.original.editor.donor_model is models.tuned.evaluator.model
+    assert models.original.editor.donor is models.tuned.evaluator.model
     own, tuned = (next(made.evaluator.model.parameters()) for made in (repeat, models.tuned))
     assert not torch.equal(own, tuned), "it is the repeat that answers"
     resid_BTD = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)) * 3

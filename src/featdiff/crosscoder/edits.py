@@ -2,11 +2,11 @@
 
     zero, scale   h' = h + Σ_{k∈S} (α − 1) f_k(h) d_k          α = 0 zeroes, α = 1 is an exact no-op
     add           h' = h + c Σ_{k∈S} f_k^max d_k               f_k^max: largest value of f_k in the donor
-    transplant    h' = h + α Σ_{k∈S} (f_k(h^donor) − f_k(h)) d_k
+    transplant    h' = h + α Σ_{k∈S} (f_k(h^donor) − f_k(h)) d_k   donor: the tuned model
     reconstruct   h' = x̂(h)                                    encode and decode with nothing edited
 and, with a direction v of the residual stream in place of features,
     push          h' = h + c v
-    project       h' = h − ⟨h − μ, v⟩ v / ‖v‖²                  μ: mean of the original, so that its component is what is left
+    project       h' = h − ⟨h − μ, v⟩ v / ‖v‖²                  μ: mean of the original model, whose component is left
 (scaling is the paper's; add and transplant are ours, because scaling cannot wake a silent feature; push and project are
 what a feature has to beat)
 Shapes: B batch, T token, D residual width, S features of the set.
@@ -128,9 +128,10 @@ class Editor:
     device: torch.device
     largest_F: Tensor
     """Largest value of every feature in the donor [F]."""
-    donor: str
-    """The model whose values ``transplant`` brings in."""
-    donor_model: PreTrainedModel | None = None
+    donor_name: str
+    """The model whose values ``transplant`` brings in, by its name in the crosscoder: the tuned model."""
+    donor: PreTrainedModel | None = None
+    """That model itself; only ``transplant`` needs it."""
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     """Directions of the residual stream by name [D], and ``original_mean``."""
 
@@ -143,7 +144,7 @@ class Editor:
         if kind == "add":
             made.largest_S = self.largest_F[features].to(self.device)
         if kind == "transplant":
-            made.donor, made.donor_reader = self.donor_model, self._reader(self.donor, features)
+            made.donor, made.donor_reader = self.donor, self._reader(self.donor_name, features)
         return made
 
     def direct(self, kind: str, name: str, positions: str, dose: float) -> DirectionEdit:

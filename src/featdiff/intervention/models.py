@@ -55,7 +55,7 @@ class EditableModels:
     def original(self) -> EditableModel:
         """The one in which the set is amplified; the tuned model is its donor."""
         loaded = self._load(self._named(AMPLIFY_ORIGINAL))
-        return replace(loaded, editor=replace(loaded.editor, donor_model=self.tuned.evaluator.model))
+        return replace(loaded, editor=replace(loaded.editor, donor=self.tuned.evaluator.model))
 
     def _named(self, name: str) -> Purpose:
         return next(purpose for purpose in self.purposes if purpose.name == name)
