@@ -1,7 +1,7 @@
 """Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
 
 from featdiff.config.params import BASE
-from featdiff.language.evaluation import Examinee, accuracy_table, evaluate
+from featdiff.language.evaluation import Evaluator, accuracy_table, evaluate
 from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import load_samples, load_tasks, write_rows
@@ -12,14 +12,14 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
     data, folder = run.read("data", "tasks.json", "eval.parquet"), run.read(f"models/{name}")
     require_same_tokenizer(folder, run.read(f"models/{BASE}"))
     tasks = load_tasks(data)
-    examinee = Examinee(
+    evaluator = Evaluator(
         load_model(folder),
         load_tokenizer(folder),
         tasks,
         batch_size=run.params.batch_size,
         max_new_tokens=run.params.max_new_tokens,
     )
-    rows = evaluate(examinee, load_samples(data, "eval"), run.params, run.seed, run.scratch())
+    rows = evaluate(evaluator, load_samples(data, "eval"), run.params, run.seed, run.scratch())
     table = accuracy_table(rows, tasks, run.params, run.seed)
     write_rows(run.out / "samples.parquet", rows)
     write_rows(run.out / "accuracy.parquet", table)

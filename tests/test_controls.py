@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.intervention.controls import Controls, comparison_sets, matched_random_sets
+from featdiff.config.params import InterveneParams
+from featdiff.intervention.controls import Controls, FeatureSets, comparison_sets, matched_random_sets
+from tiny import params_of, random_crosscoder
 
 Floats = NDArray[np.float64]
 
@@ -120,10 +123,29 @@ def test_comparison_sets_are_active_live_and_not_the_set() -> None:
 def test_single_features_only_where_the_set_is_small() -> None:
     rate, contribution = activity(80, 0, dead_share=0.0)
     controls = Controls(rate, contribution, np.full((80, 3), 1 / 3), 0, 0)
-    drawn = controls.random([1, 2, 3], 20)
-    sets = controls.sets([1, 2, 3], drawn, [9, 8, 7], 3)
-    assert list(sets) == ["set", "random", "shuffled", "shared", "base_specific", "alone", "without"]
-    assert sets["alone"] == [[1], [2], [3]]
-    assert sets["without"] == [[2, 3], [1, 3], [1, 2]]
-    assert "alone" not in controls.sets([1, 2, 3], drawn, [9, 8, 7], 2)
-    assert "without" not in controls.sets([1], [[2]], [3], 8)
+
+    def sets(features: list[int], most: int) -> FeatureSets:
+        chosen = params_of(InterveneParams, "intervene", random_sets=20, tuning_random_sets=5, single_features=most)
+        return controls.sets(features, [9, 8, 7], chosen)
+
+    made = sets([1, 2, 3], 3)
+    assert list(made.by_control) == ["set", "random", "shuffled", "shared", "base_specific", "alone", "without"]
+    assert list(made.whole) == list(made.by_control)[:5]
+    assert made.by_control["alone"] == [[1], [2], [3]]
+    assert made.by_control["without"] == [[2, 3], [1, 3], [1, 2]]
+    assert (made.found, made.by_control["shuffled"]) == ([1, 2, 3], [[9, 8, 7]])
+    assert made.by_control["random"] + made.tuning == controls.random([1, 2, 3], 25), "one draw, split in two"
+    assert [len(made.by_control["random"]), len(made.tuning)] == [20, 5]
+    assert "alone" not in sets([1, 2, 3], 2).by_control
+    assert "without" not in sets([1], 8).by_control
+
+
+def test_the_base_specific_set_is_read_off_the_original_models_column() -> None:
+    crosscoder = random_crosscoder(("rl", "raw"), d_model=6, n_features=40).requires_grad_(False)
+    statistics = {"firing_rate": torch.full((40,), 0.1), "mean_activation": torch.ones(40)}
+    controls = Controls.of(crosscoder, statistics, "raw", 0)
+    made = controls.sets([0, 1], [2, 3], params_of(InterveneParams, "intervene"))
+    norms_FM, sizes_FM = crosscoder.decoder_norms(), crosscoder.W_dec.abs().sum(-1)
+    share_F, (own,) = sizes_FM[:, 1] / sizes_FM.sum(1), made.by_control["base_specific"]
+    active = [k for k in range(2, 40) if norms_FM[k].sum() >= norms_FM[:2].sum(1).min()]
+    assert own == sorted(active, key=lambda k: -float(share_F[k]))[:2]

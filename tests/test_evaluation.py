@@ -11,7 +11,7 @@ import torch
 from featdiff import stats
 from featdiff.config.params import EvaluateParams
 from featdiff.language.decode import generate, score_options
-from featdiff.language.evaluation import LIKELIHOOD, Examinee, accuracy_table, evaluate, primary_mode
+from featdiff.language.evaluation import LIKELIHOOD, Evaluator, accuracy_table, evaluate, primary_mode
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import LETTERS, Sample, TaskInfo
@@ -40,25 +40,25 @@ def questions(task: str, count: int) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def examinee(make_model: Callable[..., Any], tokenizer: Any) -> Examinee:
-    return Examinee(make_model(seed=90), tokenizer, TASKS, batch_size=4, max_new_tokens=12)
+def evaluator(make_model: Callable[..., Any], tokenizer: Any) -> Evaluator:
+    return Evaluator(make_model(seed=90), tokenizer, TASKS, batch_size=4, max_new_tokens=12)
 
 
-def summed(examinee: Examinee, contexts: list[str], options: list[list[str]]) -> list[list[float]]:
-    tokenizer = examinee.tokenizer
+def summed(evaluator: Evaluator, contexts: list[str], options: list[list[str]]) -> list[list[float]]:
+    tokenizer = evaluator.tokenizer
     ids = [[tokenizer(f" {option}", add_special_tokens=False)["input_ids"] for option in row] for row in options]
-    return score_options(examinee.model, tokenizer(contexts)["input_ids"], ids, pad=tokenizer.pad_token_id, batch_size=1)
+    return score_options(evaluator.model, tokenizer(contexts)["input_ids"], ids, pad=tokenizer.pad_token_id, batch_size=1)
 
 
 @pytest.mark.parametrize("rule", LIKELIHOOD)
-def test_an_option_is_chosen_by_its_rule_and_graded_by_its_letter(examinee: Examinee, rule: str) -> None:
+def test_an_option_is_chosen_by_its_rule_and_graded_by_its_letter(evaluator: Evaluator, rule: str) -> None:
     samples = questions("text", 3)
-    rows = examinee.choose(samples, rules=[rule])
+    rows = evaluator.choose(samples, rules=[rule])
     if rule == "option_letter":
         contexts = [listed_prompt(sample.prompt, sample.options) for sample in samples]
-        scores = summed(examinee, contexts, [list("ABC")] * 3)
+        scores = summed(evaluator, contexts, [list("ABC")] * 3)
     else:
-        scores = summed(examinee, [sample.prompt for sample in samples], [list(OPTIONS)] * 3)
+        scores = summed(evaluator, [sample.prompt for sample in samples], [list(OPTIONS)] * 3)
     if rule == "option_text_norm":
         scores = [[s / len(option) for s, option in zip(row, OPTIONS, strict=True)] for row in scores]
     for sample, row, score in zip(samples, rows, scores, strict=True):
@@ -66,23 +66,23 @@ def test_an_option_is_chosen_by_its_rule_and_graded_by_its_letter(examinee: Exam
         assert (row["mode"], row["parsed"], row["completion"]) == (rule, LETTERS[best], OPTIONS[best])
         assert row["correct"] is row["strict"] is row["flexible"] is (sample.answer == LETTERS[best])
         assert row["manner"] == ""
-    every = examinee.choose(samples)
+    every = evaluator.choose(samples)
     assert [row for row in every if row["mode"] == rule] == rows
     assert {row["mode"] for row in every} == set(LIKELIHOOD)
 
 
-def test_of_two_options_with_one_text_only_the_lettered_one_is_right(examinee: Examinee) -> None:
+def test_of_two_options_with_one_text_only_the_lettered_one_is_right(evaluator: Evaluator) -> None:
     sample = Sample("twice", "text", "find", "fed = ", "B", ("a", "a"))
-    row = examinee.choose([sample], rules=["option_text"])[0]
+    row = evaluator.choose([sample], rules=["option_text"])[0]
     assert row["parsed"] == "A"
     assert not row["correct"]
 
 
-def test_a_generated_answer_is_graded_from_its_text(examinee: Examinee) -> None:
-    samples, tokenizer = questions("gen", 6), examinee.tokenizer
-    rows = examinee.generate(samples)
+def test_a_generated_answer_is_graded_from_its_text(evaluator: Evaluator) -> None:
+    samples, tokenizer = questions("gen", 6), evaluator.tokenizer
+    rows = evaluator.generate(samples)
     ids = generate(
-        examinee.model, tokenizer([s.prompt for s in samples])["input_ids"], max_new_tokens=12, eos=tokenizer.eos_token_id,
+        evaluator.model, tokenizer([s.prompt for s in samples])["input_ids"], max_new_tokens=12, eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id, batch_size=1,
     )  # fmt: skip
     for sample, row, answer in zip(samples, rows, ids, strict=True):
@@ -93,53 +93,53 @@ def test_a_generated_answer_is_graded_from_its_text(examinee: Examinee) -> None:
         assert (row["mode"], row["draw"], row["split"]) == ("greedy", 0, "find")
 
 
-def test_the_tasks_grading_decides_what_counts_as_correct(examinee: Examinee) -> None:
+def test_the_tasks_grading_decides_what_counts_as_correct(evaluator: Evaluator) -> None:
     asked = questions("gen", 6)
     runs = [(grade("organism", sample, row["completion"], "flexible").parsed, sample)
-            for sample, row in zip(asked, examinee.generate(asked), strict=True)]  # fmt: skip
+            for sample, row in zip(asked, evaluator.generate(asked), strict=True)]  # fmt: skip
     samples = [replace(sample, answer=run) for run, sample in runs if run]
     assert samples, "no text has a run of characters"
     for grading in ("strict", "flexible"):
         tasks = {"gen": replace(TASKS["gen"], grading=grading)}
-        rows = Examinee(examinee.model, examinee.tokenizer, tasks, batch_size=4, max_new_tokens=12).generate(samples)
+        rows = Evaluator(evaluator.model, evaluator.tokenizer, tasks, batch_size=4, max_new_tokens=12).generate(samples)
         assert all(row["flexible"] for row in rows)
         assert all(row["correct"] is row[grading] for row in rows)
         assert (grading == "strict") is (not all(row["correct"] for row in rows))
 
 
-def test_the_likelihood_of_the_right_answer_is_that_of_its_start_and_of_the_rest_given_it(examinee: Examinee) -> None:
-    samples, tokenizer = questions("gen", 3), examinee.tokenizer
+def test_the_likelihood_of_the_right_answer_is_that_of_its_start_and_of_the_rest_given_it(evaluator: Evaluator) -> None:
+    samples, tokenizer = questions("gen", 3), evaluator.tokenizer
     samples[1] = replace(samples[1], solution="<a,b>abc.")
-    found = examinee.likelihood([*samples, *questions("text", 2)])
+    found = evaluator.likelihood([*samples, *questions("text", 2)])
     assert list(found) == ["gen-0", "gen-1", "gen-2"]
     for sample in samples:
         prompt = tokenizer(sample.prompt)["input_ids"]
         right = tokenizer(sample.solution or sample.answer, add_special_tokens=False)["input_ids"]
-        logits = examinee.model(torch.tensor([prompt + right])).logits[0].log_softmax(-1)
+        logits = evaluator.model(torch.tensor([prompt + right])).logits[0].log_softmax(-1)
         nats = [-logits[len(prompt) + i - 1, token].item() for i, token in enumerate(right)]
         assert found[sample.sample_id] == pytest.approx((nats[0], np.mean(nats[1:])), rel=1e-4, abs=1e-4)
 
 
-def test_answers_come_in_the_order_asked_each_under_its_tasks_rule(examinee: Examinee) -> None:
+def test_answers_come_in_the_order_asked_each_under_its_tasks_rule(evaluator: Evaluator) -> None:
     samples = [s for parts in zip(*(questions(task, 3) for task in TASKS), strict=True) for s in parts]
-    rows = examinee.answer(samples)
+    rows = evaluator.answer(samples)
     assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
     assert [row["mode"] for row in rows] == [primary_mode(TASKS[sample.task]) for sample in samples]
-    assert examinee.answer([]) == []
-    assert examinee.answer(samples[::-1]) == rows[::-1]
+    assert evaluator.answer([]) == []
+    assert evaluator.answer(samples[::-1]) == rows[::-1]
 
 
-def test_a_whole_evaluation(examinee: Examinee) -> None:
+def test_a_whole_evaluation(evaluator: Evaluator) -> None:
     samples = questions("gen", 6) + questions("norm", 3)
-    rows = evaluate(examinee, samples, PARAMS, seed=0, scratch=Scratch())
+    rows = evaluate(evaluator, samples, PARAMS, seed=0, scratch=Scratch())
     assert len(rows) == 6 * (1 + PARAMS.draws) + 3 * len(LIKELIHOOD)
-    assert rows == evaluate(examinee, samples, PARAMS, seed=0, scratch=Scratch())
+    assert rows == evaluate(evaluator, samples, PARAMS, seed=0, scratch=Scratch())
     sampled = [r["completion"] for r in rows if r["mode"] == "sampled"]
     assert sampled[:6] != sampled[6:]  # every draw has a generator of its own
     assert sampled != [
-        r["completion"] for r in evaluate(examinee, samples, PARAMS, seed=1, scratch=Scratch()) if r["mode"] == "sampled"
+        r["completion"] for r in evaluate(evaluator, samples, PARAMS, seed=1, scratch=Scratch()) if r["mode"] == "sampled"
     ]
-    unlike = Examinee(examinee.model, examinee.tokenizer, TASKS, batch_size=1, max_new_tokens=12)
+    unlike = Evaluator(evaluator.model, evaluator.tokenizer, TASKS, batch_size=1, max_new_tokens=12)
     again = evaluate(unlike, samples, PARAMS, seed=0, scratch=Scratch())
     assert [r for r in again if r["mode"] != "sampled"] == [r for r in rows if r["mode"] != "sampled"]
 

@@ -1,45 +1,57 @@
-"""The intervention study: tuning, arms, paired effects against matched random draws."""
+"""The intervention study: models, tuning, controls, and the whole of it on real models."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
-from featdiff import stats
-from featdiff.config.params import InterveneParams
+from featdiff.config.params import InterveneParams, Roles
 from featdiff.crosscoder.edits import Editor
-from featdiff.intervention.effects import effects
+from featdiff.intervention.controls import FeatureSets
+from featdiff.intervention.models import EditableModel, EditableModels
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose, purposes
 from featdiff.intervention.sensitivity import sensitivity
 from featdiff.intervention.study import (
-    BASELINES,
-    Passes,
+    DIRECTIONS,
+    Questions,
     Setting,
-    Subject,
-    arms,
     by_task,
     collateral,
+    controls,
     dose_curve,
     intervene,
     mean_accuracy,
-    run_arms,
+    run_controls,
     settings,
     tune,
     tune_directions,
 )
-from featdiff.language.evaluation import Examinee
+from featdiff.language.evaluation import Evaluator
+from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.tasks.task import Sample, TaskInfo, Text
+from featdiff.tasks.task import Sample, TaskInfo, Text, read_rows
 from tiny import params_of, random_crosscoder, tiny_model
 
+T = TypeVar("T")
 Row = dict[str, Any]
 WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
 SUMS = replace(WORDS, name="sums", role="train", domain="math")
 QUIZ = TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", "strict", False, 3)
 TASKS = {task.name: task for task in (SUMS, WORDS, QUIZ)}
 CPU = torch.device("cpu")
+ROLES = Roles(original="before", tuned="after", contrast="other")
+ZEROED, CONTRASTED, AMPLIFIED, REPEATED = purposes(ROLES, ["after", "after_1"])
+HELD = ("before", "other", "after")
+"""Models of the crosscoder; the repeat is none of them."""
+
+
+def once(_name: str, compute: Callable[[], T], /) -> T:
+    return compute()
 
 
 def params(**changes: Any) -> InterveneParams:
@@ -54,18 +66,15 @@ def params(**changes: Any) -> InterveneParams:
 
 
 def test_settings_are_every_combination_and_zeroing_has_no_dose() -> None:
-    assert (
-        settings("zero_grpo", params())
-        == settings("zero_sft", params())
-        == [Setting("zero", "prompt_last", 0.0), Setting("zero", "all", 0.0)]
-    )
-    amplify = settings("amplify_base", params())
+    for purpose in (ZEROED, CONTRASTED, REPEATED):
+        assert settings(purpose, params()) == [Setting("zero", "prompt_last", 0.0), Setting("zero", "all", 0.0)]
+    amplify = settings(AMPLIFIED, params())
     assert len(amplify) == len(set(amplify)) == 2 * 2 * 2
     assert {setting.edit for setting in amplify} == {"add", "scale"}
     assert {setting.dose for setting in amplify} == {1.0, 3.0}
 
 
-def answers(task: str, correct: list[bool], manner: str = "steps", **more: Any) -> list[Row]:
+def answers(task: str, correct: list[bool], manner: str = "steps") -> list[Row]:
     return [
         {
             "sample_id": f"{task}-{i}",
@@ -75,7 +84,6 @@ def answers(task: str, correct: list[bool], manner: str = "steps", **more: Any) 
             "parsed": "x" if right else None,
             "flexible": right,
         }
-        | more
         for i, right in enumerate(correct)
     ]
 
@@ -98,140 +106,6 @@ def test_every_task_counts_the_same_however_many_questions_it_has() -> None:
     )
 
 
-BASELINE = [False] * 6 + [True] * 4
-N = len(BASELINE)
-
-
-def shifted(right: int) -> list[bool]:
-    """Answers of which ``right`` are right: what was right stays so as far as possible."""
-    order = [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
-    return [place in order[:right] for place in range(N)]
-
-
-def study_rows(purpose: str, set_right: int, random_right: list[int], task: str = "words") -> list[Row]:
-    model = {"zero_grpo": "grpo", "zero_sft": "sft", "amplify_base": "base"}[purpose]
-    facts = {"purpose": purpose, "model": model, "start_nats": 1.0, "rest_nats": None}
-    rows = answers(task, BASELINE, "direct", arm="none", draw=0, **facts) + answers(
-        task, BASELINE, "direct", arm="noop", draw=0, **facts
-    )
-    rows += answers(task, shifted(set_right), arm="set", draw=0, **facts)
-    for draw, right in enumerate(random_right):
-        rows += answers(task, shifted(right), arm="random", draw=draw, **facts)
-    return rows
-
-
-def one(table: list[Row], arm: str = "set", subset: str = "all", **wanted: Any) -> Row:
-    found = [
-        row
-        for row in table
-        if row["arm"] == arm and row["subset"] == subset and all(row[key] == value for key, value in wanted.items())
-    ]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def test_likelihood_is_compared_per_sample_where_there_is_one() -> None:
-    rows = study_rows("amplify_base", 9, [4])
-    for i, row in enumerate(rows):
-        if row["arm"] == "set":
-            rows[i] = row | {"start_nats": 0.5 if row["sample_id"] == rows[0]["sample_id"] else 0.75}
-    table = effects(rows, set(), TASKS, params(), 0)
-    found = one(table)
-    assert found["start_nats"] == pytest.approx(-0.25 - 0.25 / found["n"])
-    assert found["start_nats_low"] < found["start_nats"] < found["start_nats_high"] <= -0.25
-    assert (one(table, "noop")["start_nats"], one(table, "noop")["start_nats_high"]) == (0, 0)
-    assert found["rest_nats"] is found["rest_nats_low"] is None
-
-
-@pytest.mark.parametrize(
-    ("purpose", "set_right", "random_right", "beyond"),
-    [
-        ("amplify_base", 9, [4, 5, 8], True),
-        ("amplify_base", 8, [4, 5, 8], False),  # as far as one of them is not beyond it
-        ("amplify_base", 1, [4, 5, 8], False),  # the wrong direction
-        ("zero_grpo", 1, [4, 3, 2], True),
-        ("zero_grpo", 2, [4, 3, 2], False),
-        ("zero_grpo", 9, [4, 3, 2], False),
-        ("zero_sft", 0, [4, 3, 2], True),
-        ("zero_sft", 3, [4, 3, 2], False),
-    ],
-)
-def test_beyond_random_is_beyond_every_draw_in_the_claimed_direction(
-    purpose: str, set_right: int, random_right: list[int], beyond: bool
-) -> None:
-    table = effects(study_rows(purpose, set_right, random_right), set(), TASKS, params(), 0)
-    row = one(table)
-    assert row["beyond_random"] is beyond
-    assert row["effect"] == pytest.approx((set_right - 4) / N)
-    assert (row["accuracy"], row["baseline"], row["n"]) == (pytest.approx(set_right / N), 0.4, N)
-    assert (row["steps"], row["steps_baseline"], row["parse_failures"]) == (1, 0, pytest.approx(1 - set_right / N))
-    assert row["flexible"] == row["accuracy"]
-    assert all(other["beyond_random"] is None for other in table if other["arm"] == "random")
-    assert one(table, "noop")["beyond_random"] is (False if min(random_right) <= 4 <= max(random_right) else None)
-    further = sum((right >= set_right) if purpose == "amplify_base" else (right <= set_right) for right in random_right)
-    assert row["p_random"] == (1 + further) / 4
-    assert row["p_mcnemar"] == pytest.approx(stats.mcnemar(np.array(shifted(set_right)), np.array(BASELINE)))
-    draws = [(right - 4) / N for right in random_right]
-    assert (row["random_low"], row["random_high"]) == pytest.approx(tuple(np.quantile(draws, [0.05, 0.95])))
-    assert [one(table, "random", draw=draw)["effect"] for draw in range(3)] == pytest.approx(draws)
-
-
-def test_no_effect_is_zero_within_what_so_few_samples_can_tell() -> None:
-    row = one(effects(study_rows("zero_grpo", 1, [4]), set(), TASKS, params(), 0), "noop")
-    unseen = stats.unseen(row["n"], 0.95)
-    assert (row["effect"], row["low"], row["high"]) == pytest.approx((0, -unseen, unseen)), "none seen is not none"
-
-
-def test_without_random_draws_nothing_is_said_about_chance() -> None:
-    row = one(effects(study_rows("zero_grpo", 1, []), set(), TASKS, params(), 0))
-    assert row["beyond_random"] is None
-    assert np.isnan(row["random_low"])
-
-
-def test_intervals_are_paired_by_sample_whatever_the_order_of_the_rows() -> None:
-    rows = study_rows("amplify_base", 7, [4, 5])
-    row = one(effects(rows, set(), TASKS, params(), 0))
-    interval = stats.paired_difference(
-        np.array(shifted(7), float), np.array(BASELINE, float), resamples=300, confidence=0.95, seed=0, within=(-1, 1)
-    )
-    assert (row["low"], row["high"]) == (interval.low, interval.high)
-    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    mixed = one(effects(shuffled, set(), TASKS, params(), 0))
-    assert (mixed["effect"], mixed["low"], mixed["high"]) == (row["effect"], row["low"], row["high"])
-
-
-def test_arms_that_answered_other_questions_are_refused() -> None:
-    rows = study_rows("amplify_base", 7, [4, 5])
-    rows = [row | {"sample_id": "words-99"} if row["arm"] == "set" and row["sample_id"] == "words-3" else row for row in rows]
-    with pytest.raises(ValueError, match="amplify_base set 0"):
-        effects(rows, set(), TASKS, params(), 0)
-
-
-def test_the_flipped_subset_is_those_samples_alone() -> None:
-    rows = study_rows("amplify_base", 7, [4, 5]) + study_rows("amplify_base", 2, [4, 5], task="sums")
-    flipped = {"words-0", "words-1", "words-5"}
-    table = effects(rows, flipped, TASKS, params(), 0)
-    row = one(table, subset="flipped", task="words")
-    assert (row["n"], row["baseline"], row["accuracy"]) == (3, 0, pytest.approx(2 / 3))
-    assert row["random_high"] == pytest.approx(np.quantile([0, 1 / 3], 0.95))
-    assert not [other for other in table if other["task"] == "sums" and other["subset"] == "flipped"]
-    assert one(table, subset="all", task="sums")["effect"] == pytest.approx(-0.2)
-
-
-def test_purposes_and_tasks_do_not_mix() -> None:
-    rows = (
-        study_rows("zero_grpo", 1, [4, 3])
-        + study_rows("amplify_base", 9, [5, 6])
-        + study_rows("zero_grpo", 2, [0, 1], task="sums")
-    )
-    table = effects(rows, set(), TASKS, params(), 0)
-    assert one(table, purpose="zero_grpo", task="words")["effect"] == pytest.approx(-0.3)
-    assert one(table, purpose="amplify_base", task="words")["effect"] == pytest.approx(0.5)
-    row = one(table, purpose="zero_grpo", task="sums")
-    assert (row["model"], row["role"], row["beyond_random"]) == ("grpo", "train", False)
-    assert len(table) == 3 * (1 + 1 + 2)
-
-
 def samples() -> list[Sample]:
     made = []
     for split, number in (("find", 3), ("tune", 2), ("report", 3)):
@@ -242,21 +116,22 @@ def samples() -> list[Sample]:
     return made
 
 
-def subject(name: str, seed: int) -> Subject:
+def maker(name: str) -> Editor:
+    """Edits in the slot ``name``."""
+    crosscoder = random_crosscoder(HELD, d_model=16, n_features=24, threshold=1.0)
+    drawn = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    directions = dict(zip((*DIRECTIONS, "original_mean"), drawn, strict=True))
+    return Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor_name="after", directions=directions)
+
+
+def editable(purpose: Purpose, seed: int, kind: type[Evaluator] = Evaluator) -> Any:
     model, tokenizer = tiny_model(seed)
-    crosscoder = random_crosscoder(("base", "sft", "grpo"), d_model=16, n_features=24, threshold=1.0)
-    directions = dict(
-        zip((*BASELINES, "original_mean"), torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), strict=True)
-    )
-    editor = Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor=tiny_model(2)[0], directions=directions)
-    return Subject(Examinee(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4), editor)
+    evaluator = kind(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4)
+    return EditableModel(purpose, evaluator, maker(purpose.alike))
 
 
-silent = Passes(0, Scratch(), "test")
-
-
-class Scripted(Examinee):
-    """A real examinee whose accuracy under each edit is known beforehand."""
+class Scripted(Evaluator):
+    """A real evaluator whose accuracy under each edit is known beforehand."""
 
     right: dict[tuple[str, str, float], int]
 
@@ -266,28 +141,26 @@ class Scripted(Examinee):
 
 
 def test_tuning_takes_the_lowest_accuracy_when_zeroing_the_highest_when_amplifying_and_the_first_of_equals() -> None:
-    made = subject("base", 0)
-    made.examinee.__class__ = Scripted
     chosen = [sample for sample in samples() if sample.task == "words"]
-    made.examinee.right = {("zero", "prompt_last", 0.0): 4, ("zero", "all", 0.0): 2}
-    assert tune("zero_grpo", made, [1, 2], chosen, params(), silent)[0] == Setting("zero", "all", 0.0)
-    right = dict.fromkeys([tuple(setting) for setting in settings("amplify_base", params())], 3)
-    made.examinee.right = right | {("add", "all", 3.0): 7, ("scale", "prompt_last", 1.0): 7}
-    best, table = tune("amplify_base", made, [1, 2], chosen, params(), silent)
+    zeroed, amplified = editable(ZEROED, 0, Scripted), editable(AMPLIFIED, 0, Scripted)
+    zeroed.evaluator.right = {("zero", "prompt_last", 0.0): 4, ("zero", "all", 0.0): 2}
+    assert tune(zeroed, [1, 2], chosen, params(), once)[0] == Setting("zero", "all", 0.0)
+    right = dict.fromkeys([tuple(setting) for setting in settings(AMPLIFIED, params())], 3)
+    amplified.evaluator.right = right | {("add", "all", 3.0): 7, ("scale", "prompt_last", 1.0): 7}
+    best, table = tune(amplified, [1, 2], chosen, params(), once)
     assert best == Setting("add", "all", 3.0)
     assert len(table) == 8
     assert {line["accuracy"] for line in table if (line["edit"], line["positions"], line["dose"]) == best} == {7 / 8}
 
 
 def test_of_settings_as_good_the_gentlest_is_taken() -> None:
-    made = subject("base", 0)
-    made.examinee.__class__ = Scripted
+    made = editable(AMPLIFIED, 0, Scripted)
     chosen = [sample for sample in samples() if sample.task == "words"]
-    made.examinee.right = {("add", "prompt_last", 1.0): 7, ("add", "prompt_last", 3.0): 8}
+    made.evaluator.right = {("add", "prompt_last", 1.0): 7, ("add", "prompt_last", 3.0): 8}
     narrow = {"positions": ["prompt_last"], "amplify": ["add"], "doses": [3.0, 1.0]}
-    best, _ = tune("amplify_base", made, [1, 2], chosen, params(**narrow, tolerance=0.2), silent)
+    best, _ = tune(made, [1, 2], chosen, params(**narrow, tolerance=0.2), once)
     assert best == Setting("add", "prompt_last", 1.0)
-    best, _ = tune("amplify_base", made, [1, 2], chosen, params(**narrow, tolerance=0.1), silent)
+    best, _ = tune(made, [1, 2], chosen, params(**narrow, tolerance=0.1), once)
     assert best == Setting("add", "prompt_last", 3.0)
 
 
@@ -295,10 +168,10 @@ SETS = {"set": [[3, 5]], "random": [[1, 2], [7, 9]], "shared": [[4, 6]]}
 DOSES = {"mean_difference": 2.0}
 
 
-def test_every_arm_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> None:
-    made, chosen = subject("grpo", 2), Setting("zero", "all", 0.0)
-    planned = list(arms("zero_grpo", made, chosen, SETS, DOSES))
-    names = [(arm, draw) for arm, draw, _ in planned]
+def test_every_control_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> None:
+    made, chosen = editable(ZEROED, 2), Setting("zero", "all", 0.0)
+    planned = list(controls(made, chosen, SETS, DOSES))
+    names = [(control, number) for control, number, _ in planned]
     first = [("none", 0), ("noop", 0), ("reconstruction", 0), ("set", 0), ("random", 0), ("random", 1)]
     assert names == [*first, ("shared", 0), ("mean_difference", 0)]
     kinds = [(edit.kind, edit.positions, edit.dose) for _, _, edit in planned if edit is not None]
@@ -308,49 +181,92 @@ def test_every_arm_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> Non
         *[("zero", "all", 0.0)] * 4,
         ("project", "all", 2.0),
     ]
-    assert list(arms("amplify_base", made, chosen, SETS, DOSES))[-1][2].kind == "push"
+    assert list(controls(editable(AMPLIFIED, 2), chosen, SETS, DOSES))[-1][2].kind == "push"
     directions = made.editor.edit("reconstruct", None, "all", 0.0).reader.directions_FD
     assert torch.equal(planned[5][2].reader.directions_FD, directions[[7, 9]])
-    rows = run_arms("zero_grpo", made, chosen, SETS, DOSES, samples(), silent)
-    by_arm = {arm: [row for row in rows if row["arm"] == arm and row["draw"] == 0] for arm, _ in names}
-    assert {len(group) for group in by_arm.values()} == {24}
+    rows = run_controls(made, chosen, SETS, DOSES, samples(), once)
+    assert {(row["purpose"], row["model"]) for row in rows} == {("zero_tuned", "after")}
+    by_control = {control: [row for row in rows if (row["control"], row["set_draw"]) == (control, 0)] for control, _ in names}
+    assert {len(group) for group in by_control.values()} == {24}
     kept = ("sample_id", "completion", "correct", "parsed", "manner")
-    assert [[row[key] for key in kept] for row in by_arm["none"]] == [[row[key] for key in kept] for row in by_arm["noop"]]
-    assert [row["completion"] for row in by_arm["none"]] != [row["completion"] for row in by_arm["reconstruction"]]
+    none, noop = ([[row[key] for key in kept] for row in by_control[name]] for name in ("none", "noop"))
+    assert none == noop
+    assert [row["completion"] for row in by_control["none"]] != [row["completion"] for row in by_control["reconstruction"]]
 
 
-def test_collateral_is_nothing_for_the_no_op_and_something_for_other_arms() -> None:
-    made, texts = subject("base", 0), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)]
-    rows = collateral("amplify_base", made, Setting("add", "prompt_last", 2.0), SETS, DOSES, texts, params(), 0, silent)
-    by_arm = {row["arm"]: row for row in rows if row["draw"] == 0}
-    assert (by_arm["noop"]["change"], by_arm["noop"]["low"], by_arm["noop"]["high"]) == (0, 0, 0)
-    assert by_arm["noop"]["perplexity"] == by_arm["none"]["perplexity"]
-    assert by_arm["set"]["change"] != 0
-    assert by_arm["set"]["n"] == 3
-    assert by_arm["set"]["perplexity"] == pytest.approx(by_arm["none"]["perplexity"] * np.exp(by_arm["set"]["change"]))
+def test_collateral_is_nothing_for_the_no_op_and_something_for_others() -> None:
+    made, texts = editable(AMPLIFIED, 0), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)]
+    rows = collateral(made, Setting("add", "prompt_last", 2.0), SETS, DOSES, texts, params(), 0, once)
+    by_control = {row["control"]: row for row in rows if row["set_draw"] == 0}
+    assert (by_control["noop"]["change"], by_control["noop"]["low"], by_control["noop"]["high"]) == (0, 0, 0)
+    assert by_control["noop"]["perplexity"] == by_control["none"]["perplexity"]
+    assert by_control["set"]["change"] != 0
+    assert by_control["set"]["n"] == 3
+    expected = by_control["none"]["perplexity"] * np.exp(by_control["set"]["change"])
+    assert by_control["set"]["perplexity"] == pytest.approx(expected)
 
 
 def test_directions_get_the_gentlest_good_dose_of_their_own() -> None:
-    made = subject("base", 0)
-    made.examinee.__class__ = Scripted
-    made.examinee.right = {("push", "prompt_last", 1.0): 3, ("push", "prompt_last", 3.0): 6}
+    made = editable(AMPLIFIED, 0, Scripted)
+    made.evaluator.right = {("push", "prompt_last", 1.0): 3, ("push", "prompt_last", 3.0): 6}
     chosen = [sample for sample in samples() if sample.task == "words"]
-    doses, table = tune_directions(made, "prompt_last", chosen, params(), silent)
-    assert doses == dict.fromkeys(BASELINES, 3.0)
-    assert len(table) == len(BASELINES) * 2
-    assert {line["edit"] for line in table} == set(BASELINES)
-    made.examinee.right[("push", "prompt_last", 1.0)] = 6
-    assert tune_directions(made, "prompt_last", chosen, params(), silent)[0] == dict.fromkeys(BASELINES, 1.0)
+    doses, table = tune_directions(made, "prompt_last", chosen, params(), once)
+    assert doses == dict.fromkeys(DIRECTIONS, 3.0)
+    assert len(table) == len(DIRECTIONS) * 2
+    assert {line["edit"] for line in table} == set(DIRECTIONS)
+    made.evaluator.right[("push", "prompt_last", 1.0)] = 6
+    assert tune_directions(made, "prompt_last", chosen, params(), once)[0] == dict.fromkeys(DIRECTIONS, 1.0)
 
 
 def test_dose_curves_have_every_set_at_every_dose() -> None:
-    chosen = Setting("add", "all", 3.0)
-    curve = dose_curve(
-        subject("base", 0), chosen, {("set", 0): [1], ("random", 0): [2], ("random", 1): [3]}, samples()[:3], params(), silent
-    )
-    assert {(line["dose"], line["arm"], line["draw"]) for line in curve} == {
-        (dose, arm, draw) for dose in (1.0, 3.0) for arm, draw in (("set", 0), ("random", 0), ("random", 1))
+    sets = FeatureSets({"set": [[1]], "random": [[8]]}, tuning=[[2], [3]])
+    curve = dose_curve(editable(AMPLIFIED, 0), Setting("add", "all", 3.0), sets, samples()[:3], params(), once)
+    assert {(line["dose"], line["control"], line["set_draw"]) for line in curve} == {
+        (dose, control, number) for dose in (1.0, 3.0) for control, number in (("set", 0), ("random", 0), ("random", 1))
     }
+
+
+def opened(root: Path, asked: list[Purpose], seeds: dict[str, int], wide: InterveneParams) -> EditableModels:
+    """Models on disk by their name's seed, for the purposes that the crosscoder has a slot for."""
+    for name, seed in seeds.items():
+        save_model(*tiny_model(seed), root / name)
+    folders = {purpose: root / purpose.model for purpose in asked if purpose.slot_in(HELD)}
+    return EditableModels(folders, maker("after"), TASKS, wide)
+
+
+def test_a_repeat_is_edited_through_the_slot_of_the_tuned_model(tmp_path: Path) -> None:
+    asked = purposes(ROLES, ["after", "after_1"])
+    models = opened(tmp_path, asked, {"before": 0, "other": 1, "after": 2, "after_1": 3}, params())
+    repeat = models.open(REPEATED)
+    assert repeat.editor.model == "after"
+    assert {purpose.name: models.open(purpose).editor.model for purpose in models.purposes} == {
+        "zero_tuned": "after", "zero_contrast": "other", "amplify_original": "before", "repeat_after_1": "after"
+    }  # fmt: skip
+    assert models.open(ZEROED) is models.tuned
+    assert models.original.editor.donor is models.tuned.evaluator.model
+    own, tuned = (next(made.evaluator.model.parameters()) for made in (repeat, models.tuned))
+    assert not torch.equal(own, tuned), "it is the repeat that answers"
+    resid_BTD = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)) * 3
+    found = repeat.editor.edit("zero", [3, 5], "all", 0.0)(resid_BTD, None, prompt=True)
+    assert torch.equal(found, models.tuned.editor.edit("zero", [3, 5], "all", 0.0)(resid_BTD, None, prompt=True))
+    assert not torch.equal(found, resid_BTD)
+
+
+def test_a_repeat_with_the_weights_of_the_tuned_model_shows_what_that_shows(tmp_path: Path) -> None:
+    models = opened(tmp_path, [ZEROED, AMPLIFIED, REPEATED], {"before": 0, "after": 2, "after_1": 2}, params())
+    sets = FeatureSets({"set": [[21, 22]], "random": [[4, 5], [6, 7]], "alone": [[21], [22]]}, tuning=[[2, 9]])
+    result = intervene(models, sets, Questions(TASKS, samples(), [Text("rev ab=", "ba", "t")]), params(), 0, once)
+    for table in (result.samples, result.effects, result.collateral):
+        tuned, repeat = (
+            [
+                row | {"purpose": "", "model": ""}
+                for row in table
+                if row["purpose"] == purpose.name and row["control"] != "alone"
+            ]
+            for purpose in (ZEROED, REPEATED)
+        )
+        assert json.dumps(tuned) == json.dumps(repeat) != "[]"
+        assert {row["model"] for row in table if row["purpose"] == "repeat_after_1"} == {"after_1"}
 
 
 VARIANTS = [
@@ -359,28 +275,32 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("with_sft", [True, False])
-def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None:
-    subjects = {"base": subject("base", 0), "grpo": subject("grpo", 2)} | ({"sft": subject("sft", 1)} if with_sft else {})
-    draws = [[i, i + 1] for i in range(20)]
-    sets = {"set": [[21, 22]], "random": draws, "alone": [[21], [22]]}
-    texts = [Text("rev ab=", "ba", "t"), Text("rev a=", "a", "t")]
+@pytest.mark.parametrize("contrast", ["other", None])
+def test_the_whole_study_never_tunes_on_the_report_split_nor_on_a_repeat(contrast: str | None, tmp_path: Path) -> None:
+    asked = purposes(ROLES.model_copy(update={"contrast": contrast}), ["after", "after_1", "after_2"])
     wide = params(amplify=["add", "scale", "transplant"])
-    outcome = intervene(subjects, sets, [[2, 9]], samples(), texts, wide, 0, Scratch())
-    assert {line["task"] for line in outcome.tuning} == {line["task"] for line in outcome.dose} == {"words"}
-    assert {line["n"] for line in outcome.tuning} == {line["n"] for line in outcome.dose} == {2}
-    assert {row["split"] for row in outcome.samples} == {"report"}
-    assert {row["task"] for row in outcome.samples} == set(TASKS)
-    purposes = ["zero_grpo", "zero_sft", "amplify_base"] if with_sft else ["zero_grpo", "amplify_base"]
-    assert list(dict.fromkeys(row["purpose"] for row in outcome.samples)) == purposes
-    passes = {purpose: 3 + 1 + 20 + 3 + (2 if purpose != "zero_sft" else 0) for purpose in purposes}
-    assert len(outcome.samples) == 9 * sum(passes.values())
-    assert len(outcome.collateral) == sum(passes.values())
-    tried = sensitivity(
-        subjects, outcome, VARIANTS, lambda features, n: [[k + 1 for k in features]] * n, samples(), 2, Scratch()
-    )
-    assert {row["purpose"] for row in tried} == {"zero_grpo", "amplify_base"}
-    assert [row["choice"] for row in tried if row["purpose"] == "zero_grpo"] == [
+    models = opened(tmp_path, asked, {"before": 0, "other": 1, "after": 2, "after_1": 3, "after_2": 4}, wide)
+    sets = FeatureSets({"set": [[21, 22]], "random": [[i, i + 1] for i in range(20)], "alone": [[21], [22]]}, [[2, 9]])
+    questions = Questions(TASKS, samples(), [Text("rev ab=", "ba", "t"), Text("rev a=", "a", "t")])
+    scratch = Scratch(tmp_path / "scratch")  # which refuses a pass that has the name of another
+    result = intervene(models, sets, questions, wide, 0, scratch.part)
+    assert {line["task"] for line in result.tuning} == {line["task"] for line in result.dose} == {"words"}
+    assert {line["n"] for line in result.tuning} == {line["n"] for line in result.dose} == {2}
+    assert {line["purpose"] for line in result.tuning} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
+    assert {row["split"] for row in result.samples} == {"report"}
+    assert {row["task"] for row in result.samples} == set(TASKS)
+    names = ["zero_tuned", *["zero_contrast"] * bool(contrast), "amplify_original", "repeat_after_1", "repeat_after_2"]
+    assert list(dict.fromkeys(row["purpose"] for row in result.samples)) == names
+    passes = {name: 3 + 1 + 20 + 3 + (2 if name in (ZERO_TUNED, AMPLIFY_ORIGINAL) else 0) for name in names}
+    assert len(result.samples) == 9 * sum(passes.values())
+    assert len(result.collateral) == sum(passes.values())
+
+    def match(features: list[int], draws: int) -> list[list[int]]:
+        return [[k + 1 for k in features]] * draws
+
+    tried = sensitivity(models, result, VARIANTS, match, questions.tune, 2, scratch.part)
+    assert {row["purpose"] for row in tried} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
+    assert [row["choice"] for row in tried if row["purpose"] == ZERO_TUNED] == [
         "swap at prompt_last",
         "slot at all",
         "zero at prompt_last",
@@ -391,21 +311,29 @@ def test_the_whole_study_never_tunes_on_the_report_split(with_sft: bool) -> None
     assert all(row["effect"] is not None and row["random"] is not None for row in tried if row["size"])
     right = {
         purpose: {
-            row["sample_id"] for row in outcome.samples if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]
+            row["sample_id"]
+            for row in result.samples
+            if row["purpose"] == purpose and row["control"] == "none" and row["correct"]
         }
-        for purpose in ("zero_grpo", "amplify_base")
+        for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL)
     }
-    flipped = right["zero_grpo"] - right["amplify_base"]
+    flipped = right[ZERO_TUNED] - right[AMPLIFY_ORIGINAL]
     counts = {
-        (row["purpose"], row["task"]): row["n"] for row in outcome.effects if row["arm"] == "set" and row["subset"] == "flipped"
+        (row["purpose"], row["task"]): row["n"]
+        for row in result.effects
+        if row["control"] == "set" and row["subset"] == "flipped"
     }
     for task in TASKS:
         number = sum(sample_id.startswith(task) for sample_id in flipped)
-        assert [counts.get((purpose, task), 0) for purpose in purposes] == [number] * len(purposes)
-    assert all(row["effect"] == 0 for row in outcome.effects if row["arm"] == "noop")
-    nats = {(row["arm"], row["task"]): row["start_nats"] for row in outcome.effects if row["draw"] == 0}
+        assert [counts.get((name, task), 0) for name in names] == [number] * len(names)
+    assert all(row["effect"] == 0 for row in result.effects if row["control"] == "noop")
+    nats = {(row["control"], row["task"]): row["start_nats"] for row in result.effects if row["set_draw"] == 0}
     assert nats["noop", "words"] == 0 != nats["set", "words"]
     assert nats["set", "quiz"] is None
-    json.dumps(outcome.summary(), allow_nan=False)
-    json.dumps(outcome.choice)
-    assert set(outcome.summary()["zero_grpo"]) == set(TASKS)
+    json.dumps(result.summary(), allow_nan=False)
+    assert list(result.summary()) == names
+    assert set(result.summary()[ZERO_TUNED]) == set(TASKS)
+    result.save(tmp_path, sensitivity=tried)
+    assert json.loads((tmp_path / "choice.json").read_text()) == result.choice
+    assert read_rows(tmp_path / "effects.parquet")[0]["control"] == "noop"
+    assert len(read_rows(tmp_path / "sensitivity.parquet")) == len(tried)

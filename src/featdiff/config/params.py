@@ -574,9 +574,9 @@ class InterveneParams(Params):
     positions: Annotated[list[Position], Field(min_length=1)]
     """Tried on the tune split."""
     amplify: Annotated[list[Literal["scale", "add", "transplant"]], Field(min_length=1)]
-    """Edits tried for amplification in base."""
+    """Edits tried for amplification in the original model."""
     doses: Annotated[list[Rate], Field(min_length=1)]
-    """Tried on the tune split: a factor for ``scale``, multiples of the maximum in GRPO for ``add``."""
+    """Tried on the tune split: a factor for ``scale``, multiples of the maximum in the tuned model for ``add``."""
     random_sets: Annotated[int, Field(ge=20, le=10**5)]
     """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
     tuning_random_sets: Resamples

@@ -6,6 +6,7 @@ F features, M models, S features of the set, R draws.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,32 @@ from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.attribution.norms import mas
+from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.model import Crosscoder
 
 NEIGHBOURS = 10
+SINGLE = ("alone", "without")
+"""Controls that edit one feature of the set, or all but one."""
+
+
+@dataclass(frozen=True)
+class FeatureSets:
+    """Every feature set of the study."""
+
+    by_control: Mapping[str, list[list[int]]]
+    """By what they stand for, one per number; ``set`` has the found one."""
+    tuning: list[list[int]]
+    """Further random sets, for the tune split only."""
+
+    @property
+    def found(self) -> list[int]:
+        """The set that is studied."""
+        return self.by_control["set"][0]
+
+    @property
+    def whole(self) -> dict[str, list[list[int]]]:
+        """``by_control`` without single features."""
+        return {control: group for control, group in self.by_control.items() if control not in SINGLE}
 
 
 def matched_random_sets(
@@ -68,39 +92,40 @@ class Controls:
     contribution_F: Float[np.ndarray, " F"]
     """Mean of f_k Σ_m‖d_k^m‖ where feature k fires."""
     mas_FM: Float[np.ndarray, "F M"]
-    base: int
-    """Column of the base."""
+    original: int
+    """Column of the original model."""
     seed: int
 
     @classmethod
-    def of(cls, crosscoder: Crosscoder, statistics: dict[str, Tensor], seed: int) -> Controls:
+    def of(cls, crosscoder: Crosscoder, statistics: Mapping[str, Tensor], original: str, seed: int) -> Controls:
+        """From a crosscoder that holds the model ``original``, and its ``features.safetensors``."""
         contribution_F = statistics["mean_activation"] * crosscoder.decoder_norms().sum(1)
-        shares_FM, base = mas(crosscoder.W_dec).numpy(), crosscoder.slot("base")
-        return cls(statistics["firing_rate"].numpy(), contribution_F.numpy(), shares_FM, base, seed)
+        shares_FM, column = mas(crosscoder.W_dec).numpy(), crosscoder.slot(original)
+        return cls(statistics["firing_rate"].numpy(), contribution_F.numpy(), shares_FM, column, seed)
 
     def random(self, features: list[int], draws: int) -> list[list[int]]:
         """Matched random sets."""
         return matched_random_sets(features, self.firing_rate_F, self.contribution_F, draws, self.seed)
 
-    def sets(
-        self, features: list[int], random: list[list[int]], shuffled: list[int], most_single: int
-    ) -> dict[str, list[list[int]]]:
-        """Every feature set of the study by arm, one per draw: the found one, the random ones, those that ought to do
-        nothing, and (up to ``most_single`` features) each feature alone and the set without it."""
-        sets = {"set": [features], "random": random, "shuffled": [shuffled]}
+    def sets(self, features: list[int], shuffled: list[int], params: InterveneParams) -> FeatureSets:
+        """The found set, the random ones, those that ought to do nothing (``shuffled`` is given), and, up to
+        ``params.single_features`` features, each feature alone and the set without it."""
+        drawn = self.random(features, params.random_sets + params.tuning_random_sets)
+        sets = {"set": [features], "random": drawn[: params.random_sets], "shuffled": [shuffled]}
         activity_F = self.firing_rate_F * self.contribution_F
-        sets |= {name: [members] for name, members in comparison_sets(features, self.mas_FM, self.base, activity_F).items()}
-        if 1 < len(features) <= most_single:
+        compared = comparison_sets(features, self.mas_FM, self.original, activity_F)
+        sets |= {control: [members] for control, members in compared.items()}
+        if 1 < len(features) <= params.single_features:
             sets["alone"] = [[k] for k in features]
             sets["without"] = [[other for other in features if other != k] for k in features]
-        return sets
+        return FeatureSets(sets, drawn[params.random_sets :])
 
 
 def comparison_sets(
-    features: list[int], mas_FM: Float[np.ndarray, "F M"], base: int, activity_F: Float[np.ndarray, " F"]
+    features: list[int], mas_FM: Float[np.ndarray, "F M"], original: int, activity_F: Float[np.ndarray, " F"]
 ) -> dict[str, list[int]]:
-    """Two sets of the same size whose decoder norms say that they are not the tuned models' own: ``shared`` has the
-    most even shares of all models, ``base_specific`` the largest share of the base (column ``base``).
+    """Two sets of the same size whose decoder norms say that they are not the tuned model's own: ``shared`` has the
+    most even shares of all models, ``base_specific`` the largest share of the original model (column ``original``).
 
     Taken among live features outside the set that are at least as active (firing rate times mean contribution) as the
     least active of the set; where there are too few, among the most active. Raises ContractError as
@@ -110,7 +135,7 @@ def comparison_sets(
     active = pool[activity_F[pool] >= activity_F[features].min()]
     if len(active) < len(features):
         active = pool[np.argsort(-activity_F[pool], kind="stable")[: len(features)]]
-    evenness, own = mas_FM[active].max(1) - mas_FM[active].min(1), -mas_FM[active, base]
+    evenness, own = mas_FM[active].max(1) - mas_FM[active].min(1), -mas_FM[active, original]
     return {
         name: active[np.argsort(order, kind="stable")[: len(features)]].tolist()
         for name, order in (("shared", evenness), ("base_specific", own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -17,20 +18,20 @@ from featdiff.tasks.task import TaskInfo
 def effects(
     rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int
 ) -> list[dict[str, Any]]:
-    """Change of accuracy against the unedited model, per purpose, arm, task and subset, with paired bootstrap
-    intervals and the band of the matched random draws, and of the likelihood of right answers. ``flipped`` holds the
-    sample ids that base fails and GRPO solves: chosen by outcome, so read it beside the full set."""
+    """Change of accuracy against the unedited model, per purpose, control, task and subset, with paired bootstrap
+    intervals and the band of the matched random sets, and of the likelihood of right answers. ``flipped`` holds the
+    sample ids that the original model fails and the tuned one solves: chosen by outcome, so read it beside the full set.
+
+    ``control`` and ``set_draw`` of a row say under what it was answered. Raises ValueError where a control was not asked
+    the questions of the unedited model."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["purpose"], row["task"]].append(row)
     table: list[dict[str, Any]] = []
     for purpose in dict.fromkeys(row["purpose"] for row in rows):
         for task in tasks.values():
-            for subset in ("all", "flipped"):
-                group = [
-                    row
-                    for row in rows
-                    if row["purpose"] == purpose
-                    and row["task"] == task.name
-                    and (subset == "all" or row["sample_id"] in flipped)
-                ]
+            whole = groups[purpose, task.name]
+            for subset, group in (("all", whole), ("flipped", [row for row in whole if row["sample_id"] in flipped])):
                 if group:
                     table += _task_effects(purpose, task, subset, group, params, seed)
     return table
@@ -41,38 +42,38 @@ def _task_effects(
 ) -> list[dict[str, Any]]:
     answers: dict[tuple[str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: str(row["sample_id"])):
-        answers.setdefault((row["arm"], row["draw"]), []).append(row)
+        answers.setdefault((row["control"], row["set_draw"]), []).append(row)
     asked = [row["sample_id"] for row in answers["none", 0]]
-    for (arm, draw), group in answers.items():
+    for (control, number), group in answers.items():
         if [row["sample_id"] for row in group] != asked:
-            raise ValueError(f"{purpose} {arm} {draw}: other samples of {task.name} than the unedited model answered")
+            raise ValueError(f"{purpose} {control} {number}: other samples of {task.name} than the unedited model answered")
     right = {key: np.array([row["correct"] for row in group], dtype=float) for key, group in answers.items()}
     baseline, before = right["none", 0], answers["none", 0]
     sign = sign_of(purpose)
-    draws = [float((value - baseline).mean()) for (arm, _), value in right.items() if arm == "random"]
+    draws = [float((value - baseline).mean()) for (control, _), value in right.items() if control == "random"]
     low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
     paired = partial(stats.paired_difference, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
     table = []
-    for (arm, draw), value in right.items():
-        if arm == "none":
+    for (control, number), value in right.items():
+        if control == "none":
             continue
         effect = float((value - baseline).mean())
-        interval = paired(value, baseline, within=stats.CHANGES) if arm != "random" else None
+        interval = paired(value, baseline, within=stats.CHANGES) if control != "random" else None
         likelihood: dict[str, float | None] = {}
         for part in ("start_nats", "rest_nats"):
-            now, then = ([row[part] for row in group] for group in (answers[arm, draw], before))
+            now, then = ([row[part] for row in group] for group in (answers[control, number], before))
             change = paired(now, then) if None not in (now[0], then[0]) else None
             numbers = (change.value, change.low, change.high) if change else (None, None, None)
             likelihood |= zip((part, f"{part}_low", f"{part}_high"), numbers, strict=True)
         beyond = None
-        if arm != "random" and draws:
+        if control != "random" and draws:
             beyond = sign * effect > max(sign * value for value in draws)
         table.append(
             {
                 "purpose": purpose,
                 "model": rows[0]["model"],
-                "arm": arm,
-                "draw": draw,
+                "control": control,
+                "set_draw": number,
                 "task": task.name,
                 "role": task.role,
                 "subset": subset,
@@ -82,15 +83,15 @@ def _task_effects(
                 "effect": effect,
                 "low": interval.low if interval else None,
                 "high": interval.high if interval else None,
-                "steps": float(np.mean([row["manner"] == "steps" for row in answers[arm, draw]])),
+                "steps": float(np.mean([row["manner"] == "steps" for row in answers[control, number]])),
                 "steps_baseline": float(np.mean([row["manner"] == "steps" for row in before])),
-                "flexible": float(np.mean([row["flexible"] for row in answers[arm, draw]])),
-                "parse_failures": float(np.mean([row["parsed"] is None for row in answers[arm, draw]])),
+                "flexible": float(np.mean([row["flexible"] for row in answers[control, number]])),
+                "parse_failures": float(np.mean([row["parsed"] is None for row in answers[control, number]])),
                 "random_low": float(low_random),
                 "random_high": float(high_random),
                 "beyond_random": beyond,
-                "p_random": stats.draws_p(effect, draws, sign) if arm != "random" and draws else None,
-                "p_mcnemar": stats.mcnemar(value, baseline) if arm != "random" else None,
+                "p_random": stats.draws_p(effect, draws, sign) if control != "random" and draws else None,
+                "p_mcnemar": stats.mcnemar(value, baseline) if control != "random" else None,
                 **likelihood,
             }
         )

@@ -1,11 +1,50 @@
-"""What is intervened on, and which way a claim says that accuracy moves."""
+"""What is asked of a feature set: which model is edited, and which way a claim says that its accuracy moves."""
 
 from __future__ import annotations
 
-PURPOSES = {"zero_grpo": "grpo", "zero_sft": "sft", "amplify_base": "base"}
-"""What is edited, by what for."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from featdiff.config.params import Roles
+
+ZERO_TUNED, ZERO_CONTRAST, AMPLIFY_ORIGINAL = "zero_tuned", "zero_contrast", "amplify_original"
+REPEAT = "repeat_"
+"""Begins the name of zeroing the set in a repeat of the tuned model, before the name of the repeat."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """One question that is put to the set."""
+
+    name: str
+    model: str
+    """The edited model."""
+    alike: str
+    """The model whose slot of the crosscoder reads it, where the crosscoder does not hold the edited model itself."""
+
+    @property
+    def sign(self) -> int:
+        """Direction in which the claim says that accuracy moves."""
+        return sign_of(self.name)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether its setting is chosen on the tune split; any other purpose takes over what was chosen for ``zero_tuned``."""
+        return self.name in (ZERO_TUNED, AMPLIFY_ORIGINAL)
+
+    def slot_in(self, models: Sequence[str]) -> str | None:
+        """The slot by which a crosscoder of ``models`` reads the edited model; None where it has none for it."""
+        return next((name for name in (self.model, self.alike) if name in models), None)
+
+
+def purposes(roles: Roles, repeats: Sequence[str]) -> list[Purpose]:
+    """Is the set necessary in the tuned model, is it that model's alone (with a contrast model), is it sufficient in the
+    original, and is it necessary in ``repeats`` of the tuned model (itself is left out), in which it was not found?"""
+    edited = {ZERO_TUNED: roles.tuned, ZERO_CONTRAST: roles.contrast, AMPLIFY_ORIGINAL: roles.original}
+    found = [Purpose(name, model, model) for name, model in edited.items() if model is not None]
+    return found + [Purpose(f"{REPEAT}{name}", name, roles.tuned) for name in repeats if name != roles.tuned]
 
 
 def sign_of(purpose: str) -> int:
-    """Direction in which the claim says that accuracy moves."""
-    return 1 if purpose == "amplify_base" else -1
+    """Direction in which the claim behind the purpose of this name says that accuracy moves."""
+    return 1 if purpose == AMPLIFY_ORIGINAL else -1

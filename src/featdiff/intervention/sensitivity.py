@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from featdiff.crosscoder.edits import Change
-from featdiff.intervention.purposes import PURPOSES, sign_of
-from featdiff.intervention.study import BASELINES, Outcome, Passes, Setting, Subject, answers, mean_accuracy, tuning
+from featdiff.intervention.models import EditableModel, EditableModels
+from featdiff.intervention.purposes import sign_of
+from featdiff.intervention.study import DIRECTIONS, InterventionResult, Once, Setting, answers, mean_accuracy, on_a_bar
 from featdiff.language.decode import PromptCache
-from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample
 
 
@@ -28,57 +28,55 @@ class Case(NamedTuple):
     setting: Setting
 
 
-def cases(outcome: Outcome, variants: list[dict[str, Any]]) -> list[Case]:
+def cases(result: InterventionResult, variants: list[dict[str, Any]]) -> list[Case]:
     """The set of every readout and position under the chosen settings, and the set itself under every edit and position
     at the dose that was best for them on the tune split."""
-    found = []
-    for purpose in ("zero_grpo", "amplify_base"):
+    planned = []
+    for purpose, chosen in result.chosen.items():
         for variant in variants:
             choice = f"{variant['readout']} at {variant['positions']}"
-            found.append(Case(purpose, "found by", choice, variant["features"], outcome.chosen[purpose]))
+            planned.append(Case(purpose, "found by", choice, variant["features"], chosen))
         means: dict[tuple[str, str], dict[float, list[float]]] = {}
-        for row in outcome.tuning:
-            if row["purpose"] == purpose and row["edit"] not in BASELINES:
+        for row in result.tuning:
+            if row["purpose"] == purpose and row["edit"] not in DIRECTIONS:
                 means.setdefault((row["edit"], row["positions"]), {}).setdefault(row["dose"], []).append(row["accuracy"])
         for (edit, positions), doses in means.items():
             dose = max(doses, key=lambda dose: sign_of(purpose) * float(np.mean(doses[dose])))
-            found.append(
-                Case(purpose, "edited by", f"{edit} at {positions}", outcome.choice["features"], Setting(edit, positions, dose))
-            )
-    return found
+            setting = Setting(edit, positions, dose)
+            planned.append(Case(purpose, "edited by", f"{edit} at {positions}", result.choice["features"], setting))
+    return planned
 
 
 def sensitivity(
-    subjects: dict[str, Subject],
-    outcome: Outcome,
+    models: EditableModels,
+    result: InterventionResult,
     variants: list[dict[str, Any]],
     match: Callable[[list[int], int], list[list[int]]],
     samples: list[Sample],
     draws: int,
-    scratch: Scratch,
+    once: Once,
 ) -> list[dict[str, Any]]:
-    """One row per case: ``effect`` is the change in mean accuracy, ``random`` the largest change in the claimed direction
-    that any of ``draws`` matched sets (``match`` draws them) makes; both None where a search found nothing."""
-    asked, prompts = tuning(samples, subjects["grpo"].examinee.tasks), {name: PromptCache() for name in subjects}
-    planned = cases(outcome, variants)
-    passes = Passes(len(subjects) + sum((1 + draws) * bool(case.features) for case in planned), scratch, "sensitivity")
+    """One row per case: ``effect`` is the change in mean accuracy on ``samples`` (tune split, tasks used for finding),
+    ``random`` the largest change in the claimed direction that any of ``draws`` matched sets (``match`` draws them) makes;
+    both None where a search found nothing."""
+    edited = {model.purpose.name: (model, PromptCache()) for model in (models.tuned, models.original)}
+    planned, rows = cases(result, variants), []
+    total = len(edited) + sum((1 + draws) * bool(case.features) for case in planned)
+    with on_a_bar(once, total, "sensitivity") as once:
 
-    def accuracy(model: str, name: str, edit: Change | None) -> float:
-        return mean_accuracy(passes(f"sensitivity {name}", partial(answers, subjects[model], edit, asked, prompts[model])))
+        def accuracy(model: EditableModel, prompts: PromptCache, name: str, edit: Change | None) -> float:
+            return mean_accuracy(once(f"sensitivity {name}", partial(answers, model, edit, samples, prompts)))
 
-    base = {name: accuracy(name, name, None) for name in subjects}
-
-    def effect(case: Case, model: str, number: int, features: list[int]) -> float:
-        setting = case.setting
-        edit = subjects[model].editor.edit(setting.edit, features, setting.positions, setting.dose)
-        return accuracy(model, f"{case.purpose} {case.varied} {case.choice} {number}", edit) - base[model]
-
-    rows = []
-    for case in planned:
-        model, sign = PURPOSES[case.purpose], sign_of(case.purpose)
-        sets = [case.features, *match(case.features, draws)] if case.features else []
-        found = [effect(case, model, number, members) for number, members in enumerate(sets)]
-        facts = {"purpose": case.purpose, "varied": case.varied, "choice": case.choice, "size": len(case.features)}
-        largest = sign * max(sign * value for value in found[1:]) if sets else None
-        rows.append(facts | case.setting._asdict() | {"effect": found[0] if sets else None, "random": largest})
+        before = {name: accuracy(*model, name, None) for name, model in edited.items()}
+        for case in planned:
+            model, prompts = edited[case.purpose]
+            sign, label = model.purpose.sign, f"{case.purpose} {case.varied} {case.choice}"
+            sets = [case.features, *match(case.features, draws)] if case.features else []
+            edits = [model.editor.edit(case.setting.edit, features, *case.setting[1:]) for features in sets]
+            changes = [
+                accuracy(model, prompts, f"{label} {number}", edit) - before[case.purpose] for number, edit in enumerate(edits)
+            ]
+            facts = {"purpose": case.purpose, "varied": case.varied, "choice": case.choice, "size": len(case.features)}
+            largest = sign * max(sign * change for change in changes[1:]) if sets else None
+            rows.append(facts | case.setting._asdict() | {"effect": changes[0] if sets else None, "random": largest})
     return rows

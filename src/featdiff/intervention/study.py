@@ -1,43 +1,38 @@
 """The intervention study: positions and dose chosen on the tune split, effects measured on the report split.
 
-Three purposes: zeroing the set in GRPO (is it necessary?), zeroing it in SFT (is it GRPO's?), amplifying it in base
-(is it sufficient?). Every arm answers the same questions in the same batches, so that an edit that changes nothing
-gives the same bytes.
+What is edited, and why: featdiff.intervention.purposes. Every control answers the same questions in the same batches, so that
+an edit that changes nothing gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
 from featdiff import stats
+from featdiff.artifacts.artifact import write_json
 from featdiff.config.params import InterveneParams
-from featdiff.crosscoder.edits import WHOLE_PROMPT, Change, Editor
-from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.edits import WHOLE_PROMPT, Change
+from featdiff.intervention.controls import SINGLE, FeatureSets
 from featdiff.intervention.effects import effects
-from featdiff.intervention.purposes import PURPOSES, sign_of
+from featdiff.intervention.models import EditableModel, EditableModels
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
 from featdiff.language.decode import PromptCache, text_nats
-from featdiff.language.evaluation import Examinee, Row
-from featdiff.language.models import load_model, load_tokenizer
-from featdiff.pipeline.checkpoint import Scratch
-from featdiff.processes.ranks import process_state
-from featdiff.tasks.task import Sample, TaskInfo, Text
+from featdiff.language.evaluation import Row
+from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, write_rows
 
-BASELINES = ("mean_difference", "first_component", "random_direction")
-
-SINGLE = ("alone", "without")
-"""Arms that edit one feature of the set, or all but one."""
+DIRECTIONS = ("mean_difference", "first_component", "random_direction")
+"""Directions of the residual stream that need no dictionary."""
 LIKELIHOOD_DRAWS = 5
 """Random sets under which the likelihood of right answers is measured."""
 T = TypeVar("T")
-FeatureSets = Mapping[str, list[list[int]]]
-"""Feature sets by arm, one per draw; ``set`` holds the found one."""
 
 
 class Setting(NamedTuple):
@@ -48,51 +43,54 @@ class Setting(NamedTuple):
     dose: float
 
 
-class Passes:
-    """The passes of a study on a progress bar. Each is done once, also over restarts (``scratch``), so its name must say
-    all that tells it from others."""
+@dataclass(frozen=True)
+class Questions:
+    """What edited models are asked."""
 
-    def __init__(self, total: int, scratch: Scratch, desc: str) -> None:
-        self.scratch, self.bar = scratch, tqdm(total=total, desc=desc, unit="pass")
+    tasks: dict[str, TaskInfo]
+    samples: list[Sample]
+    texts: list[Text]
+    """Free text."""
 
-    def __call__(self, name: str, compute: Callable[[], T]) -> T:
-        found = self.scratch.part(name, compute)
-        self.bar.set_postfix_str(name, refresh=False)
-        self.bar.update(1)
-        return found
+    @classmethod
+    def load(cls, data: Path, texts: int) -> Questions:
+        """From the artifact ``data``, with the last ``texts`` of its corpus."""
+        return cls(load_tasks(data), load_samples(data, "eval"), load_texts(data, "corpus")[-texts:])
 
+    @property
+    def tune(self) -> list[Sample]:
+        """Those on which settings are chosen: tune split, tasks used for finding."""
+        return [sample for sample in self.samples if sample.split == "tune" and self.tasks[sample.task].role == "find"]
 
-class Subject(NamedTuple):
-    """A model under intervention."""
-
-    examinee: Examinee
-    editor: Editor
-
-
-def make_subjects(
-    crosscoder: Crosscoder,
-    layer: int,
-    folders: dict[str, Path],
-    tasks: dict[str, TaskInfo],
-    largest_F: Tensor,
-    directions: Mapping[str, Tensor],
-    params: InterveneParams,
-) -> dict[str, Subject]:
-    """The models in ``folders`` ready to be edited after ``layer`` blocks; GRPO is every edit's donor."""
-    device, tokenizer = process_state().device, load_tokenizer(folders["base"])
-    models = {name: load_model(folder).to(device) for name, folder in folders.items()}
-    return {
-        name: Subject(
-            Examinee(model, tokenizer, tasks, batch_size=params.batch_size, max_new_tokens=params.max_new_tokens),
-            Editor(crosscoder, name, layer, device, largest_F, donor=models["grpo"], directions=directions),
-        )
-        for name, model in models.items()
-    }
+    @property
+    def report(self) -> list[Sample]:
+        """Those on which effects are measured."""
+        return [sample for sample in self.samples if sample.split == "report"]
 
 
-def settings(purpose: str, params: InterveneParams) -> list[Setting]:
+class Once(Protocol):
+    """Computes a JSON value, or takes it from a run that was killed: the name says all that tells it from other values."""
+
+    def __call__(self, name: str, compute: Callable[[], T], /) -> T: ...
+
+
+@contextmanager
+def on_a_bar(once: Once, total: int, desc: str) -> Iterator[Once]:
+    """``once`` with a progress bar of ``total`` passes."""
+    with tqdm(total=total, desc=desc, unit="pass") as bar:
+
+        def counted(name: str, compute: Callable[[], T], /) -> T:
+            value = once(name, compute)
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(1)
+            return value
+
+        yield counted
+
+
+def settings(purpose: Purpose, params: InterveneParams) -> list[Setting]:
     """What is tried on the tune split, gentlest first."""
-    if purpose != "amplify_base":
+    if purpose.sign < 0:
         return [Setting("zero", positions, 0.0) for positions in params.positions]
     return [
         Setting(edit, positions, dose)
@@ -100,11 +98,6 @@ def settings(purpose: str, params: InterveneParams) -> list[Setting]:
         for positions in params.positions
         for dose in sorted(params.doses)
     ]
-
-
-def tuning(samples: list[Sample], tasks: dict[str, TaskInfo]) -> list[Sample]:
-    """Those on which settings are chosen: tune split, tasks used for finding."""
-    return [sample for sample in samples if sample.split == "tune" and tasks[sample.task].role == "find"]
 
 
 def mean_accuracy(rows: list[Row]) -> float:
@@ -127,21 +120,20 @@ def by_task(rows: list[Row], tasks: dict[str, TaskInfo]) -> Iterator[dict[str, A
 
 
 def tune(
-    purpose: str, subject: Subject, features: list[int], samples: list[Sample], params: InterveneParams, passes: Passes
+    model: EditableModel, features: list[int], samples: list[Sample], params: InterveneParams, once: Once
 ) -> tuple[Setting, list[dict[str, Any]]]:
     """Try every setting on ``samples`` (tune split, tasks used for finding); returns the chosen one and the table of all.
 
     Mean accuracy decides, lowest for zeroing and highest for amplifying; among the settings within
     ``params.tolerance`` of the best, the first in the order of :func:`settings` is taken, which is the gentlest: a dose
     larger than needed is one at which any set of features does something."""
-    sign = sign_of(purpose)
-    values: dict[Setting, float] = {}
-    table, prompts = [], PromptCache()
-    for setting in settings(purpose, params):
-        edit = subject.editor.edit(setting.edit, features, setting.positions, setting.dose)
-        rows = passes(f"tune {purpose} {'_'.join(map(str, setting))}", partial(answers, subject, edit, samples, prompts))
-        values[setting] = sign * mean_accuracy(rows)
-        table += [{"purpose": purpose, **setting._asdict(), **line} for line in by_task(rows, subject.examinee.tasks)]
+    name, values, prompts = model.purpose.name, dict[Setting, float](), PromptCache()
+    table = []
+    for setting in settings(model.purpose, params):
+        edit = model.editor.edit(setting.edit, features, setting.positions, setting.dose)
+        rows = once(f"tune {name} {'_'.join(map(str, setting))}", partial(answers, model, edit, samples, prompts))
+        values[setting] = model.purpose.sign * mean_accuracy(rows)
+        table += [{"purpose": name, **setting._asdict(), **line} for line in by_task(rows, model.evaluator.tasks)]
     return gentlest(values, params.tolerance), table
 
 
@@ -152,43 +144,45 @@ def gentlest(values: Mapping[T, float], tolerance: float) -> T:
 
 
 def dose_curve(
-    subject: Subject,
+    model: EditableModel,
     chosen: Setting,
-    sets: dict[tuple[str, int], list[int]],
+    sets: FeatureSets,
     samples: list[Sample],
     params: InterveneParams,
-    passes: Passes,
+    once: Once,
 ) -> list[dict[str, Any]]:
-    """Accuracy over doses at the chosen edit and positions, for the found set and some random sets (tune split)."""
+    """Accuracy over doses at the chosen edit and positions, for the found set and the random ones of the tune split."""
     table, prompts = [], PromptCache()
-    for (arm, draw), features in sets.items():
-        for dose in params.doses:
-            edit = subject.editor.edit(chosen.edit, features, chosen.positions, dose)
-            rows = passes(f"dose {dose} {arm} {draw}", partial(answers, subject, edit, samples, prompts))
-            table += [{"dose": dose, "arm": arm, "draw": draw, **line} for line in by_task(rows, subject.examinee.tasks)]
+    for control, group in (("set", [sets.found]), ("random", sets.tuning)):
+        for number, features in enumerate(group):
+            for dose in params.doses:
+                edit = model.editor.edit(chosen.edit, features, chosen.positions, dose)
+                rows = once(f"dose {dose} {control} {number}", partial(answers, model, edit, samples, prompts))
+                facts = {"dose": dose, "control": control, "set_draw": number}
+                table += [facts | line for line in by_task(rows, model.evaluator.tasks)]
     return table
 
 
 def tune_directions(
-    subject: Subject, positions: str, samples: list[Sample], params: InterveneParams, passes: Passes
+    model: EditableModel, positions: str, samples: list[Sample], params: InterveneParams, once: Once
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The dose of each direction for amplifying in base, chosen as :func:`tune` chooses; and the table of all."""
+    """The dose of each direction for amplifying, chosen as :func:`tune` chooses; and the table of all."""
     chosen, table, prompts = {}, [], PromptCache()
-    for name in BASELINES:
+    for name in DIRECTIONS:
         values: dict[float, float] = {}
         for dose in sorted(params.doses):
-            edit = subject.editor.direct("push", name, positions, dose)
-            rows = passes(f"tune {name} {dose}", partial(answers, subject, edit, samples, prompts))
+            edit = model.editor.direct("push", name, positions, dose)
+            rows = once(f"tune {name} {dose}", partial(answers, model, edit, samples, prompts))
             values[dose] = mean_accuracy(rows)
-            setting = {"edit": name, "positions": positions, "dose": dose}
-            table += [{"purpose": "amplify_base", **setting, **line} for line in by_task(rows, subject.examinee.tasks)]
+            facts = {"purpose": model.purpose.name, "edit": name, "positions": positions, "dose": dose}
+            table += [facts | line for line in by_task(rows, model.evaluator.tasks)]
         chosen[name] = gentlest(values, params.tolerance)
     return chosen, table
 
 
-def answers(subject: Subject, edit: Change | None, samples: list[Sample], shared: PromptCache | None) -> list[Row]:
+def answers(model: EditableModel, edit: Change | None, samples: list[Sample], shared: PromptCache | None) -> list[Row]:
     """Answers under ``edit``, from ``shared`` prompts where it leaves them as they are."""
-    return subject.examinee.answer(samples, edit=edit, shared=prompts_for(edit, shared))
+    return model.evaluator.answer(samples, edit=edit, shared=prompts_for(edit, shared))
 
 
 def prompts_for(edit: Change | None, shared: PromptCache | None) -> PromptCache | None:
@@ -196,79 +190,78 @@ def prompts_for(edit: Change | None, shared: PromptCache | None) -> PromptCache 
     return None if edit is not None and edit.whole_prompt else shared
 
 
-def arms(
-    purpose: str, subject: Subject, chosen: Setting, sets: FeatureSets, doses: Mapping[str, float]
+def controls(
+    model: EditableModel, chosen: Setting, sets: Mapping[str, list[list[int]]], doses: Mapping[str, float]
 ) -> Iterator[tuple[str, int, Change | None]]:
-    """Every arm of one purpose with its edit: unedited, no-op, reconstruction only, the feature sets by arm, and the
-    directions that need no dictionary."""
-    editor = subject.editor
+    """Everything that one model answers under, by name and number of the set: unedited, no-op, reconstruction only, the
+    feature ``sets``, and the directions that need no dictionary."""
+    editor = model.editor
     yield "none", 0, None
     yield "noop", 0, editor.edit("scale", sets["set"][0], chosen.positions, 1.0)
     yield "reconstruction", 0, editor.edit("reconstruct", None, chosen.positions, 0.0)
-    for arm, group in sets.items():
-        for draw, features in enumerate(group):
-            yield arm, draw, editor.edit(chosen.edit, features, chosen.positions, chosen.dose)
+    for control, group in sets.items():
+        for number, features in enumerate(group):
+            yield control, number, editor.edit(chosen.edit, features, chosen.positions, chosen.dose)
     for name, dose in doses.items():
-        kind = "push" if purpose == "amplify_base" else "project"
-        yield name, 0, editor.direct(kind, name, chosen.positions, dose)
+        yield name, 0, editor.direct("push" if model.purpose.sign > 0 else "project", name, chosen.positions, dose)
 
 
-def run_arms(
-    purpose: str,
-    subject: Subject,
+def run_controls(
+    model: EditableModel,
     chosen: Setting,
-    sets: FeatureSets,
+    sets: Mapping[str, list[list[int]]],
     doses: Mapping[str, float],
     samples: list[Sample],
-    passes: Passes,
+    once: Once,
 ) -> list[Row]:
-    """Answers under every arm to all ``samples`` (report split, every task), with the likelihood of the right ones under
-    most. Where no arm changes the prompt before its last token, all arms share one reading of the prompts, the unedited
-    one too."""
-    rows, examinee = [], subject.examinee
+    """Answers under every control to all ``samples`` (report split, every task), with the likelihood of the right ones under
+    most. Where no edit changes the prompt before its last token, all share one reading of the prompts, the unedited one
+    too."""
+    rows, purpose, evaluator = [], model.purpose, model.evaluator
     shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
-    for arm, draw, edit in arms(purpose, subject, chosen, sets, doses):
-        kept = prompts_for(edit, shared)
-        asked = samples if arm not in SINGLE and draw < LIKELIHOOD_DRAWS else []
-        nats = passes(f"{purpose} {arm} {draw}, likelihood", partial(examinee.likelihood, asked, edit=edit, shared=kept))
-        for row in passes(f"{purpose} {arm} {draw}", partial(examinee.answer, samples, edit=edit, shared=kept)):
+    for control, number, edit in controls(model, chosen, sets, doses):
+        kept, name = prompts_for(edit, shared), f"{purpose.name} {control} {number}"
+        asked = samples if control not in SINGLE and number < LIKELIHOOD_DRAWS else []
+        nats = once(f"{name}, likelihood", partial(evaluator.likelihood, asked, edit=edit, shared=kept))
+        facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
+        for row in once(name, partial(evaluator.answer, samples, edit=edit, shared=kept)):
             start, rest = nats.get(row["sample_id"], (None, None))
-            facts = {"purpose": purpose, "model": PURPOSES[purpose], "arm": arm}
-            rows.append(facts | row | {"draw": draw, "start_nats": start, "rest_nats": rest})
+            rows.append(facts | row | {"start_nats": start, "rest_nats": rest})
     return rows
 
 
 def collateral(
-    purpose: str,
-    subject: Subject,
+    model: EditableModel,
     chosen: Setting,
-    sets: FeatureSets,
+    sets: Mapping[str, list[list[int]]],
     doses: Mapping[str, float],
     texts: list[Text],
     params: InterveneParams,
     seed: int,
-    passes: Passes,
+    once: Once,
 ) -> list[dict[str, Any]]:
-    """Perplexity of free text under every arm, which has no answer to start: edited at every token, the worst case.
-    Mean over texts of the change in nats per token, with its paired bootstrap interval over texts."""
-    examinee, everywhere = subject.examinee, chosen._replace(positions="all")
-    pad, size, before = examinee.tokenizer.pad_token_id, examinee.batch_size, np.empty(0)
+    """Perplexity of free text under every control. It has no answer to start, so the edit is made at every token, the worst
+    case. Mean over texts of the change in nats per token, with its paired bootstrap interval over texts."""
+    purpose, evaluator, everywhere = model.purpose, model.evaluator, chosen._replace(positions="all")
+    pad, size, before = evaluator.tokenizer.pad_token_id, evaluator.batch_size, np.empty(0)
     written = [text.prompt + text.completion for text in texts]
-    ids = examinee.tokenizer(written, truncation=True, max_length=params.collateral_tokens)["input_ids"]
+    ids = evaluator.tokenizer(written, truncation=True, max_length=params.collateral_tokens)["input_ids"]
     ids = [text for text in ids if len(text) > 1]
     rows = []
-    for arm, draw, edit in arms(purpose, subject, everywhere, sets, doses):
-        read = partial(text_nats, examinee.model, ids, pad=pad, batch_size=size, edit=edit)
-        nats = np.array(passes(f"{purpose} {arm} {draw}, free text", read))
-        before = nats if arm == "none" else before
+    for control, number, edit in controls(model, everywhere, sets, doses):
+        read = partial(text_nats, evaluator.model, ids, pad=pad, batch_size=size, edit=edit)
+        nats = np.array(once(f"{purpose.name} {control} {number}, free text", read))
+        before = nats if control == "none" else before
         found = stats.paired_difference(nats, before, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+        facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
         change = {"change": found.value, "low": found.low, "high": found.high, "n": found.n}
-        rows.append({"purpose": purpose, "arm": arm, "draw": draw, "perplexity": float(np.exp(nats.mean())), **change})
+        rows.append(facts | {"perplexity": float(np.exp(nats.mean()))} | change)
     return rows
 
 
-class Outcome(NamedTuple):
-    """Everything the stage publishes."""
+@dataclass(frozen=True)
+class InterventionResult:
+    """Everything the stage publishes but the sensitivity."""
 
     choice: dict[str, Any]
     tuning: list[dict[str, Any]]
@@ -277,12 +270,19 @@ class Outcome(NamedTuple):
     effects: list[dict[str, Any]]
     collateral: list[dict[str, Any]]
     chosen: dict[str, Setting]
-    """Setting by purpose."""
+    """Setting by purpose, of the two for which one is chosen."""
+
+    def save(self, out: Path, **more: list[dict[str, Any]]) -> None:
+        """Write ``choice.json``, every table and ``more`` tables by name into ``out``."""
+        write_json(out / "choice.json", self.choice)
+        tables = {name: getattr(self, name) for name in ("tuning", "dose", "samples", "effects", "collateral")}
+        for name, rows in (tables | more).items():
+            write_rows(out / f"{name}.parquet", rows)
 
     def summary(self) -> dict[str, Any]:
         """Per purpose and task: accuracy and share of answers step by step before and after the edit of the set, and whether
-        it beats every random draw."""
-        chosen = [row for row in self.effects if row["arm"] == "set" and row["subset"] == "all"]
+        it beats every random set."""
+        chosen = [row for row in self.effects if row["control"] == "set" and row["subset"] == "all"]
         kept = ("n", "baseline", "accuracy", "effect", "low", "high", "beyond_random", "steps_baseline", "steps")
         return {
             purpose: {row["task"]: {key: row[key] for key in kept} for row in chosen if row["purpose"] == purpose}
@@ -291,56 +291,47 @@ class Outcome(NamedTuple):
 
 
 def intervene(
-    subjects: dict[str, Subject],
-    sets: FeatureSets,
-    tuning_sets: list[list[int]],
-    samples: list[Sample],
-    texts: list[Text],
-    params: InterveneParams,
-    seed: int,
-    scratch: Scratch,
-) -> Outcome:
-    """The whole study of one feature set. ``subjects`` by model; a model the crosscoder does not know is left out.
+    models: EditableModels, sets: FeatureSets, questions: Questions, params: InterveneParams, seed: int, once: Once
+) -> InterventionResult:
+    """The whole study of one feature set.
 
-    Settings are tuned on tune-split samples of the tasks used for finding, where dose curves are drawn too, with random
-    sets of their own (``tuning_sets``); zeroing in SFT takes over what was chosen for GRPO. Everything else is measured
-    on the report split of every task, against the other ``sets`` and the directions, and on free ``texts``."""
-    tasks, features = subjects["grpo"].examinee.tasks, sets["set"][0]
-    tuning_samples = tuning(samples, tasks)
-    report_samples = [sample for sample in samples if sample.split == "report"]
-    curve_sets = {("set", 0): features} | {("random", i): members for i, members in enumerate(tuning_sets)}
-    purposes = [purpose for purpose, model in PURPOSES.items() if model in subjects]
-    arm_sets = {
-        purpose: {arm: group for arm, group in sets.items() if purpose != "zero_sft" or arm not in SINGLE}
-        for purpose in purposes
-    }
-    total = sum(len(settings(purpose, params)) for purpose in ("zero_grpo", "amplify_base"))
-    total += (len(curve_sets) + len(BASELINES)) * len(params.doses)
-    total += 3 * sum(3 + len(BASELINES) + sum(map(len, group.values())) for group in arm_sets.values())
-    passes = Passes(total, scratch, "intervene")
-    with passes.bar:
-        zero, table = tune("zero_grpo", subjects["grpo"], features, tuning_samples, params, passes)
-        amplify, more = tune("amplify_base", subjects["base"], features, tuning_samples, params, passes)
-        dose = dose_curve(subjects["base"], amplify, curve_sets, tuning_samples, params, passes)
-        doses, directions = tune_directions(subjects["base"], amplify.positions, tuning_samples, params, passes)
-        chosen = {"zero_grpo": zero, "zero_sft": zero, "amplify_base": amplify}
-        rows: list[Row] = []
-        spilled: list[dict[str, Any]] = []
-        for purpose in purposes:
-            subject, setting, group = subjects[PURPOSES[purpose]], chosen[purpose], arm_sets[purpose]
-            rows += run_arms(purpose, subject, setting, group, doses, report_samples, passes)
-            spilled += collateral(purpose, subject, setting, group, doses, texts, params, seed, passes)
+    Settings are chosen for the tuned and the original model on the tune split of the tasks used for finding, where dose
+    curves are drawn too. The contrast model and the repeats of the tuned model take over what was chosen for zeroing in the
+    tuned one: nothing is chosen on them. Everything else is measured on the report split of every task, under every control,
+    and on free text."""
+    asked = {purpose: sets.by_control if purpose.chosen else sets.whole for purpose in models.purposes}
+    total = sum(len(settings(model.purpose, params)) for model in (models.tuned, models.original))
+    total += (1 + len(sets.tuning) + len(DIRECTIONS)) * len(params.doses)
+    total += 3 * sum(3 + len(DIRECTIONS) + sum(map(len, group.values())) for group in asked.values())
+    with on_a_bar(once, total, "intervene") as once:
+        zero, table = tune(models.tuned, sets.found, questions.tune, params, once)
+        amplify, more = tune(models.original, sets.found, questions.tune, params, once)
+        dose = dose_curve(models.original, amplify, sets, questions.tune, params, once)
+        doses, directions = tune_directions(models.original, amplify.positions, questions.tune, params, once)
+
+        def measure(purpose: Purpose) -> tuple[list[Row], list[dict[str, Any]]]:
+            model, how = models.open(purpose), (amplify if purpose.sign > 0 else zero, asked[purpose], doses)
+            rows = run_controls(model, *how, questions.report, once)
+            return rows, collateral(model, *how, questions.texts, params, seed, once)
+
+        measured = [measure(purpose) for purpose in models.purposes]
+    rows = [row for answered, _ in measured for row in answered]
     right = {
-        purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["arm"] == "none" and row["correct"]}
-        for purpose in purposes
+        purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["control"] == "none" and row["correct"]}
+        for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL)
     }
-    flipped = right["zero_grpo"] - right["amplify_base"]
-    choice = {
-        "zero": {"positions": zero.positions},
-        "amplify": amplify._asdict(),
-        "directions": doses,
-        "features": features,
-        "sets": {arm: group for arm, group in sets.items() if arm not in SINGLE},
-    }
-    measured = effects(rows, flipped, tasks, params, seed)
-    return Outcome(choice, table + more + directions, dose, rows, measured, spilled, chosen)
+    return InterventionResult(
+        choice={
+            "zero": {"positions": zero.positions},
+            "amplify": amplify._asdict(),
+            "directions": doses,
+            "features": sets.found,
+            "sets": sets.whole,
+        },
+        tuning=table + more + directions,
+        dose=dose,
+        samples=rows,
+        effects=effects(rows, right[ZERO_TUNED] - right[AMPLIFY_ORIGINAL], questions.tasks, params, seed),
+        collateral=[row for _, spilled in measured for row in spilled],
+        chosen={ZERO_TUNED: zero, AMPLIFY_ORIGINAL: amplify},
+    )

@@ -1,6 +1,6 @@
 """A model's answers to questions: by generation, graded from the text, or by the likelihood of options.
 
-The same functions serve plain evaluation and every arm of the interventions (``edit``).
+The same functions serve plain evaluation and every edit of the interventions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def primary_mode(task: TaskInfo) -> str:
     return GREEDY if task.scoring == GENERATION else task.scoring
 
 
-class Examinee:
+class Evaluator:
     """A model with its tokenizer and the tasks it is asked about."""
 
     def __init__(
@@ -192,12 +192,12 @@ def _chosen(sample: Sample, rule: str, scores: np.ndarray) -> Row:
     return _row(sample, rule, 0, sample.options[choice], Grade(LETTERS[choice], right, "", strict=right, flexible=right))
 
 
-def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, seed: int, scratch: Scratch) -> list[Row]:
+def evaluate(evaluator: Evaluator, samples: list[Sample], params: EvaluateParams, seed: int, scratch: Scratch) -> list[Row]:
     """Every answer of one model: greedy and sampled generations, likelihood under every rule where options exist.
 
     Questions are asked in groups of a few batches, each with a generator of its own, so that what was answered before a
     kill need not be asked again."""
-    by_generation = [sample for sample in samples if examinee.tasks[sample.task].scoring == GENERATION]
+    by_generation = [sample for sample in samples if evaluator.tasks[sample.task].scoring == GENERATION]
     by_options = [sample for sample in samples if sample.options]
     size, rows = GROUP_BATCHES * params.batch_size, []
 
@@ -206,14 +206,14 @@ def evaluate(examinee: Examinee, samples: list[Sample], params: EvaluateParams, 
             yield f"{name} {number}", number, asked[low : low + size]
 
     for name, _, group in groups(by_generation, "greedy"):
-        rows += scratch.part(name, partial(examinee.generate, group))
+        rows += scratch.part(name, partial(evaluator.generate, group))
     for draw in range(params.draws):
         for name, number, group in groups(by_generation, f"sampled {draw + 1} of {params.draws}"):
             generator = torch.Generator().manual_seed(stats.stream(seed, draw, number))
-            sample = partial(examinee.generate, group, draw=draw, temperature=params.temperature, generator=generator)
+            sample = partial(evaluator.generate, group, draw=draw, temperature=params.temperature, generator=generator)
             rows += scratch.part(name, sample)
     for name, _, group in groups(by_options, "likelihood"):
-        rows += scratch.part(name, partial(examinee.choose, group))
+        rows += scratch.part(name, partial(evaluator.choose, group))
     return rows
 
 
