@@ -268,8 +268,8 @@ def _model(name: str, read: Callable[..., Path]) -> ModelFacts:
 
 
 def _fit(folder: Path, null: bool) -> FitFacts:
-    files = (read_json(folder / f"{name}.json") for name in ("config", "metrics"))
-    return FitFacts(*files, _curves(folder / "curves.csv"), null)
+    config, metrics = (read_json(folder / f"{name}.json") for name in ("config", "metrics"))
+    return FitFacts(config, metrics, _curves(folder / "curves.csv"), null)
 
 
 def _curves(path: Path) -> Curves:
