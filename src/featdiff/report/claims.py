@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from featdiff.config.params import ReportParams
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, REPEAT, ZERO_TUNED
 from featdiff.report.evidence import Evidence
 from featdiff.report.paired import Outcomes
 from featdiff.report.quantities import (
@@ -315,18 +316,18 @@ class Claims:
     def necessary(self) -> Verdict:
         """Zeroing the set in the tuned model lowers accuracy beyond every matched random set, and in its repeats too."""
         claim = f"A small task-agnostic set of features is necessary: zeroing it in {self.tuned} takes the gain away"
-        return self._intervention("necessary", claim, "zero_tuned", -1)
+        return self._intervention("necessary", claim, ZERO_TUNED, -1)
 
     def sufficient(self) -> Verdict:
         """Amplifying the set in the original raises accuracy beyond every matched random set."""
         claim = f"The same set is sufficient: amplifying it in {self.original} gives the gain"
-        return self._intervention("sufficient", claim, "amplify_original", 1)
+        return self._intervention("sufficient", claim, AMPLIFY_ORIGINAL, 1)
 
     def replications(self) -> list[Replication]:
         """What zeroing the set does in the other training runs of the tuned model; empty where none was edited."""
         found = []
         for model in self.evidence.runs(self.roles.tuned)[1:]:
-            purpose = f"repeat_{model}"
+            purpose = f"{REPEAT}{model}"
             if not effects(self.evidence, purpose, "set"):
                 continue
             on = {"found_on": self.evidence.found_on, "heldout": self.evidence.named("heldout")}

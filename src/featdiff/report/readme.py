@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import read_json
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out", "control": "control"}
@@ -21,7 +22,7 @@ def results(summary: dict[str, Any]) -> str:
     lines += ["", f"| accuracy, report split | {' | '.join(roles.values())} |", "|---" * (1 + len(roles)) + "|"]
     for model, accuracy in summary["accuracy"].items():
         lines.append(f"| {model} | {' | '.join(f'{accuracy[role]:.2f}' for role in roles)} |")
-    zero, amplify = (summary["effects"].get(purpose, {}) for purpose in ("zero_tuned", "amplify_original"))
+    zero, amplify = (summary["effects"].get(purpose, {}) for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL))
     if zero and amplify:
         head = ("change of accuracy", "n", "set zeroed in the tuned model", "random sets")
         lines += ["", f"| {' | '.join(head)} | set amplified in the original | random sets |", "|---" * 6 + "|"]

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL
 from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, Row
@@ -202,7 +203,7 @@ def effect(evidence: Evidence, purpose: str) -> Table | None:
         task, part = evidence.tasks[name], subset.get(name)
         floor = (
             f"; a random flip gives +{number(1 / (task.options - 1))}"
-            if task.options > 1 and purpose == "amplify_original"
+            if task.options > 1 and purpose == AMPLIFY_ORIGINAL
             else ""
         )
         steps = moved(percent(row["steps_baseline"]), percent(row["steps"])) if task.scoring == "generation" else MISSING
