@@ -70,7 +70,9 @@ def test_same_seed_same_intervals(full: Evidence) -> None:
 
 
 def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
-    verdict = judged(study(tmp_path, Plan(n=60, rl_transfers=False, status="too_few_flipped")))["transfer"]
+    verdict = judged(study(tmp_path, Plan(n=60, arms=("sft", "grpo"), rl_transfers=False, status="too_few_flipped")))[
+        "transfer"
+    ]
     assert verdict.status == "not supported"
 
 
