@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Plan:
         roles = {name: role for role in ("train", "find", "control", "heldout") for name in getattr(self, role)}
         object.__setattr__(self, "roles", roles)
 
-    @property
+    @cached_property
     def study(self) -> Study:
         """The default study with the arms and crosscoders of this one."""
         fits = [

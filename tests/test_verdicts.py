@@ -16,6 +16,8 @@ from featdiff.stats import Interval
 from synthetic_study import STUDY, Plan, write_study
 
 PARAMS, SEED = STUDY.report, STUDY.seed
+ALONE = ("sft", "grpo")
+"""One training run per arm."""
 
 
 def study(folder: Path, plan: Plan) -> Evidence:
@@ -70,9 +72,7 @@ def test_same_seed_same_intervals(full: Evidence) -> None:
 
 
 def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
-    verdict = judged(study(tmp_path, Plan(n=60, arms=("sft", "grpo"), rl_transfers=False, status="too_few_flipped")))[
-        "transfer"
-    ]
+    verdict = judged(study(tmp_path, Plan(arms=ALONE, n=60, rl_transfers=False, status="too_few_flipped")))["transfer"]
     assert verdict.status == "not supported"
 
 
@@ -80,7 +80,7 @@ def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
     ("status", "words"), [("too_few_flipped", "4 flipped samples"), ("empty_intersection", "No feature reaches")]
 )
 def test_without_a_feature_set_both_interventions_are_undecided(tmp_path: Path, status: str, words: str) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, status=status)))
+    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, status=status)))
     for key in ("necessary", "sufficient"):
         assert verdicts[key].status == "undecided"
         assert words in verdicts[key].evidence
@@ -88,7 +88,7 @@ def test_without_a_feature_set_both_interventions_are_undecided(tmp_path: Path, 
 
 
 def test_a_set_that_does_nothing_is_not_supported_and_never_called_causal(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, set_works=False)))
+    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, set_works=False)))
     for key in ("necessary", "sufficient"):
         assert verdicts[key].status == "not supported"
         assert "causal" not in verdicts[key].evidence
@@ -98,7 +98,7 @@ def test_a_set_that_changes_none_of_a_few_answers_is_undecided(tmp_path: Path) -
     """Ten questions a task of which none changed leave an effect that counts possible; enough of them exclude it."""
     found = {}
     for n in (10, 60):
-        made = study(tmp_path / str(n), Plan(n=n, set_works=False))
+        made = study(tmp_path / str(n), Plan(arms=ALONE, n=n, set_works=False))
         plain = {(row["purpose"], row["sample_id"]): row["correct"] for row in made.edited if row["control"] == "none"}
         edited = [row | {"correct": plain[row["purpose"], row["sample_id"]]} for row in made.edited]
         found[n] = judged(replace(made, edited=edited))["necessary"]
@@ -109,7 +109,7 @@ def test_a_set_that_changes_none_of_a_few_answers_is_undecided(tmp_path: Path) -
 
 
 def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, find=("reverse",))))
+    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, find=("reverse",))))
     assert verdicts["necessary"].status == "undecided"
     assert "more than one task" in verdicts["necessary"].weakest_link
 
@@ -303,7 +303,7 @@ def test_the_set_has_to_act_in_the_repeats_of_the_tuned_model(full: Evidence) ->
 
 
 def test_without_a_contrast_its_claims_are_open_and_the_others_decided(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, contrast=None)))
+    verdicts = judged(study(tmp_path, Plan(arms=("sft", "grpo", "grpo_1"), n=60, contrast=None)))
     for key in ("forgetting", "features"):
         assert verdicts[key].status == "undecided"
         assert "no contrast model" in verdicts[key].evidence
