@@ -62,7 +62,9 @@ def test_code_dependencies_are_the_imports(name: str) -> None:
     methods = METHODS if name == "arm" else [""]
     needed_by_any: set[Path] = set()
     for method in methods:
-        declared = [ROOT / dep.replace("${item.method}", method) for dep in stages()[name]["deps"] if dep.startswith("src/")]
+        declared = [
+            ROOT / dep.replace("${item.method}", method) for dep in stages()[name]["deps"] if dep.startswith("src/")
+        ]
         needed = imported(script(name), method)
         covered = {module for module in needed for dep in declared if module == dep or dep in module.parents}
         assert needed - covered == set(), "imported and not declared: a change would leave the stage stale"

@@ -16,23 +16,19 @@ class Outcomes:
 
     def __init__(self, evidence: Evidence) -> None:
         self.tasks = {sample_id: sample.task for sample_id, sample in evidence.questions.items()}
-        self._models: dict[tuple[str, str], dict[str, float]] = {}
+        self._models: dict[tuple[str, str | None], dict[str, float]] = {}
         for model, rows in evidence.answers.items():
+            own: dict[str, float] = {}
             for (mode,), group in _grouped(rows, "mode").items():
-                self._models[model, mode] = _shares(group)
-        self._primary = {name: task.primary_mode for name, task in evidence.tasks.items()}
+                shares = self._models[model, mode] = _shares(group)
+                own |= {key: share for key, share in shares.items() if evidence.primary_mode(self.tasks[key]) == mode}
+            self._models[model, None] = own
         self._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
         self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
 
     def model(self, model: str, mode: str | None = None) -> dict[str, float]:
         """Share right by sample under ``mode``, or under each task's own rule."""
-        if mode is not None:
-            return self._models.get((model, mode), {})
-        merged: dict[str, float] = {}
-        for (name, rule), shares in self._models.items():
-            if name == model:
-                merged |= {key: value for key, value in shares.items() if self._primary[self.tasks[key]] == rule}
-        return merged
+        return self._models.get((model, mode), {})
 
     def runs(self, models: Sequence[str], mode: str | None = None) -> dict[str, float]:
         """Share right by sample, mean over training runs, on the samples that all of them answered."""
