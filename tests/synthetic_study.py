@@ -278,12 +278,13 @@ def _write_eval(
 
 
 def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Generator) -> None:
+    n = min(20, plan.n)
     for arm in plan.arms:
         samples, accuracy, divergence = [], [], []
         for checkpoint in range(1, plan.checkpoints + 1):
             share = checkpoint / plan.checkpoints
             for task in tasks:
-                right = rng.random(20) < share * _skill(plan, arm, task.name, True) + (1 - share) * _skill(
+                right = rng.random(n) < share * _skill(plan, arm, task.name, True) + (1 - share) * _skill(
                     plan, "base", task.name, True
                 )
                 facts = {"arm": arm, "checkpoint": checkpoint, "step": 50 * checkpoint, "share": share}
@@ -292,8 +293,8 @@ def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.ra
                     facts | {"sample_id": f"{task.name}-report-{i:05d}", "correct": bool(value), "manner": "steps"}
                     for i, value in enumerate(right)
                 ]
-                low, high = interval(float(right.mean()), 20)
-                level = {"n": 20, "accuracy": float(right.mean()), "low": low, "high": high, "steps": 0.5}
+                low, high = interval(float(right.mean()), n)
+                level = {"n": n, "accuracy": float(right.mean()), "low": low, "high": high, "steps": 0.5}
                 accuracy.append(facts | level)
                 kl = {
                     f"{kind}_{part}": share * value
