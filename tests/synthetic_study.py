@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy as np
 
 from featdiff.artifacts import artifact
 from featdiff.artifacts.artifact import write_json
-from featdiff.config.params import load_params
+from featdiff.config.params import Study, load_study
 from featdiff.intervention.effects import effects
+from featdiff.intervention.purposes import purposes
 from featdiff.tasks.task import Sample, TaskInfo, write_rows
 
-MODELS = ("base", "sft", "grpo")
+STUDY = load_study(Path(__file__).parents[1] / "params.yaml")
 SET = (118, 311, 640)
 
 
@@ -39,6 +41,8 @@ class Plan:
     """Outcome of localization."""
     joint: bool = True
     """Whether a three-model crosscoder was fitted."""
+    arms: tuple[str, ...] = ("sft", "grpo", "rft", "sft_1", "grpo_1")
+    contrast: str | None = "sft"
     set_works: bool = True
     """Whether zeroing and amplifying the set do anything."""
     rl_transfers: bool = True
@@ -54,6 +58,30 @@ class Plan:
     def __post_init__(self) -> None:
         roles = {name: role for role in ("train", "find", "control", "heldout") for name in getattr(self, role)}
         object.__setattr__(self, "roles", roles)
+
+    @cached_property
+    def study(self) -> Study:
+        """The default study with the arms and crosscoders of this one."""
+        fits = [
+            *(("joint_topk", "joint_l1") if self.joint else ()),
+            "null_base",
+            *(("null_sft",) if "sft_1" in self.arms else ()),
+        ]
+        return STUDY.model_copy(
+            update={
+                "arms": {name: STUDY.arms[name] for name in self.arms},
+                "roles": STUDY.roles.model_copy(update={"contrast": self.contrast}),
+                "crosscoder": STUDY.crosscoder.model_copy(
+                    update={"fits": {name: STUDY.crosscoder.fits[name] for name in fits}}
+                ),
+                "dynamics": STUDY.dynamics.model_copy(update={"arms": [name for name in self.arms if name in ("sft", "grpo")]}),
+            }
+        )
+
+    def kind(self, model: str) -> str:
+        """What a model behaves like: ``base``, ``sft`` or ``grpo``."""
+        method = self.study.arms[model].method if model in self.arms else "base"
+        return "grpo" if method == "rft" else method
 
     def tasks(self) -> list[TaskInfo]:
         option = {name for name in (*self.find, *self.heldout) if self.likelihood}
@@ -80,7 +108,7 @@ def published(root: Path, name: str) -> Iterator[Path]:
 
 
 def _skill(plan: Plan, model: str, task: str, greedy: bool) -> float:
-    role = plan.roles[task]
+    role, model = plan.roles[task], plan.kind(model)
     if role == "control":
         return 0.1
     if plan.likelihood and role != "train":
@@ -113,7 +141,7 @@ def _text(sample: Sample, manner: str, right: bool) -> str:
 def _answer_rows(
     plan: Plan, sample: Sample, model: str, right: bool, rng: np.random.Generator, likelihood: bool
 ) -> dict[str, Any]:
-    manner = "" if likelihood else _manner(model, sample.task, plan.roles[sample.task], right, rng)
+    manner = "" if likelihood else _manner(plan.kind(model), sample.task, plan.roles[sample.task], right, rng)
     text = _text(sample, manner, right)
     correct = bool((right and manner not in ("none", "foreign")) or (right and plan.roles[sample.task] == "train"))
     return {
@@ -143,7 +171,8 @@ def write_study(root: Path, plan: Plan) -> Path:
     tasks = plan.tasks()
     samples = _write_data(root, plan, tasks, rng)
     _write_models(root, plan, rng)
-    answers = {model: _write_eval(root, plan, tasks, samples, model, rng) for model in MODELS}
+    answers = {model: _write_eval(root, plan, tasks, samples, model, rng) for model in plan.study.models}
+    _write_checkpoints(root, plan, tasks, rng)
     fits = _write_crosscoders(root, plan, rng)
     _write_attribution(root, plan, fits, rng)
     _write_dynamics(root, plan, rng)
@@ -180,7 +209,8 @@ def _write_data(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Ge
 
 
 def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
-    for model in MODELS:
+    for model in plan.study.models:
+        kind = plan.kind(model)
         with published(root, f"models/{model}") as out:
             config = {"model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 96, "vocab_size": 60}
             write_json(out / "config.json", config)
@@ -188,7 +218,7 @@ def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
             steps = np.arange(10, 260, 10)
             progress = 1 - np.exp(-steps / 60)
             noise = rng.normal(0, 0.02, len(steps))
-            if model == "grpo":
+            if kind == "grpo":
                 lines = ["step,reward,completion_length,learning_rate"]
                 lines += [
                     f"{s},{0.2 + 0.75 * p + e:.4f},{12 + 8 * p:.2f},0.0002"
@@ -205,12 +235,12 @@ def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
                 "base_manifest": "a" * 64,
                 "problems_sha256": "d" * 64,
                 "problems": 2000,
-                "samples_seen": 12000 if model == "sft" else 32000,
-                "tokens_seen": 300_000 if model == "sft" else 810_000,
-                "updates": 188 if model == "sft" else 250,
+                "samples_seen": 12000 if kind == "sft" else 32000,
+                "tokens_seen": 300_000 if kind == "sft" else 810_000,
+                "updates": 188 if kind == "sft" else 250,
                 "checkpoints": [50 * (i + 1) for i in range(plan.checkpoints)],
             }
-            write_json(out / "audit.json", audit | ({"reward_first": 0.21, "reward_last": 0.95} if model == "grpo" else {}))
+            write_json(out / "audit.json", audit | ({"reward_first": 0.21, "reward_last": 0.95} if kind == "grpo" else {}))
 
 
 def _write_eval(
@@ -247,19 +277,39 @@ def _write_eval(
     return primary
 
 
+def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Generator) -> None:
+    n = min(20, plan.n)
+    for arm in plan.arms:
+        samples, accuracy, divergence = [], [], []
+        for checkpoint in range(1, plan.checkpoints + 1):
+            share = checkpoint / plan.checkpoints
+            for task in tasks:
+                right = rng.random(n) < share * _skill(plan, arm, task.name, True) + (1 - share) * _skill(
+                    plan, "base", task.name, True
+                )
+                facts = {"arm": arm, "checkpoint": checkpoint, "step": 50 * checkpoint, "share": share}
+                facts |= {"task": task.name, "role": task.role}
+                samples += [
+                    facts | {"sample_id": f"{task.name}-report-{i:05d}", "correct": bool(value), "manner": "steps"}
+                    for i, value in enumerate(right)
+                ]
+                low, high = interval(float(right.mean()), n)
+                level = {"n": n, "accuracy": float(right.mean()), "low": low, "high": high, "steps": 0.5}
+                accuracy.append(facts | level)
+                kl = {
+                    f"{kind}_{part}": share * value
+                    for kind in ("forward", "reverse")
+                    for part, value in (("kl", 0.4), ("low", 0.3), ("high", 0.5))
+                }
+                divergence.append(facts | {"n": 10} | kl)
+                divergence.append(facts | {"task": None, "n": 10} | kl)
+        with published(root, f"checkpoints/{arm}") as out:
+            for name, rows in (("samples", samples), ("accuracy", accuracy), ("divergence", divergence)):
+                write_rows(out / f"{name}.parquet", rows)
+
+
 def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
-    fits: dict[str, dict[str, Any]] = {}
-    if plan.joint:
-        fits |= {
-            "joint_topk": {"models": list(MODELS), "loss": "batchtopk"},
-            "joint_l1": {"models": list(MODELS), "loss": "l1"},
-        }
-    fits |= {
-        "base_sft": {"models": ["base", "sft"], "loss": "batchtopk"},
-        "base_grpo": {"models": ["base", "grpo"], "loss": "batchtopk"},
-        "null_base": {"models": ["base", "again"], "loss": "batchtopk"},
-        "null_sft": {"models": ["sft", "sft_twin"], "loss": "batchtopk"},
-    }
+    fits = {name: {"models": list(fit.slots), "loss": fit.loss} for name, fit in plan.study.fits.items()}
     for name, fit in fits.items():
         with published(root, f"crosscoders/{name}") as out:
             scale = dict.fromkeys(fit["models"], 1.7)
@@ -300,16 +350,18 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
                     weights[2] *= 8
                 mas = weights / weights.sum()
                 top = int(mas.argmax())
-                label = MODELS[top] if mas[top] > 0.6 else ("shared" if mas.max() < 0.5 else "mixed")
-                shares = {"nrn": None, "mas_base": float(mas[0]), "mas_sft": float(mas[1]), "mas_grpo": float(mas[2])}
+                label = fit["models"][top] if mas[top] > 0.6 else ("shared" if mas.max() < 0.5 else "mixed")
+                shares: dict[str, Any] = {"nrn": None, "mas": mas.tolist()}
             else:
-                tuned = fit["models"][1]
+                original, tuned = fit["models"]
                 own = 1.0 if name.startswith("null") else own
                 nrn = float(
-                    np.clip(rng.normal(0.5, spread), 0, 1) if own > (0.1 if tuned == "sft" else 0.02) else rng.uniform(0.85, 1)
+                    np.clip(rng.normal(0.5, spread), 0, 1)
+                    if own > (0.1 if plan.kind(tuned) == "sft" else 0.02)
+                    else rng.uniform(0.85, 1)
                 )
-                label = tuned if nrn > 0.7 else ("base" if nrn < 0.3 else "shared")
-                shares = {"nrn": nrn, "mas_base": None, "mas_sft": None, "mas_grpo": None}
+                label = tuned if nrn > 0.7 else (original if nrn < 0.3 else "shared")
+                shares = {"nrn": nrn, "mas": None}
             label = "dead" if dead else label
             scaled = label if label in fit["models"] and fit["loss"] == "batchtopk" and rng.random() < 0.9 else None
             tally[label] = tally.get(label, 0) + 1
@@ -329,8 +381,8 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
 
 def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
     K = plan.checkpoints
-    overlap, tracks = [], []
-    for arm in ("sft", "grpo"):
+    for arm in plan.study.dynamics.arms:
+        overlap, tracks = [], []
         for top in (10, 25, 50):
             for a in range(1, K + 1):
                 for b in range(1, K + 1):
@@ -357,10 +409,10 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
                 }
                 for i in range(plan.n_features)
             ]
-    with published(root, "analysis/dynamics") as out:
-        write_rows(out / "overlap.parquet", overlap)
-        write_rows(out / "trajectories.parquet", tracks)
-        write_json(out / "metrics.json", {})
+        with published(root, f"analysis/dynamics/{arm}") as out:
+            write_rows(out / "overlap.parquet", overlap)
+            write_rows(out / "trajectories.parquet", tracks)
+            write_json(out / "metrics.json", {})
 
 
 def _write_localize(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
@@ -437,20 +489,20 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
         token = {"token_id": 5, "token": "=", "verdict": verdict, "natural": _near(0.6), **planted}
         features.append(
             {
-                "feature_id": k, "largest": 9.0, "corpus_rate": {"base": 0.04, "grpo": 0.06},
+                "feature_id": k, "largest": 9.0, "corpus_rate": {"original": 0.04, "tuned": 0.06},
                 "positions": [
                     {
                         "model": model, "position": position, "task": task,
                         "value": _near(float(rng.uniform(0, 5))), "rate": _near(float(rng.uniform(0, 0.9))),
                     }
-                    for model in ("base", "grpo")
+                    for model in ("original", "tuned")
                     for position in ("prompt", "prompt_last", "answer_first", "answer_rest")
                     for task in (None, *(plan.roles if position == "prompt_last" else ()))
                 ],
                 "lexical": {"verdict": verdict, "silent": 60 * (s != 1), "tokens": [token] if verdict != "untested" else []},
                 "manner": {
-                    "answers": {model: _judged(0.5) for model in ("base", "grpo")} if generated else {},
-                    "texts": {model: _judged(0.95) for model in ("base", "grpo")} if generated else {},
+                    "answers": {model: _judged(0.5) for model in ("original", "tuned")} if generated else {},
+                    "texts": {model: _judged(0.95) for model in ("original", "tuned")} if generated else {},
                 },
                 "promoted": [{"token_id": i, "token": token, "logit": 2.0 - i} for i, token in enumerate(("<b>", " the"))],
                 "suppressed": [{"token_id": 9, "token": "\n", "logit": -1.5}],
@@ -469,7 +521,7 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
                     {
                         "feature_id": k, "source": source, "rank": rank, "text": f"{source}-{rank}", "peak": 7,
                         "answer_from": None if source == "corpus" else 8, "tokens": tokens,
-                        "grpo": values, "base": [value / 2 for value in values],
+                        "tuned": values, "original": [value / 2 for value in values],
                     }
                 )  # fmt: skip
     told = features[0]["manner"] if features else {"answers": {}, "texts": {}}
@@ -481,15 +533,15 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
         write_json(out / "metrics.json", {})
 
 
-def _edited(plan: Plan, purpose: str, arm: str, task: str, was: bool, dose: float, rng: np.random.Generator) -> bool:
-    active = arm == "set" and plan.set_works and plan.roles[task] in ("find", "heldout")
-    if purpose == "amplify_base" and active:
+def _edited(plan: Plan, purpose: str, control: str, task: str, was: bool, dose: float, rng: np.random.Generator) -> bool:
+    active = control == "set" and plan.set_works and plan.roles[task] in ("find", "heldout")
+    if purpose == "amplify_original" and active:
         return bool(rng.random() < min(0.97, 0.3 + 0.6 * dose) * (0.7 if task == "largest" else 1))
-    if purpose == "zero_grpo" and active:
+    if purpose != "zero_contrast" and active:
         return bool(was and rng.random() < (0.04 if task != "largest" else 0.9))
-    if arm == "noop":
+    if control == "noop":
         return was
-    return bool(was != (rng.random() < (0.01 if arm == "reconstruction" else 0.02)))
+    return bool(was != (rng.random() < (0.01 if control == "reconstruction" else 0.02)))
 
 
 def _write_intervene(
@@ -506,21 +558,23 @@ def _write_intervene(
         return
     report = [sample for sample in samples if sample.split == "report"]
     rows = []
-    for purpose, model in (("zero_grpo", "grpo"), ("zero_sft", "sft"), ("amplify_base", "base")):
-        arms = [("none", 0), ("noop", 0), ("reconstruction", 0)]
-        arms += [("set", 0), *(("random", i) for i in range(plan.random_sets))]
-        arms += [(arm, 0) for arm in ("shared", "base_specific", "shuffled", "mean_difference", "first_component")]
-        arms += [(arm, i) for arm in ("alone", "without") for i in range(len(SET)) if purpose != "zero_sft"]
-        for arm, draw in arms:
+    study = plan.study
+    for purpose in purposes(study.roles, study.repeats(study.roles.tuned)):
+        model = purpose.model
+        controls = [("none", 0), ("noop", 0), ("reconstruction", 0)]
+        controls += [("set", 0), *(("random", i) for i in range(plan.random_sets))]
+        controls += [(name, 0) for name in ("shared", "base_specific", "shuffled", "mean_difference", "first_component")]
+        controls += [(name, i) for name in ("alone", "without") for i in range(len(SET)) if purpose.chosen]
+        for control, draw in controls:
             for sample in report:
                 before = answers[model][sample.sample_id]
                 likelihood = before["manner"] == ""
                 right = (
                     before["correct"]
-                    if arm == "none"
-                    else _edited(plan, purpose, arm, sample.task, before["correct"], 1.0, rng)
+                    if control == "none"
+                    else _edited(plan, purpose.name, control, sample.task, before["correct"], 1.0, rng)
                 )
-                shown = "grpo" if right and model != "sft" else model
+                shown = "grpo" if right and plan.kind(model) != "sft" else model
                 new = (
                     before
                     if right == before["correct"]
@@ -528,10 +582,10 @@ def _write_intervene(
                 )
                 row = {key: new[key] for key in ("completion", "correct", "strict", "flexible", "parsed", "manner")}
                 row |= {
-                    "purpose": purpose,
+                    "purpose": purpose.name,
                     "model": model,
-                    "arm": arm,
-                    "draw": draw,
+                    "control": control,
+                    "set_draw": draw,
                     "sample_id": sample.sample_id,
                     "task": sample.task,
                     "start_nats": None if likelihood else 0.2 if right else 1.5,
@@ -540,7 +594,7 @@ def _write_intervene(
                 rows.append(row)
     wrong = {key for key, row in answers["base"].items() if not row["correct"]}
     flipped = {key for key, row in answers["grpo"].items() if row["correct"] and key in wrong}
-    params = load_params("intervene", Path(__file__).parents[1] / "params.yaml")[0].model_copy(update={"bootstrap": 100})
+    params = STUDY.intervene.model_copy(update={"bootstrap": 100})
     found = effects(rows, flipped, {task.name: task for task in tasks}, params, 0)
     with published(root, "analysis/intervene") as out:
         write_json(out / "metrics.json", {"status": plan.status})
@@ -556,18 +610,19 @@ def _write_intervene(
 
 def _collateral(plan: Plan) -> list[dict[str, Any]]:
     facts = {"perplexity": 4.0, "low": -0.01, "high": 0.05, "n": 40}
-    arms = [("none", 0), ("noop", 0), ("set", 0), ("shared", 0), *(("random", i) for i in range(plan.random_sets))]
+    controls = [("none", 0), ("noop", 0), ("set", 0), ("shared", 0), *(("random", i) for i in range(plan.random_sets))]
     return [
-        {"purpose": purpose, "arm": arm, "draw": draw, "change": 0.0 if arm in ("none", "noop") else 0.02} | facts
-        for purpose in ("zero_grpo", "zero_sft", "amplify_base")
-        for arm, draw in arms
+        {"purpose": purpose.name, "control": control, "set_draw": draw, "change": 0.0 if control in ("none", "noop") else 0.02}
+        | facts
+        for purpose in purposes(plan.study.roles, plan.study.repeats(plan.study.roles.tuned))
+        for control, draw in controls
     ]
 
 
 def _sensitivity() -> list[dict[str, Any]]:
     setting = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
     rows = []
-    for purpose, effect in (("zero_grpo", -0.8), ("amplify_base", 0.8)):
+    for purpose, effect in (("zero_tuned", -0.8), ("amplify_original", 0.8)):
         facts = {"purpose": purpose, "varied": "found by"} | setting
         rows.append(facts | {"choice": "swap at prompt_last", "size": 5, "effect": effect, "random": 0.1})
         rows.append(facts | {"choice": "slot at all", "size": 0, "effect": None, "random": None})
@@ -583,7 +638,7 @@ def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
             rows.append(
                 common
                 | {
-                    "purpose": "zero_grpo",
+                    "purpose": "zero_tuned",
                     "edit": "zero",
                     "positions": positions,
                     "dose": 0.0,
@@ -598,7 +653,7 @@ def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
                     rows.append(
                         common
                         | {
-                            "purpose": "amplify_base",
+                            "purpose": "amplify_original",
                             "edit": edit,
                             "positions": positions,
                             "dose": dose,
@@ -612,10 +667,11 @@ def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
 def _doses(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
     return [
         {
-            "dose": dose, "arm": arm, "draw": draw, "task": task, "role": plan.roles[task], "n": plan.n // 2, "steps": 0.5,
-            "accuracy": float(np.clip((0.3 + 0.6 * dose) if arm == "set" else rng.normal(0.05, 0.03), 0, 0.98)),
+            "dose": dose, "control": control, "set_draw": draw, "task": task, "role": plan.roles[task], "n": plan.n // 2,
+            "steps": 0.5,
+            "accuracy": float(np.clip((0.3 + 0.6 * dose) if control == "set" else rng.normal(0.05, 0.03), 0, 0.98)),
         }
         for task in plan.find
         for dose in (0.5, 1.0, 2.0, 4.0)
-        for arm, draw in [("set", 0), *(("random", i) for i in range(5))]
+        for control, draw in [("set", 0), *(("random", i) for i in range(5))]
     ]  # fmt: skip

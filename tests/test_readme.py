@@ -25,14 +25,16 @@ def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> Non
     keys = ("transfer", "forgetting", "features", "necessary", "sufficient")
     summary = {
         "verdicts": dict.fromkeys(keys, "supported"),
+        "claims": {key: f"claim of {key}" for key in keys},
         "accuracy": {"base": {"find": 0.25}, "grpo": {"find": 0.75}},
-        "effects": {"zero_grpo": {"sort": effect}, "amplify_base": {"sort": effect}},
+        "effects": {"zero_tuned": {"sort": effect}, "amplify_original": {"sort": effect}},
     }
     page = f"top\n{BEGIN}\nold\n{END}\nbottom\n"
     filled = fill(page, summary)
     assert filled.startswith(f"top\n{BEGIN}\n")
     assert filled.endswith(f"{END}\nbottom\n")
     assert "old" not in filled
+    assert "| claim of features | **supported** |" in filled
     assert "-0.50 [-0.60, -0.40]" in filled
     changed = copy.deepcopy(summary)
     changed["accuracy"]["grpo"]["find"] = 0.5

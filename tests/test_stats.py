@@ -17,10 +17,12 @@ from featdiff.stats import (
     holm,
     mcnemar,
     mean_over_strata,
+    over_runs,
     paired_difference,
     resample,
     samples_to_detect,
     unseen,
+    with_runs,
 )
 
 HOW = {"resamples": 400, "confidence": 0.95, "seed": 3}
@@ -167,6 +169,56 @@ def test_rare_changes_are_covered_where_a_bootstrap_misses_them() -> None:
 
 def test_no_samples_no_estimate() -> None:
     assert mean_over_strata({"a": np.array([])}, **HOW) is None
+
+
+RUNS = arrays(float, st.integers(2, 6), elements=st.floats(-1, 1, width=32))
+
+
+@given(RUNS)
+def test_runs_have_the_t_interval_of_their_mean(means: np.ndarray) -> None:
+    found = over_runs(means, confidence=0.9)
+    theirs = scipy.stats.t.interval(0.9, len(means) - 1, means.mean(), max(scipy.stats.sem(means), 1e-300))
+    assert found[1:3] == pytest.approx(theirs, abs=1e-9)
+    assert (found.value, found.n) == (pytest.approx(means.mean()), len(means))
+
+
+@given(VALUES, st.lists(RUNS, max_size=2))
+def test_runs_only_widen_and_single_runs_leave_the_interval_of_the_questions(
+    values: np.ndarray, sides: list[np.ndarray]
+) -> None:
+    questions = bootstrap_mean(values, **HOW)
+    assert with_runs(questions, [0.3], [-0.2], confidence=0.95)[:3] == pytest.approx(questions[:3], abs=1e-12)
+    found = with_runs(questions, *sides, confidence=0.95)
+    slack = 1e-9 * max(1.0, np.abs(values).max())
+    assert found.low <= questions.low + slack
+    assert found.high >= questions.high - slack
+    bounded = with_runs(questions, *sides, confidence=0.95, within=(-100, 100))
+    assert -100 <= bounded.low <= bounded.high <= 100
+
+
+def test_without_spread_of_questions_the_interval_is_that_of_the_runs() -> None:
+    means = [0.2, 0.3, 0.4]
+    exact = bootstrap_mean(np.full(50, 0.3), **HOW)
+    assert with_runs(exact, means, confidence=0.95)[:3] == pytest.approx(over_runs(means, confidence=0.95)[:3])
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.2])
+def test_an_interval_over_runs_covers_where_resampling_both_does_not(runs: int, spread: float) -> None:
+    """Answers of some runs to the same questions: each run and each question has a height of its own."""
+    rng, studies, covered = np.random.default_rng(runs), 300, {"ours": 0, "resampled": 0}
+    for seed in range(studies):
+        height_RN = 0.5 + spread * rng.normal(size=(runs, 1)) + 0.15 * rng.normal(size=60)
+        right_RN = (rng.random((runs, 60)) < height_RN).astype(float)
+        questions = bootstrap_mean(right_RN.mean(axis=0), **HOW | {"seed": seed})
+        found = with_runs(questions, right_RN.mean(axis=1), confidence=0.95)
+        covered["ours"] += found.low <= 0.5 <= found.high
+        draws = [right_RN[rng.integers(runs, size=runs)][:, rng.integers(60, size=60)].mean() for _ in range(100)]
+        low, high = np.quantile(draws, [0.025, 0.975])
+        covered["resampled"] += low <= 0.5 <= high
+    assert covered["ours"] / studies >= 0.94
+    if spread == 0.2:
+        assert covered["resampled"] / studies < 0.9
 
 
 def test_mcnemar_is_the_exact_sign_test_of_the_pairs_that_changed() -> None:

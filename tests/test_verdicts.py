@@ -5,25 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from featdiff.config.params import load_params
+from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.quantities import early_checkpoint, null_rates, own_features
-from featdiff.report.verdicts import Criterion, Judge, Verdict, at_least, decide
+from featdiff.report.verdicts import Criterion, Verdict, at_least, decide
 from featdiff.stats import Interval
-from synthetic_study import Plan, write_study
+from synthetic_study import STUDY, Plan, write_study
 
-PARAMS, SEED = load_params("report", Path(__file__).parents[1] / "params.yaml")
+PARAMS, SEED = STUDY.report, STUDY.seed
+ALONE = ("sft", "grpo")
+"""One training run per arm."""
 
 
 def study(folder: Path, plan: Plan) -> Evidence:
     write_study(folder, plan)
-    return load(lambda name, *_: folder / name)
+    return load(lambda name, *_: folder / name, plan.study)
 
 
 def judged(evidence: Evidence) -> dict[str, Verdict]:
-    return {verdict.key: verdict for verdict in Judge(evidence, PARAMS, SEED).verdicts()}
+    return {verdict.key: verdict for verdict in Claims(evidence, PARAMS, SEED).verdicts()}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_same_seed_same_intervals(full: Evidence) -> None:
 
 
 def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
-    verdict = judged(study(tmp_path, Plan(n=60, rl_transfers=False, status="too_few_flipped")))["transfer"]
+    verdict = judged(study(tmp_path, Plan(arms=ALONE, n=60, rl_transfers=False, status="too_few_flipped")))["transfer"]
     assert verdict.status == "not supported"
 
 
@@ -77,7 +80,7 @@ def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
     ("status", "words"), [("too_few_flipped", "4 flipped samples"), ("empty_intersection", "No feature reaches")]
 )
 def test_without_a_feature_set_both_interventions_are_undecided(tmp_path: Path, status: str, words: str) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, status=status)))
+    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, status=status)))
     for key in ("necessary", "sufficient"):
         assert verdicts[key].status == "undecided"
         assert words in verdicts[key].evidence
@@ -85,7 +88,7 @@ def test_without_a_feature_set_both_interventions_are_undecided(tmp_path: Path, 
 
 
 def test_a_set_that_does_nothing_is_not_supported_and_never_called_causal(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, set_works=False)))
+    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, set_works=False)))
     for key in ("necessary", "sufficient"):
         assert verdicts[key].status == "not supported"
         assert "causal" not in verdicts[key].evidence
@@ -95,8 +98,8 @@ def test_a_set_that_changes_none_of_a_few_answers_is_undecided(tmp_path: Path) -
     """Ten questions a task of which none changed leave an effect that counts possible; enough of them exclude it."""
     found = {}
     for n in (10, 60):
-        made = study(tmp_path / str(n), Plan(n=n, set_works=False))
-        plain = {(row["purpose"], row["sample_id"]): row["correct"] for row in made.edited if row["arm"] == "none"}
+        made = study(tmp_path / str(n), Plan(arms=ALONE, n=n, set_works=False))
+        plain = {(row["purpose"], row["sample_id"]): row["correct"] for row in made.edited if row["control"] == "none"}
         edited = [row | {"correct": plain[row["purpose"], row["sample_id"]]} for row in made.edited]
         found[n] = judged(replace(made, edited=edited))["necessary"]
     assert {n: verdict.status for n, verdict in found.items()} == {10: "undecided", 60: "not supported"}
@@ -106,7 +109,7 @@ def test_a_set_that_changes_none_of_a_few_answers_is_undecided(tmp_path: Path) -
 
 
 def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(n=60, find=("reverse",))))
+    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, find=("reverse",))))
     assert verdicts["necessary"].status == "undecided"
     assert "more than one task" in verdicts["necessary"].weakest_link
 
@@ -115,7 +118,7 @@ def test_one_random_set_as_good_as_the_set_takes_the_verdict_away(full: Evidence
     """Beyond most random sets is not beyond all: with every found task matched by a draw, the claim falls."""
     effects = [
         row | {"beyond_random": False}
-        if row["arm"] == "set" and row["role"] == "find" and row["purpose"] == "zero_grpo"
+        if row["control"] == "set" and row["role"] == "find" and row["purpose"] == "zero_tuned"
         else row
         for row in full.effects
     ]
@@ -131,7 +134,7 @@ def test_the_word_causal_needs_the_percentile_of_the_random_sets(full: Evidence)
 
 
 def test_an_edit_of_factor_one_that_changes_something_leaves_the_claim_open(full: Evidence) -> None:
-    effects = [row | {"effect": 0.01} if row["arm"] == "noop" else row for row in full.effects]
+    effects = [row | {"effect": 0.01} if row["control"] == "noop" else row for row in full.effects]
     assert judged(replace(full, effects=effects))["necessary"].status == "undecided"
 
 
@@ -147,13 +150,14 @@ def test_forgetting_is_undecided_where_the_base_never_knew(full: Evidence) -> No
     assert "at chance" in verdict.evidence
 
 
-def test_an_sft_that_answers_like_grpo_did_not_forget(full: Evidence) -> None:
-    verdict = judged(replace(full, answers=full.answers | {"sft": full.answers["grpo"]}))["forgetting"]
+def test_a_contrast_that_answers_like_the_tuned_model_did_not_forget(full: Evidence) -> None:
+    answers = full.answers | {"sft": full.answers["grpo"], "sft_1": full.answers["grpo_1"]}
+    verdict = judged(replace(full, answers=answers))["forgetting"]
     assert verdict.status == "not supported"
 
 
 def test_l1_counts_are_shown_but_do_not_decide(full: Evidence) -> None:
-    assert {label for label, _, _ in own_features(full)} == {"joint_topk, batchtopk", "joint_l1, l1", "pairs, batchtopk"}
+    assert {counts.label for counts in own_features(full)} == {"joint_topk, batchtopk", "joint_l1, l1", "pairs, batchtopk"}
     assert "l1" not in judged(full)["features"].evidence
 
 
@@ -175,9 +179,12 @@ def test_early_is_within_the_share_of_training(full: Evidence) -> None:
     assert early_checkpoint(replace(full, overlap=[]), 0.4) == (0, 0)
 
 
-def edited(evidence: Evidence, arm: str, **changes: object) -> Evidence:
-    """The same study with other numbers for one arm."""
-    return replace(evidence, effects=[row | (changes if row["arm"] == arm else {}) for row in evidence.effects])
+def edited(evidence: Evidence, control: str, purpose: str = "", **changes: object) -> Evidence:
+    """The same study with other numbers under one control, of one purpose or all."""
+    effects = [
+        row | (changes if row["control"] == control and purpose in ("", row["purpose"]) else {}) for row in evidence.effects
+    ]
+    return replace(evidence, effects=effects)
 
 
 def test_a_set_that_ought_to_do_nothing_must_do_little(full: Evidence) -> None:
@@ -238,3 +245,86 @@ def test_counts_that_latent_scaling_takes_back_do_not_count(full: Evidence) -> N
     verdict = judged(replace(full, features=taken))["features"]
     assert [criterion.holds for criterion in verdict.criteria][:2] == [True, False]
     assert verdict.status == "not supported"
+
+
+def right(evidence: Evidence, model: str, share: float) -> dict[str, list[dict[str, object]]]:
+    """Answers in which ``model`` solves that share of its questions, the first ones of each task."""
+    rows = evidence.answers[model]
+    return evidence.answers | {model: [row | {"correct": int(row["sample_id"][-5:]) < share * 120} for row in rows]}
+
+
+def test_training_runs_that_differ_take_the_certainty_away(full: Evidence) -> None:
+    """A repeat that gains nothing makes the gain of the first run the luck of a seed; without repeats nobody would know."""
+    lucky = replace(full, answers=right(full, "grpo_1", 0.05))
+    verdict = judged(lucky)["transfer"]
+    assert verdict.status == "undecided"
+    assert "2 training runs of GRPO, one by one: +0." in verdict.evidence
+    alone = judged(replace(lucky, repeats={arm: [arm] for arm in lucky.arms}))["transfer"]
+    assert alone.status == "supported"
+    assert "One training run per arm" in alone.evidence
+    assert "not training seeds" in alone.weakest_link
+
+
+def test_a_difference_holds_every_run_and_one_run_is_the_paired_bootstrap(full: Evidence) -> None:
+    claims = Claims(full, PARAMS, SEED)
+    found, each = claims.difference(full.far, "grpo", "base"), claims.each_run(full.far, "grpo", "base")
+    assert found is not None
+    assert list(each) == ["grpo", "grpo_1"]
+    assert found.value == pytest.approx(np.mean(list(each.values())))
+    single = claims.difference(full.far, "rft", "base")
+    assert single == claims.estimate(full.far, claims.outcomes.model("rft"), claims.outcomes.model("base"))
+    back = claims.difference(full.far, "base", "grpo")
+    assert back is not None
+    assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low), abs=0.01)
+
+
+def test_the_set_has_to_act_in_the_repeats_of_the_tuned_model(full: Evidence) -> None:
+    (found,) = Claims(full, PARAMS, SEED).replications()
+    assert (found.model, found.beyond, found.draws) == ("grpo_1", {"found_on": 20, "heldout": 20}, 20)
+    assert "Zeroed in other training runs of GRPO: GRPO, seed 1 −0.9" in judged(full)["necessary"].evidence
+
+    plain = {
+        row["sample_id"]: row["correct"] for row in full.edited if (row["purpose"], row["control"]) == ("repeat_grpo_1", "none")
+    }
+    inert = [row | {"correct": plain[row["sample_id"]]} if row["purpose"] == "repeat_grpo_1" else row for row in full.edited]
+    verdict = judged(replace(full, edited=inert))["necessary"]
+    assert verdict.status == "not supported", "a set of one run only is no property of the method"
+    assert "acts in other training runs of GRPO" in verdict.weakest_link
+
+    verdict = judged(edited(full, "random", "repeat_grpo_1", effect=-0.97))["necessary"]
+    assert verdict.status == "undecided"
+    assert "beyond 0 and" in verdict.evidence
+
+    never = [row for row in full.effects if not row["purpose"].startswith("repeat_")]
+    verdict = judged(replace(full, effects=never))["necessary"]
+    assert verdict.status == "undecided"
+    assert "not zeroed in other training runs of GRPO" in verdict.evidence
+    assert judged(replace(full, effects=never))["sufficient"].status == "supported"
+
+
+def test_without_a_contrast_its_claims_are_open_and_the_others_decided(tmp_path: Path) -> None:
+    verdicts = judged(study(tmp_path, Plan(arms=("sft", "grpo", "grpo_1"), n=60, contrast=None)))
+    for key in ("forgetting", "features"):
+        assert verdicts[key].status == "undecided"
+        assert "no contrast model" in verdicts[key].evidence
+    assert {verdicts[key].status for key in ("transfer", "necessary", "sufficient")} == {"supported"}
+
+
+def test_roles_decide_who_is_meant(full: Evidence) -> None:
+    """With the parts of the two arms exchanged the claims speak of the other one, and fail."""
+    turned = replace(full, roles=full.roles.model_copy(update={"tuned": "sft", "contrast": "grpo"}))
+    verdicts = judged(turned)
+    assert verdicts["transfer"].claim == "SFT on math improves tasks far from math"
+    assert verdicts["transfer"].status == "not supported"
+    assert verdicts["forgetting"].status == "not supported"
+    assert verdicts["features"].status == "not supported"
+
+
+def test_own_features_are_counted_in_every_training_run(full: Evidence) -> None:
+    pairs = next(counts for counts in own_features(full) if counts.label.startswith("pairs"))
+    assert (len(pairs.contrast), len(pairs.tuned)) == (2, 2)
+    assert min(pairs.contrast) > max(pairs.tuned)
+    few = [row | {"feature_class": "shared"} if row["fit"] == "pair_sft_1" else row for row in full.features]
+    verdict = judged(replace(full, features=few))["features"]
+    assert verdict.criteria[0].holds is None, "one run of the contrast has few"
+    assert "(mean " in verdict.criteria[0].text

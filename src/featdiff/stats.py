@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
 Range = tuple[float, float]
@@ -76,6 +77,36 @@ def bootstrap_mean(
     """:func:`mean_over_strata` of one stratum; NaN where there is no sample."""
     found = mean_over_strata({"": values_N}, resamples=resamples, confidence=confidence, seed=seed, within=within)
     return found or Interval(float("nan"), float("nan"), float("nan"), 0)
+
+
+def over_runs(means_R: Sequence[float], *, confidence: float) -> Interval:
+    """Mean of one number per training run, with Student's t interval on R − 1 degrees of freedom; ``n`` is R. One run has no
+    spread to judge by: its interval is NaN."""
+    runs, value = len(means_R), float(np.mean(means_R))
+    reach = float("nan")
+    if runs > 1:
+        reach = float(student.ppf((1 + confidence) / 2, runs - 1) * np.std(means_R, ddof=1) / np.sqrt(runs))
+    return Interval(value, value - reach, value + reach, runs)
+
+
+def with_runs(estimate: Interval, *sides: Sequence[float], confidence: float, within: Range | None = None) -> Interval:
+    """``estimate``, a mean over questions of numbers that were averaged over training runs, with an interval over questions
+    and runs. Each of ``sides`` holds the means of the runs of one arm; a side of a single run adds nothing, so that with one
+    run per arm the interval is that of the questions alone.
+
+    Runs and questions are crossed: each run answers all questions. To resample both with replacement (the pigeonhole
+    bootstrap, Owen 2007) is far too narrow for two or three runs, since R resampled runs vary by (R − 1)/R of what they should
+    and a quantile of three numbers is no quantile. So the runs get Student's t (:func:`over_runs`), the questions their
+    bootstrap, and the distances of both from the mean add as squares (MOVER, Zou and Donner 2008). What is left over of run
+    and question together is counted in both, and t is applied to each part by itself: the interval errs towards too wide. It
+    is never narrower than that of the questions, and never leaves ``within``."""
+    reaches = [over_runs(side, confidence=confidence) for side in sides if len(side) > 1]
+    runs = float(np.sum([(reach.high - reach.value) ** 2 for reach in reaches]))
+    low = estimate.value - float(np.sqrt((estimate.value - estimate.low) ** 2 + runs))
+    high = estimate.value + float(np.sqrt((estimate.high - estimate.value) ** 2 + runs))
+    if within is not None:
+        low, high = max(low, within[0]), min(high, within[1])
+    return estimate._replace(low=low, high=high)
 
 
 def paired(after_N: ArrayLike, before_N: ArrayLike) -> Floats:

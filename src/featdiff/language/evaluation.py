@@ -32,8 +32,8 @@ LIKELIHOOD = ("option_text", "option_text_norm", "option_letter")
 
 
 def primary_mode(task: TaskInfo) -> str:
-    """The mode whose accuracy counts for ``task``: greedy answers, or its likelihood rule."""
-    return GREEDY if task.scoring == GENERATION else task.scoring
+    """:attr:`TaskInfo.primary_mode` of ``task``."""
+    return task.primary_mode
 
 
 class Evaluator:

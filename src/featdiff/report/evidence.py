@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from featdiff.artifacts.artifact import ContractError, read_json
-from featdiff.config.params import AGAIN, TWIN
+from featdiff.config.params import Arm, Roles, Study
+from featdiff.report.names import Names
 from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
 
-MODELS = ("base", "sft", "grpo")
 ROLES = ("train", "find", "heldout", "control")
+"""Of tasks, in the order in which they are shown."""
 
 NOT_TESTED: dict[str, Any] = {
     "choice": {}, "tuning": [], "dose": [], "effects": [], "edited": [], "collateral": [], "sensitivity": []
@@ -33,7 +35,7 @@ class ModelFacts:
     config: Row
     parameters: int
     audit: Row
-    """Empty for the base."""
+    """What an arm was given; empty for the base, and without budgets for an arm that was trained elsewhere."""
     curves: Curves
 
 
@@ -44,6 +46,8 @@ class FitFacts:
     config: Row
     metrics: Row
     curves: Curves
+    null: bool
+    """Whether nothing in it can be one model's own (``Study.null``)."""
 
     @property
     def models(self) -> list[str]:
@@ -54,27 +58,28 @@ class FitFacts:
     def joint(self) -> bool:
         return len(self.models) > 2
 
-    @property
-    def null(self) -> bool:
-        """Whether it compares models of which nothing can be one's own."""
-        return AGAIN in self.models or TWIN in self.models
-
 
 @dataclass(frozen=True)
 class Evidence:
     """The artifacts of one study. Tables are lists of rows in the schema of the stage that wrote them."""
 
+    roles: Roles
+    arms: Mapping[str, Arm]
+    repeats: Mapping[str, list[str]]
+    """All training runs of an arm, itself first, by the arm that params.yaml lists first."""
     tasks: dict[str, TaskInfo]
     """In the order train, find, heldout, control."""
     questions: dict[str, Sample]
     """Report split by ``sample_id``."""
-    train_problems: int
     models: dict[str, ModelFacts]
+    """The base and every arm, as are ``accuracy`` and ``answers``."""
     accuracy: dict[str, list[Row]]
     answers: dict[str, list[Row]]
     """Per-sample rows of the report split, by model."""
     fits: dict[str, FitFacts]
     features: list[Row]
+    checkpoints: dict[str, list[Row]]
+    """Tables ``accuracy``, ``divergence`` and ``samples`` of every kept checkpoint of every arm."""
     overlap: list[Row]
     trajectories: list[Row]
     localize: Row
@@ -93,7 +98,22 @@ class Evidence:
     """Free text under every edit."""
     sensitivity: list[Row]
     edited: list[Row]
-    """Per-sample rows of the arms ``none`` and ``set``."""
+    """Per-sample rows of the controls ``none`` and ``set``."""
+
+    @cached_property
+    def names(self) -> Names:
+        """What readers see of the models."""
+        return Names(self.roles, self.arms)
+
+    @property
+    def compared(self) -> list[str]:
+        """One run of every model: original, contrast, tuned, then the further arms."""
+        return [*self.roles.models, *(arm for arm in self.repeats if not set(self.repeats[arm]) & set(self.roles.models))]
+
+    def runs(self, model: str) -> list[str]:
+        """``model``, then the other training runs of its arm."""
+        found = next((runs for runs in self.repeats.values() if model in runs), [])
+        return [model, *(run for run in found if run != model)]
 
     def named(self, *roles: str) -> list[str]:
         """Names of the tasks with one of ``roles``."""
@@ -122,38 +142,36 @@ class Evidence:
         return int(self.fits[self.localize["fit"]].config["n_features"])
 
     def primary_mode(self, task: str) -> str:
-        """The task's own scoring rule: greedy decoding, or its rule of likelihood."""
-        modes = {row["mode"] for row in self.accuracy["base"] if row["task"] == task and row["primary"]}
-        return "greedy" if "greedy" in modes or not modes else sorted(modes)[0]
+        """How the answers that count are got (``TaskInfo.primary_mode``)."""
+        return self.tasks[task].primary_mode
 
 
-def load(read: Callable[..., Path]) -> Evidence:
-    """Open every artifact through ``read``, which verifies a folder and returns it.
+def load(read: Callable[..., Path], study: Study) -> Evidence:
+    """Open every artifact of ``study`` through ``read``, which verifies a folder and returns it.
 
     Raises ContractError where a table lacks a column or a crosscoder that attribution names is missing."""
     data = read("data", "tasks.json", "eval.parquet")
     known = load_tasks(data)
-    tasks = {name: task for role in ROLES for name, task in known.items() if task.role == role}
-    evals = {model: read(f"evals/{model}") for model in MODELS}
-    attribution, dynamics, localize, describe, intervene = (
-        read(f"analysis/{name}") for name in ("attribution", "dynamics", "localize", "describe", "intervene")
+    evals = {model: read(f"evals/{model}") for model in study.models}
+    attribution, localize, describe, intervene = (
+        read(f"analysis/{name}") for name in ("attribution", "localize", "describe", "intervene")
     )
+    dynamics = [read(f"analysis/dynamics/{arm}") for arm in study.dynamics.arms]
     features = _rows(
-        attribution / "features.parquet",
-        "fit feature_id dead firing_rate nrn mas_base mas_sft mas_grpo feature_class scaling_owner specific",
+        attribution / "features.parquet", "fit feature_id dead firing_rate nrn mas feature_class scaling_owner specific"
     )
-    fits = dict.fromkeys(row["fit"] for row in features)
     found = read_json(localize / "features.json")
-    models = {model: _model(f"models/{model}", read) for model in MODELS}
     return Evidence(
-        tasks=tasks,
+        roles=study.roles,
+        arms=study.arms,
+        repeats={runs[0]: runs for runs in map(study.repeats, study.arms)},
+        tasks={name: task for role in ROLES for name, task in known.items() if task.role == role},
         questions={
             row["sample_id"]: Sample(**row | {"options": tuple(row["options"] or ())})
             for row in read_rows(data / "eval.parquet")
             if row["split"] == "report"
         },
-        models=models,
-        train_problems=models["sft"].audit["problems"],
+        models={model: _model(f"models/{model}", read) for model in study.models},
         accuracy={
             model: _rows(
                 folder / "accuracy.parquet",
@@ -169,34 +187,52 @@ def load(read: Callable[..., Path]) -> Evidence:
             )
             for model, folder in evals.items()
         },
-        fits={name: _fit(read(f"crosscoders/{name}")) for name in fits},
+        fits={
+            name: _fit(read(f"crosscoders/{name}"), study.null(name)) for name in dict.fromkeys(row["fit"] for row in features)
+        },
         features=features,
-        overlap=_rows(dynamics / "overlap.parquet", "arm method top a b overlap"),
-        trajectories=_rows(dynamics / "trajectories.parquet", "arm checkpoint feature_id change rank"),
+        checkpoints=_checkpoints([read(f"checkpoints/{arm}") for arm in study.arms]),
+        overlap=_joined(dynamics, "overlap", "arm method top a b overlap"),
+        trajectories=_joined(dynamics, "trajectories", "arm checkpoint feature_id change rank"),
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
         sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
         described=read_json(describe / "features.json"),
-        contexts=_rows(describe / "contexts.parquet", "feature_id source rank text peak answer_from tokens grpo base"),
+        contexts=_rows(describe / "contexts.parquet", "feature_id source rank text peak answer_from tokens original tuned"),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
+
+
+def _checkpoints(folders: list[Path]) -> dict[str, list[Row]]:
+    kl = " ".join(f"{kind}_{part}" for kind in ("forward", "reverse") for part in ("kl", "low", "high"))
+    place = "arm checkpoint step share task role"
+    return {
+        "accuracy": _joined(folders, "accuracy", f"{place} n accuracy low high steps"),
+        "divergence": _joined(folders, "divergence", f"{place} n {kl}"),
+        "samples": _joined(folders, "samples", f"{place} sample_id correct manner"),
+    }
+
+
+def _joined(folders: list[Path], table: str, columns: str) -> list[Row]:
+    """The rows of one table in every folder."""
+    return [row for folder in folders for row in _rows(folder / f"{table}.parquet", columns)]
 
 
 def _interventions(folder: Path) -> dict[str, Any]:
     """The tables of `intervene`, which writes them where there is a feature set to test."""
     effects = (
-        "purpose model arm draw task role subset n accuracy baseline effect low high steps steps_baseline parse_failures "
-        "random_low random_high beyond_random p_random p_mcnemar start_nats rest_nats"
+        "purpose model control set_draw task role subset n accuracy baseline effect low high steps steps_baseline "
+        "parse_failures random_low random_high beyond_random p_random p_mcnemar start_nats rest_nats"
     )
-    answers = "purpose model arm draw sample_id task completion parsed correct manner"
+    answers = "purpose model control set_draw sample_id task completion parsed correct manner"
     return {
         "choice": read_json(folder / "choice.json"),
         "tuning": _rows(folder / "tuning.parquet", "purpose edit positions dose task role n accuracy steps"),
-        "dose": _rows(folder / "dose.parquet", "dose arm draw task role n accuracy"),
+        "dose": _rows(folder / "dose.parquet", "dose control set_draw task role n accuracy"),
         "effects": _rows(folder / "effects.parquet", effects),
-        "collateral": _rows(folder / "collateral.parquet", "purpose arm draw perplexity change low high n"),
+        "collateral": _rows(folder / "collateral.parquet", "purpose control set_draw perplexity change low high n"),
         "sensitivity": _rows(folder / "sensitivity.parquet", "purpose varied choice size edit positions dose effect random"),
-        "edited": _rows(folder / "samples.parquet", answers, ("arm", ["none", "set"])),
+        "edited": _rows(folder / "samples.parquet", answers, ("control", ["none", "set"])),
     }
 
 
@@ -231,8 +267,9 @@ def _model(name: str, read: Callable[..., Path]) -> ModelFacts:
     )
 
 
-def _fit(folder: Path) -> FitFacts:
-    return FitFacts(read_json(folder / "config.json"), read_json(folder / "metrics.json"), _curves(folder / "curves.csv"))
+def _fit(folder: Path, null: bool) -> FitFacts:
+    config, metrics = (read_json(folder / f"{name}.json") for name in ("config", "metrics"))
+    return FitFacts(config, metrics, _curves(folder / "curves.csv"), null)
 
 
 def _curves(path: Path) -> Curves:

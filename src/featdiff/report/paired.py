@@ -16,31 +16,33 @@ class Outcomes:
 
     def __init__(self, evidence: Evidence) -> None:
         self.tasks = {sample_id: sample.task for sample_id, sample in evidence.questions.items()}
-        self._models: dict[tuple[str, str], dict[str, float]] = {}
+        self._models: dict[tuple[str, str | None], dict[str, float]] = {}
         for model, rows in evidence.answers.items():
+            own: dict[str, float] = {}
             for (mode,), group in _grouped(rows, "mode").items():
-                self._models[model, mode] = _shares(group)
-        self._primary = {task: evidence.primary_mode(task) for task in evidence.tasks}
-        self._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "arm").items()}
+                shares = self._models[model, mode] = _shares(group)
+                own |= {key: share for key, share in shares.items() if evidence.primary_mode(self.tasks[key]) == mode}
+            self._models[model, None] = own
+        self._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
+        self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
 
     def model(self, model: str, mode: str | None = None) -> dict[str, float]:
         """Share right by sample under ``mode``, or under each task's own rule."""
-        if mode is not None:
-            return self._models.get((model, mode), {})
-        merged: dict[str, float] = {}
-        for (name, rule), shares in self._models.items():
-            if name == model:
-                merged |= {key: value for key, value in shares.items() if self._primary[self.tasks[key]] == rule}
-        return merged
+        return self._models.get((model, mode), {})
 
-    def edited(self, purpose: str, arm: str) -> dict[str, float]:
-        """Share right by sample under one arm of one intervention."""
-        return self._edited.get((purpose, arm), {})
+    def runs(self, models: Sequence[str], mode: str | None = None) -> dict[str, float]:
+        """Share right by sample, mean over training runs, on the samples that all of them answered."""
+        each = [self.model(model, mode) for model in models]
+        return {key: sum(shares[key] for shares in each) / len(each) for key in set.intersection(*map(set, each))}
+
+    def edited(self, purpose: str, control: str) -> dict[str, float]:
+        """Share right by sample of one model under the set (``set``), without an edit (``none``)."""
+        return self._edited.get((purpose, control), {})
 
     def flipped(self) -> set[str]:
-        """Samples that base fails and GRPO solves."""
-        base, grpo = self.model("base"), self.model("grpo")
-        return {key for key in base.keys() & grpo.keys() if base[key] < 0.5 <= grpo[key]}
+        """Samples that the original fails and the tuned model solves."""
+        before, after = self.model(self._original), self.model(self._tuned)
+        return {key for key in before.keys() & after.keys() if before[key] < 0.5 <= after[key]}
 
     def by_task(
         self, tasks: Sequence[str], after: Mapping[str, float], before: Mapping[str, float] | None = None

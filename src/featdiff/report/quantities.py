@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
+from featdiff.config.params import PAIR
 from featdiff.report.evidence import Evidence
 
 
-def effects(evidence: Evidence, purpose: str, arm: str, subset: str = "all") -> list[dict[str, Any]]:
-    """Rows of the effects table for one arm of one intervention."""
-    return [row for row in evidence.effects if (row["purpose"], row["arm"], row["subset"]) == (purpose, arm, subset)]
+def effects(evidence: Evidence, purpose: str, control: str, subset: str = "all") -> list[dict[str, Any]]:
+    """Rows of the effects table for the set (``set``) or one of its controls."""
+    wanted = (purpose, control, subset)
+    return [row for row in evidence.effects if (row["purpose"], row["control"], row["subset"]) == wanted]
 
 
 CONTROLS = ("shared", "base_specific")
@@ -19,21 +22,21 @@ DIRECTIONS = ("mean_difference", "first_component")
 
 
 def mean_effects(evidence: Evidence, purpose: str, tasks: list[str]) -> dict[str, dict[int, float]]:
-    """Mean over ``tasks`` of the change of accuracy (all samples of the report split), by arm and draw."""
+    """Mean over ``tasks`` of the change of accuracy (all samples of the report split), by control and set drawn."""
     values: dict[str, dict[int, list[float]]] = {}
     for row in evidence.effects:
         if (row["purpose"], row["subset"]) == (purpose, "all") and row["task"] in tasks:
-            values.setdefault(row["arm"], {}).setdefault(row["draw"], []).append(row["effect"])
-    return {arm: {draw: sum(found) / len(found) for draw, found in draws.items()} for arm, draws in values.items()}
+            values.setdefault(row["control"], {}).setdefault(row["set_draw"], []).append(row["effect"])
+    return {name: {draw: sum(found) / len(found) for draw, found in draws.items()} for name, draws in values.items()}
 
 
-def likelihood_change(evidence: Evidence, purpose: str, arm: str, part: str) -> list[float]:
+def likelihood_change(evidence: Evidence, purpose: str, control: str, part: str) -> list[float]:
     """Mean over the tasks answered by generation of the change in nats of ``part`` (``start_nats`` or ``rest_nats``), by
-    draw."""
+    set drawn."""
     values: dict[int, list[float]] = {}
-    for row in effects(evidence, purpose, arm):
+    for row in effects(evidence, purpose, control):
         if row[part] is not None:
-            values.setdefault(row["draw"], []).append(row[part])
+            values.setdefault(row["set_draw"], []).append(row[part])
     return [sum(found) / len(found) for found in values.values()]
 
 
@@ -54,30 +57,38 @@ RULES = ("norms", "scaling", "both")
 
 
 def owner(row: dict[str, Any], rule: str) -> str | None:
-    """Whose own a feature is under ``rule``; None for shared, mixed and dead ones."""
+    """Whose own a feature is under ``rule`` (``new``: that of all tuned models); None for shared, mixed and dead ones."""
     by_norm = row["feature_class"] if row["feature_class"] not in ("shared", "mixed", "dead") else None
     if rule == "norms":
         return by_norm
     return row["scaling_owner"] if rule == "scaling" or row["specific"] else None
 
 
-def own_features(evidence: Evidence, rule: str = "norms") -> list[tuple[str, int, int]]:
-    """Features of SFT alone against features of GRPO alone under ``rule``, as (label, SFT, GRPO): within a three-model
-    crosscoder, and between two pair crosscoders with the base of the same loss."""
-    counts: dict[tuple[str, str | None], int] = {}
-    for row in evidence.features:
-        key = (row["fit"], owner(row, rule))
-        counts[key] = counts.get(key, 0) + 1
-    found = []
-    pairs: dict[str, dict[str, str]] = {}
-    for name, fit in evidence.fits.items():
-        if {"sft", "grpo"} <= set(fit.models):
-            found.append((f"{name}, {fit.config['loss']}", counts.get((name, "sft"), 0), counts.get((name, "grpo"), 0)))
-        elif len(fit.models) == 2 and fit.models[0] == "base":
-            pairs.setdefault(fit.config["loss"], {})[fit.models[1]] = name
-    for loss, arms in pairs.items():
-        if {"sft", "grpo"} <= arms.keys():
-            found.append((f"pairs, {loss}", counts.get((arms["sft"], "sft"), 0), counts.get((arms["grpo"], "grpo"), 0)))
+class OwnFeatures(NamedTuple):
+    """How many features of its own each training run of two arms has."""
+
+    label: str
+    """Which crosscoders were counted, and their loss."""
+    contrast: list[int]
+    tuned: list[int]
+
+
+def own_features(evidence: Evidence, rule: str = "norms") -> list[OwnFeatures]:
+    """Features that ``rule`` calls the contrast's or the tuned model's own: within each crosscoder that holds both, and over
+    all training runs of both in the crosscoders of the base and one run. Empty without a contrast."""
+    contrast, tuned = evidence.roles.contrast, evidence.roles.tuned
+    if contrast is None:
+        return []
+    counts = Counter((row["fit"], owner(row, rule)) for row in evidence.features)
+    found = [
+        OwnFeatures(f"{name}, {fit.config['loss']}", [counts[name, contrast]], [counts[name, tuned]])
+        for name, fit in evidence.fits.items()
+        if {contrast, tuned} <= set(fit.models)
+    ]
+    pairs = [[f"{PAIR}{run}" for run in evidence.runs(model)] for model in (contrast, tuned)]
+    ours, theirs = ([counts[fit, fit.removeprefix(PAIR)] for fit in fits if fit in evidence.fits] for fits in pairs)
+    if ours and theirs:
+        found.append(OwnFeatures(f"pairs, {evidence.fits[PAIR + tuned].config['loss']}", ours, theirs))
     return found
 
 

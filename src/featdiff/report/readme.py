@@ -8,30 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import read_json
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-CLAIMS = {
-    "transfer": "RL on math improves tasks far from math",
-    "forgetting": "SFT on the same problems forgets them",
-    "features": "SFT adds many specialised features that freeze early, RL few that keep changing",
-    "necessary": "zeroing a small feature set in GRPO takes the gain away",
-    "sufficient": "amplifying the same set in the base gives it",
-}
 ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out", "control": "control"}
 
 
 def results(summary: dict[str, Any]) -> str:
     """Verdicts, accuracies and effects as Markdown."""
-    roles = {role: name for role, name in ROLES.items() if role in summary["accuracy"]["base"]}
+    roles = {role: name for role, name in ROLES.items() if role in next(iter(summary["accuracy"].values()))}
     lines = ["| claim | verdict |", "|---|---|"]
-    lines += [f"| {claim} | **{summary['verdicts'][key]}** |" for key, claim in CLAIMS.items()]
+    lines += [f"| {claim} | **{summary['verdicts'][key]}** |" for key, claim in summary["claims"].items()]
     lines += ["", f"| accuracy, report split | {' | '.join(roles.values())} |", "|---" * (1 + len(roles)) + "|"]
     for model, accuracy in summary["accuracy"].items():
         lines.append(f"| {model} | {' | '.join(f'{accuracy[role]:.2f}' for role in roles)} |")
-    zero, amplify = (summary["effects"].get(purpose, {}) for purpose in ("zero_grpo", "amplify_base"))
+    zero, amplify = (summary["effects"].get(purpose, {}) for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL))
     if zero and amplify:
-        lines += ["", "| change of accuracy | n | set zeroed in GRPO | random sets | set amplified in base | random sets |"]
-        lines.append("|---|---|---|---|---|---|")
+        head = ("change of accuracy", "n", "set zeroed in the tuned model", "random sets")
+        lines += ["", f"| {' | '.join(head)} | set amplified in the original | random sets |", "|---" * 6 + "|"]
         for task, row in zero.items():
             lines.append(
                 f"| {task} | {row['n']} | {_effect(row)} | {_band(row)} | {_effect(amplify[task])} | {_band(amplify[task])} |"

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from featdiff.report.evidence import MODELS, ROLES, Evidence
+from featdiff.report.claims import Claims
+from featdiff.report.evidence import ROLES, Evidence
 from featdiff.report.quantities import effects
-from featdiff.report.verdicts import Judge, Verdict
+from featdiff.report.verdicts import Verdict
+from featdiff.stats import Interval
 
 DIGITS = 4
 
 
-def summarise(evidence: Evidence, judge: Judge, verdicts: list[Verdict]) -> dict[str, Any]:
-    """Verdicts, mean accuracy per model and role, crosscoder quality, the feature set, effects with interval and n."""
-    right = {model: judge.outcomes.model(model) for model in MODELS}
+def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict]) -> dict[str, Any]:
+    """Claims with verdicts and the numbers that decide them, mean accuracy per model and role of task, crosscoder quality, the
+    feature set, effects with interval and n, and what the set does in repeats."""
     groups = {role: evidence.named(role) for role in ROLES if evidence.named(role)} | {"away_from_math": evidence.far}
+    right = {model: claims.outcomes.model(model) for model in evidence.models}
     accuracy = {
-        model: {role: _round(found.value) for role, tasks in groups.items() if (found := judge.estimate(tasks, right[model]))}
-        for model in MODELS
+        model: {role: _round(found.value) for role, tasks in groups.items() if (found := claims.estimate(tasks, answers))}
+        for model, answers in right.items()
     }
     return {
         "verdicts": {verdict.key: verdict.status for verdict in verdicts},
+        "claims": {verdict.key: verdict.claim for verdict in verdicts},
+        "estimates": {
+            verdict.key: {name: _interval(estimate) for name, estimate in verdict.estimates.items()} for verdict in verdicts
+        },
+        "runs": dict(evidence.repeats),
         "accuracy": accuracy,
         "crosscoders": {
             name: {
@@ -37,7 +45,17 @@ def summarise(evidence: Evidence, judge: Judge, verdicts: list[Verdict]) -> dict
             "expected_by_chance": _round(evidence.localize["expected_intersection"]),
         },
         "effects": {
-            purpose: _effects(evidence, purpose) for purpose in dict.fromkeys(row["purpose"] for row in evidence.effects)
+            purpose: _effects(evidence, purpose)
+            for purpose, model in {row["purpose"]: row["model"] for row in evidence.effects}.items()
+            if model in evidence.roles.models
+        },
+        "replication": {
+            each.model: {
+                name: {"beyond": each.beyond[name], "draws": each.draws, **_interval(found)}
+                for name, found in each.effect.items()
+                if found
+            }
+            for each in claims.replications()
         },
     }
 
@@ -48,6 +66,10 @@ def _effects(evidence: Evidence, purpose: str) -> dict[str, Any]:
         row["task"]: {"n": row["n"], "beyond_random": row["beyond_random"]} | {key: _round(row[key]) for key in kept}
         for row in effects(evidence, purpose, "set")
     }
+
+
+def _interval(estimate: Interval) -> dict[str, Any]:
+    return {"n": estimate.n} | {key: _round(getattr(estimate, key)) for key in ("value", "low", "high")}
 
 
 def _round(value: float | None) -> float | None:

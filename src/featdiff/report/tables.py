@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from featdiff.report.charts import MODEL_NAMES, ROLE_NAMES
-from featdiff.report.evidence import MODELS, Evidence, Row
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL
+from featdiff.report.charts import ROLE_NAMES
+from featdiff.report.claims import Claims
+from featdiff.report.evidence import Evidence, Row
 from featdiff.report.model_figures import MODE_NAMES, report_rows
 from featdiff.report.quantities import effects
-from featdiff.report.verdicts import Judge
 from featdiff.report.words import MISSING, count, interval, moved, number, percent, signed
 from featdiff.tasks.task import GENERATION
 
@@ -32,9 +33,9 @@ class Table:
 
 
 GRADED = {
-    "strict": "Generated answers count, in GRPO's reward too, by the strict rule: a marked answer that names one value; the "
+    "strict": "Generated answers count, in rewards too, by the strict rule: a marked answer that names one value; the "
     "flexible rule, which takes the last value of the text, is shown beside it.",
-    "flexible": "Generated answers count, in GRPO's reward too, by the flexible rule: the last value of the text, which can be "
+    "flexible": "Generated answers count, in rewards too, by the flexible rule: the last value of the text, which can be "
     "gamed; the strict rule, which asks for a marked answer that names one value, is shown beside it.",
 }
 """Which rule of grading was in force, in words (featdiff.tasks.verify)."""
@@ -45,19 +46,21 @@ def label(text: str, note: str = "") -> Cell:
     return Cell(text, note, "label")
 
 
-def accuracy(evidence: Evidence, judge: Judge) -> Table:
-    """Every task under its own scoring rule, with the paired gain of GRPO and loss of SFT."""
-    right = {model: judge.outcomes.model(model) for model in MODELS}
+def accuracy(evidence: Evidence, claims: Claims) -> Table:
+    """Every task under its own scoring rule in one run of each model, with what the arms that have a role gained or lost over
+    all their runs."""
+    models, original, names = evidence.compared, evidence.roles.original, evidence.names
+    labels, changed = [names.label(model) for model in models], [model for model in evidence.roles.models if model != original]
     graded = {name: task.grading for name, task in evidence.tasks.items() if task.scoring == GENERATION}
     shares = ("strict", "flexible", "parse_failures") if graded else ()
     rows = []
     for name, task in evidence.tasks.items():
-        mode = evidence.primary_mode(name)
-        held = {model: report_rows(evidence, model, mode).get(name) for model in MODELS}
+        mode = task.primary_mode
+        held = {model: report_rows(evidence, model, mode).get(name) for model in models}
         cells = [label(name, f"{ROLE_NAMES[task.role]}; {MODE_NAMES.get(mode, mode).lower()}")]
         cells += [_level(row) for row in held.values()]
-        for model in ("grpo", "sft"):
-            found = judge.estimate([name], right[model], right["base"])
+        for model in changed:
+            found = claims.difference([name], model, original)
             cells.append(Cell(signed(found.value), interval(found.low, found.high)) if found else Cell(MISSING))
         for key in shares:
             written = percent if key == "parse_failures" else number
@@ -65,9 +68,9 @@ def accuracy(evidence: Evidence, judge: Judge) -> Table:
             cells.append(Cell(shown if name in graded else MISSING))
         cells.append(Cell(count(max((row["n"] for row in held.values() if row), default=None))))
         rows.append(cells)
-    head = ["task", "base", "SFT", "GRPO", "GRPO − base", "SFT − base"]
-    head += [f"{name}, base / SFT / GRPO" for name in ("strict", "flexible", "not readable")] if graded else []
-    caption = "Report split, each task under its own scoring rule. Differences are paired by question."
+    head = ["task", *labels, *(f"{names.label(model)} − {names.label(original)}" for model in changed)]
+    head += [f"{name}, {' / '.join(labels)}" for name in ("strict", "flexible", "not readable")] if graded else []
+    caption = "Report split, each task under its own scoring rule. Differences are paired by question, over all training runs."
     return Table([*head, "n"], rows, " ".join([caption, *(GRADED[rule] for rule in sorted(set(graded.values())))]))
 
 
@@ -76,61 +79,60 @@ def _level(row: Row | None) -> Cell:
 
 
 def audit(evidence: Evidence) -> Table:
-    """What both arms were given: the comparison is fair where the first rows agree."""
-    sft, grpo = evidence.models["sft"].audit, evidence.models["grpo"].audit
+    """What one run of every arm was given: the comparison is fair where the first rows agree. An arm that was trained elsewhere
+    says less of itself."""
+    audits = {arm: evidence.models[arm].audit for arm in evidence.repeats}
     rows = []
     for key, name in (
         ("base_manifest", "start: the same base"),
         ("problems_sha256", "the same problems and solutions"),
         ("problems", "the same problems"),
     ):
-        same = sft[key] == grpo[key]
-        shown = [Cell(count(arm[key]) if key == "problems" else arm[key][:12]) for arm in (sft, grpo)]
-        rows.append([label(name), *shown, Cell("yes" if same else "no", mark="good" if same else "bad")])
+        given = [audit.get(key) for audit in audits.values()]
+        shown = [MISSING if value is None else count(value) if key == "problems" else value[:12] for value in given]
+        same = len({value for value in given if value is not None}) < 2
+        rows.append([label(name), *map(Cell, shown), Cell("yes" if same else "no", mark="good" if same else "bad")])
     for key, name in (("samples_seen", "samples seen"), ("tokens_seen", "tokens seen"), ("updates", "updates")):
-        rows.append([label(name), Cell(count(sft[key])), Cell(count(grpo[key])), Cell("reported")])
-    steps = [Cell(", ".join(str(step) for step in arm["checkpoints"]), mark="text") for arm in (sft, grpo)]
-    rows.append([label("checkpoints at update"), *steps, Cell("reported")])
-    reward = moved(number(grpo.get("reward_first")), number(grpo.get("reward_last")))
-    rows.append([label("reward, first → last"), Cell(MISSING), Cell(reward), Cell("reported")])
-    return Table(["", "SFT", "GRPO", "equal"], rows)
+        rows.append([label(name), *(Cell(count(audit.get(key))) for audit in audits.values()), Cell("reported")])
+    steps = [", ".join(map(str, audit.get("checkpoints") or [])) or MISSING for audit in audits.values()]
+    rows.append([label("checkpoints at update"), *(Cell(text, mark="text") for text in steps), Cell("reported")])
+    rewards = [[number(audit.get(f"reward_{end}")) for end in ("first", "last")] for audit in audits.values()]
+    moves = [moved(*ends) if ends != [MISSING] * 2 else MISSING for ends in rewards]
+    rows.append([label("reward, first → last"), *map(Cell, moves), Cell("reported")])
+    return Table(["", *map(evidence.names.label, audits), "equal"], rows)
 
 
 def crosscoders(evidence: Evidence) -> Table:
     rows = []
     for name, fit in evidence.fits.items():
-        fve = [Cell(number(fit.metrics["fve"].get(model), 3)) for model in MODELS]
-        models = " · ".join(MODEL_NAMES.get(model, model) for model in fit.models)
+        fve = " / ".join(number(fit.metrics["fve"].get(model), 3) for model in fit.models)
         rows.append(
             [
-                label(name, models),
+                label(name, " · ".join(map(evidence.names.label, fit.models))),
                 Cell(fit.config["loss"]),
-                *fve,
+                Cell(fve),
                 Cell(number(fit.metrics["l0"], 1)),
                 Cell(percent(fit.metrics["dead_share"])),
                 Cell(count(fit.config["n_features"])),
                 Cell(str(fit.config["seed"])),
             ]
         )
-    head = ["crosscoder", "loss", "FVE base", "FVE SFT", "FVE GRPO", "L0", "dead", "features", "seed"]
+    head = ["crosscoder", "loss", "FVE of each model", "L0", "dead", "features", "seed"]
     return Table(head, rows, "On tokens held out of the fit. FVE: fraction of variance explained.")
 
 
 def classes(evidence: Evidence) -> Table:
-    """How many features of each crosscoder belong to one model alone, are shared, or dead."""
+    """How many features of each crosscoder belong to one model alone, to all tuned models, are shared, or dead."""
     counts = Counter((row["fit"], row["feature_class"]) for row in evidence.features)
-    labels = ["shared", *MODELS, "mixed", "dead"]
     rows = []
     for name, fit in evidence.fits.items():
-        total = sum(counts[name, label] for label in labels)
-        cells = [
-            Cell(count(counts[name, label]), percent(counts[name, label] / total))
-            if label in ("shared", "mixed", "dead") or label in fit.models
-            else Cell(MISSING)
-            for label in labels
-        ]
-        rows.append([label(name, fit.config["loss"]), *cells])
-    head = ["crosscoder", "shared", "base alone", "SFT alone", "GRPO alone", "mixed", "dead"]
+        total = sum(n for (found, _), n in counts.items() if found == name)
+        shared, new, mixed, dead = (
+            Cell(count(counts[name, kind]), percent(counts[name, kind] / total)) for kind in ("shared", "new", "mixed", "dead")
+        )
+        own = [f"{evidence.names.label(model)} {count(counts[name, model])}" for model in fit.models]
+        rows.append([label(name, fit.config["loss"]), shared, Cell(", ".join(own), mark="text"), new, mixed, dead])
+    head = ["crosscoder", "shared", "one model's alone", "new in all but the first", "mixed", "dead"]
     caption = "L1 is known to split shared features into one-model ones (arXiv 2504.02922): compare its rows with BatchTopK's."
     return Table(head, rows, caption)
 
@@ -167,8 +169,7 @@ def selection(evidence: Evidence) -> Table:
     rows = []
     for feature in found["features"]:
         facts = known[feature]
-        norms = [facts["mas_base"], facts["mas_sft"], facts["mas_grpo"]]
-        norm = number(facts["nrn"]) if facts["nrn"] is not None else " / ".join(number(value) for value in norms)
+        norm = " / ".join(map(number, facts["mas"])) if facts["mas"] is not None else number(facts["nrn"])
         shares = [Cell(percent(_ratio(score.get((feature, task)), peak[task]))) for task in tasks]
         frequency = found["frequency"].get(str(feature))
         rows.append(
@@ -181,7 +182,8 @@ def selection(evidence: Evidence) -> Table:
                 *shares,
             ]
         )
-    norm_name = "MAS base / SFT / GRPO" if evidence.fits[found["fit"]].joint else "NRN"
+    fit = evidence.fits[found["fit"]]
+    norm_name = f"MAS {' / '.join(map(evidence.names.label, fit.models))}" if fit.joint else "NRN"
     head = ["feature", "in the set, share of resamples", "class", norm_name, "fires on tokens", *tasks]
     return Table(head, rows, "Columns named after tasks: score as a share of the task's largest.")
 
@@ -192,15 +194,17 @@ def _ratio(value: float | None, peak: float) -> float | None:
 
 def effect(evidence: Evidence, purpose: str) -> Table | None:
     """The set's effect per task with the matched random sets beside it; None where no set was tested."""
-    arms = {arm: {row["task"]: row for row in effects(evidence, purpose, arm)} for arm in ("set", "reconstruction")}
+    edits = {edit: {row["task"]: row for row in effects(evidence, purpose, edit)} for edit in ("set", "reconstruction")}
     subset = {row["task"]: row for row in effects(evidence, purpose, "set", "flipped")}
     rows = []
     for name in evidence.tasks:
-        if (row := arms["set"].get(name)) is None:
+        if (row := edits["set"].get(name)) is None:
             continue
         task, part = evidence.tasks[name], subset.get(name)
         floor = (
-            f"; a random flip gives +{number(1 / (task.options - 1))}" if task.options > 1 and purpose == "amplify_base" else ""
+            f"; a random flip gives +{number(1 / (task.options - 1))}"
+            if task.options > 1 and purpose == AMPLIFY_ORIGINAL
+            else ""
         )
         steps = moved(percent(row["steps_baseline"]), percent(row["steps"])) if task.scoring == "generation" else MISSING
         beyond = row["beyond_random"]
@@ -211,7 +215,7 @@ def effect(evidence: Evidence, purpose: str) -> Table | None:
                 Cell(signed(row["effect"]), interval(row["low"], row["high"])),
                 Cell(interval(row["random_low"], row["random_high"]) or MISSING),
                 Cell(MISSING) if beyond is None else Cell("beyond all" if beyond else "within", mark="good" if beyond else ""),
-                _effect_cell(arms["reconstruction"].get(name)),
+                _effect_cell(edits["reconstruction"].get(name)),
                 Cell(signed(part["effect"]), f"{interval(part['low'], part['high'])}, n = {part['n']}{floor}")
                 if part
                 else Cell(MISSING),

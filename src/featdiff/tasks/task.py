@@ -51,6 +51,11 @@ class TaskInfo:
         """Accuracy of a random guess among the options; 0 without options."""
         return 1 / self.options if self.options else 0.0
 
+    @property
+    def primary_mode(self) -> str:
+        """How answers that count are got: ``greedy`` decoding, or its likelihood rule."""
+        return "greedy" if self.scoring == GENERATION else self.scoring
+
 
 @dataclass(frozen=True)
 class Sample:
