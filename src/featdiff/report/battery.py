@@ -45,8 +45,8 @@ def specific(evidence: Evidence) -> Table:
     return Table(
         ["crosscoder", "by decoder norms", "by latent scaling", "by both (the full rule)", "live features"],
         rows,
-        "Features called one model's own, or new in all models but the first. In a null pair (a model with itself, two training "
-        "runs of one arm that differ in their seed) every one is an error of the rule.",
+        "Features called one model's own, or new in all models but the first. In a null pair (a model with itself, two runs "
+        "of one arm that differ in their seed) every one is an error of the rule.",
     )
 
 
@@ -134,8 +134,8 @@ def replication(evidence: Evidence) -> Table | None:
     return Table(
         ["task", *(evidence.names.label(purpose.model) for purpose in runs)],
         rows,
-        "Change in accuracy with the set zeroed, report split, with interval over questions; below it the 5th to 95th percentile "
-        "of the matched random sets in the same run. Green: beyond every one of them.",
+        "Change in accuracy with the set zeroed, report split, with interval over questions; beside it the 5th to 95th "
+        "percentile of the matched random sets in the same run. Green: beyond every one of them.",
     )
 
 

@@ -214,7 +214,7 @@ def _edited(evidence: Evidence, edit: Purpose) -> str:
 
 
 def examples(evidence: Evidence, claims: Claims, most: int) -> list[Example]:
-    """Up to ``most`` questions away from math, tasks in turn, those first that the tuned model solves and the original fails."""
+    """Up to ``most`` questions away from math, by turns, first those that the tuned model solves and the original fails."""
     flipped, names = claims.outcomes.flipped(), evidence.names
     given: dict[str, dict[str, dict[str, Any]]] = {}
     for model in evidence.roles.models:

@@ -60,7 +60,7 @@ def nrn(evidence: Evidence) -> Panel | None:
             figures.append(_histogram(f"nrn-{name}", _heading(name, fit), fit, rows, "NRN", lambda row: row["nrn"], names))
             models |= dict.fromkeys(names.first(model) for model in fit.models if model in evidence.models)
     caption = (
-        "0: only in the first model. ½: shared. 1: only in the second. Dead features left out; the count is on a log scale."
+        "0: only in the first model. ½: shared. 1: only in the second. Without dead features; the count is on a log scale."
     )
     legend = [("shared", CLASS_COLOURS["shared"]), *_only(models, names)]
     return Panel(figures, caption, legend, 300) if figures else None
