@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.config.params import load_study
 from featdiff.report.build import render
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.feature_cards import cards, figures, manner_tables, token_table, visible
-from synthetic_study import SET, Plan, write_study
-
-STUDY = load_study(Path(__file__).parents[1] / "params.yaml")
+from synthetic_study import SET, STUDY, Plan, write_study
 
 
 def evidence_of(folder: Path, **plan: object) -> Evidence:
-    write_study(folder, Plan(n=10, **plan))  # type: ignore[arg-type]
-    return load(lambda name, *_: folder / name, STUDY)
+    written = Plan(n=20, **plan)  # type: ignore[arg-type]
+    write_study(folder, written)
+    return load(lambda name, *_: folder / name, written.study)
 
 
 def page_of(evidence: Evidence) -> str:

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Study, load_study
 from featdiff.report import battery, build, crosscoder_figures, tables, words
 from featdiff.report.build import examples, render
 from featdiff.report.charts import CLASS_COLOURS, SET_COLOUR, mixed, tile_for
@@ -27,11 +26,10 @@ from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.model_figures import report_rows
 from featdiff.report.summary import curated, summarise
-from synthetic_study import Plan, write_study
+from synthetic_study import STUDY, Plan, write_study
 
 ROOT = Path(__file__).parents[1]
 PACKED = r'<script type="application/gzip" id="plotly">(.*?)</script>'
-STUDY = load_study(ROOT / "params.yaml")
 SUITES = {
     "likelihood": True,
     "train": ("products",),
@@ -45,8 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "empty_intersection": {"status": "empty_intersection"},
     "one_task_pairs_only": {"find": ("reverse",), "heldout": (), "control": (), "joint": False, "set_works": False},
     "suites": SUITES,
+    "no_contrast": {"contrast": None},
+    "no_repeats": {"arms": ("sft", "grpo", "rft")},
 }
-PAGES = (*VARIANTS, "no_contrast", "no_repeats", "no_checkpoints")
+PAGES = (*VARIANTS, "no_checkpoints")
 
 
 @dataclass
@@ -63,46 +63,27 @@ class Page:
         return re.sub(PACKED, "", self.html, flags=re.S)
 
 
-def make(folder: Path, study: Study = STUDY) -> Page:
-    evidence = load(lambda name, *_: folder / name, study)
-    return page_of(evidence, study)
+def make(folder: Path, plan: Plan) -> Page:
+    write_study(folder, plan)
+    return page_of(load(lambda name, *_: folder / name, plan.study))
 
 
-def page_of(evidence: Evidence, study: Study = STUDY) -> Page:
-    claims = Claims(evidence, study.report, study.seed)
+def page_of(evidence: Evidence) -> Page:
+    claims = Claims(evidence, STUDY.report, STUDY.seed)
     verdicts = claims.verdicts()
-    written = render(evidence, claims, verdicts, study.report, "organism", {"data": "0" * 64})
+    written = render(evidence, claims, verdicts, STUDY.report, "organism", {"data": "0" * 64})
     return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts))
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    found = {}
-    for name, changes in VARIANTS.items():
-        folder = write_study(tmp_path_factory.mktemp(name), Plan(n=60, n_features=700, **changes))
-        found[name] = make(folder)
+    found = {
+        name: make(tmp_path_factory.mktemp(name), Plan(n=60, n_features=700, **changes)) for name, changes in VARIANTS.items()
+    }
     whole = found["full"].evidence
-    found["no_contrast"] = page_of(replace(whole, roles=whole.roles.model_copy(update={"contrast": None})))
-    found["no_repeats"] = page_of(without_repeats(whole))
-    found["no_checkpoints"] = page_of(
-        replace(whole, checkpoints={key: [] for key in whole.checkpoints}, overlap=[], trajectories=[])
-    )
+    emptied: dict[str, list[dict[str, Any]]] = {name: [] for name in whole.checkpoints}
+    found["no_checkpoints"] = page_of(replace(whole, checkpoints=emptied, overlap=[], trajectories=[]))
     return found
-
-
-def without_repeats(evidence: Evidence) -> Evidence:
-    """The same study with one training run of every arm."""
-    runs = {arm: [arm] for arm in evidence.repeats}
-    arms = {name: arm for name, arm in evidence.arms.items() if name in runs}
-    fits = {name: fit for name, fit in evidence.fits.items() if set(fit.models) & set(evidence.arms) <= set(arms)}
-    return replace(
-        evidence,
-        arms=arms,
-        repeats=runs,
-        fits=fits,
-        features=[row for row in evidence.features if row["fit"] in fits],
-        effects=[row for row in evidence.effects if not row["purpose"].startswith("repeat_")],
-    )
 
 
 class Elements(HTMLParser):
@@ -180,8 +161,7 @@ def test_model_text_is_shown_as_text(pages: dict[str, Page]) -> None:
 
 
 def test_json_in_the_page_cannot_end_its_script(tmp_path: Path) -> None:
-    write_study(tmp_path, Plan(n=20, find=("</script><b>", "sort"), heldout=()))
-    html = make(tmp_path).html
+    html = make(tmp_path, Plan(n=20, find=("</script><b>", "sort"), heldout=())).html
     assert "</script><b>" not in html
     assert any("</script><b>" in json.dumps(content) for content in figures(html).values())
 
@@ -252,7 +232,8 @@ def test_replication_shows_every_run_over_its_own_random_sets(pages: dict[str, P
         rows = [row for row in evidence.effects if (row["purpose"], row["control"], row["subset"]) == (purpose, "set", "all")]
         assert trace["y"] == [row["effect"] for row in rows]
         assert {(row["random_low"], row["random_high"]) for row in rows} <= bands
-        assert [cells[1 + i].text for cells in table.rows[: len(rows)]] == [words.signed(row["effect"]) for row in rows]
+        written = {cells[0].text: cells[1 + i].text for cells in table.rows if cells[0].text in evidence.tasks}
+        assert written == {row["task"]: words.signed(row["effect"]) for row in rows}
 
 
 def test_decoder_norms_are_a_triangle_for_three_models_and_a_strip_for_more(pages: dict[str, Page]) -> None:
@@ -318,12 +299,13 @@ def test_the_table_shows_both_rules_of_grading_and_says_which_the_reward_used(
     page = pages[variant]
     tasks = {name: replace(task, grading=rule) for name, task in page.evidence.tasks.items()}
     table = tables.accuracy(replace(page.evidence, tasks=tasks), page.claims)
-    assert f"GRPO's reward too, by the {rule} rule" in table.caption
-    column = table.head.index("flexible, base / SFT / GRPO")
+    assert f"in rewards too, by the {rule} rule" in table.caption
+    models = page.evidence.compared
+    column = table.head.index(f"flexible, {' / '.join(map(page.evidence.names.label, models))}")
     for (name, task), cells in zip(tasks.items(), table.rows, strict=True):
         assert len(cells) == len(table.head)
         generated = task.scoring == "generation"
-        rows = [report_rows(page.evidence, model, "greedy").get(name) for model in ("base", "sft", "grpo")]
+        rows = [report_rows(page.evidence, model, "greedy").get(name) for model in models]
         assert cells[column].text == (" / ".join(words.number(row["flexible"]) for row in rows) if generated else words.MISSING)
         assert "/" in cells[column - 1].text or not generated
         assert "%" in cells[column + 1].text or not generated
@@ -366,12 +348,13 @@ def test_the_summary_is_small_and_says_n_and_interval(pages: dict[str, Page]) ->
 
 
 def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
-    write_study(tmp_path, Plan(n=10))
+    plan = Plan(n=10)
+    write_study(tmp_path, plan)
     path = tmp_path / "analysis/intervene/effects.parquet"
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["random_low"]), path)
     with pytest.raises(ContractError, match=r"effects\.parquet: columns: expected random_low"):
-        load(lambda name, *_: tmp_path / name, STUDY)
+        load(lambda name, *_: tmp_path / name, plan.study)
 
 
 def test_numbers_are_written_without_negative_zero_or_plus_zero() -> None:
