@@ -286,9 +286,9 @@ def test_a_profile_changes_what_it_names_and_nothing_else() -> None:
     Path("conf/profiles/mine.yaml").write_text("sft: {lr: 0.25}\nprepare:\n  tasks!:\n    add: {source: family, role: train}\n")
     with pytest.raises(ConfigError, match=r"conf/profiles/mine.yaml: prepare: no task has role: find"):
         render_profile("mine")
-    Path("conf/profiles/mine.yaml").write_text("sft: {lr: 0.25}\nreport: {paper_model: Qwen3-4B}\n")
+    Path("conf/profiles/mine.yaml").write_text("sft: {lr: 0.25}\nreport: {max_samples_shown: 3}\n")
     before, after = flatten(DEFAULT), flatten(yaml.safe_load(render_profile("mine")))
-    assert {key for key in before if before[key] != after[key]} == {"profile", "sft.lr", "report.paper_model"}
+    assert {key for key in before if before[key] != after[key]} == {"profile", "sft.lr", "report.max_samples_shown"}
     assert before.keys() == after.keys()
 
 

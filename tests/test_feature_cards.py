@@ -8,25 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.config.params import load_params
 from featdiff.report.build import render
+from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.feature_cards import cards, figures, manner_tables, token_table, visible
-from featdiff.report.verdicts import Judge
-from synthetic_study import SET, Plan, write_study
-
-ROOT = Path(__file__).parents[1]
+from synthetic_study import SET, STUDY, Plan, write_study
 
 
 def evidence_of(folder: Path, **plan: object) -> Evidence:
-    write_study(folder, Plan(n=10, **plan))  # type: ignore[arg-type]
-    return load(lambda name, *_: folder / name)
+    written = Plan(n=20, **plan)  # type: ignore[arg-type]
+    write_study(folder, written)
+    return load(lambda name, *_: folder / name, written.study)
 
 
 def page_of(evidence: Evidence) -> str:
-    params, seed = load_params("report", ROOT / "params.yaml")
-    judge = Judge(evidence, params, seed)
-    return render(evidence, judge, judge.verdicts(), params, "organism", {})["index.html"]
+    claims = Claims(evidence, STUDY.report, STUDY.seed)
+    return render(evidence, claims, claims.verdicts(), STUDY.report, "organism", {})["index.html"]
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +48,16 @@ def test_contexts_hold_every_token_shaded_by_its_value(evidence: Evidence) -> No
         assert len(card.contexts) == 1 + len(evidence.tasks)
         assert len(card.contexts) + len(card.further) == len(rows)
         assert card.contexts[0].source == "corpus"
-        values = [float(found.value) for found in card.contexts[1:]]
+        values = [float(found.tuned) for found in card.contexts[1:]]
         assert values == sorted(values, reverse=True)
         for found in card.contexts + card.further:
             assert "".join(piece.text for piece in found.pieces) == "sort ab=</script><i>x"
             silent, peak, after, *_ = found.pieces
-            assert (silent.text, silent.grpo, silent.base) == ("sort ab", 0, 0)
+            assert (silent.text, silent.tuned, silent.original) == ("sort ab", 0, 0)
             assert (peak.text, after.text) == ("=", "</script>")
-            assert peak.grpo > peak.base > 0
-            assert peak.grpo > after.grpo >= 8, "what fires is seen"
-            assert peak.note == f"GRPO {found.value}, base {found.base}"
+            assert peak.tuned > peak.original > 0
+            assert peak.tuned > after.tuned >= 8, "what fires is seen"
+            assert peak.note == f"GRPO {found.tuned}, base {found.original}"
             assert after.said == (found.source != "corpus")
 
 
@@ -91,13 +88,13 @@ def test_figures_show_the_measured_values(evidence: Evidence) -> None:
     assert len(drawn) == 3 * len(SET)
     feature = evidence.described["features"][1]
     rows = {(row["model"], row["position"], row["task"]): row for row in feature["positions"]}
-    base, grpo = drawn["feature-311-tasks"].data
-    assert grpo["x"] == list(evidence.tasks)
-    assert grpo["y"] == [rows["grpo", "prompt_last", task]["value"]["value"] for task in evidence.tasks]
+    original, tuned = drawn["feature-311-tasks"].data
+    assert tuned["x"] == list(evidence.tasks)
+    assert tuned["y"] == [rows["tuned", "prompt_last", task]["value"]["value"] for task in evidence.tasks]
     rate = drawn["feature-311-rate"].data[0]
-    assert rate["y"][1] == rows["base", "prompt_last", None]["rate"]["value"]
-    assert rate["y"][1] + rate["error_y"]["array"][1] == pytest.approx(rows["base", "prompt_last", None]["rate"]["high"])
-    assert base["name"] == "base"
+    assert rate["y"][1] == rows["original", "prompt_last", None]["rate"]["value"]
+    assert rate["y"][1] + rate["error_y"]["array"][1] == pytest.approx(rows["original", "prompt_last", None]["rate"]["high"])
+    assert (original["name"], tuned["name"]) == ("base", "GRPO")
     assert all(figure in panel.figures for card in cards(evidence) for figure in card.panel.figures)
 
 

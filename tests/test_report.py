@@ -19,19 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import ReportParams, load_params
-from featdiff.report import paper, tables, words
+from featdiff.report import battery, build, crosscoder_figures, tables, words
 from featdiff.report.build import examples, render
-from featdiff.report.charts import tile_for
+from featdiff.report.charts import CLASS_COLOURS, SET_COLOUR, mixed, tile_for
+from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.model_figures import report_rows
 from featdiff.report.summary import curated, summarise
-from featdiff.report.verdicts import Judge
-from synthetic_study import Plan, write_study
+from synthetic_study import STUDY, Plan, write_study
 
 ROOT = Path(__file__).parents[1]
 PACKED = r'<script type="application/gzip" id="plotly">(.*?)</script>'
-PARAMS, SEED = load_params("report", ROOT / "params.yaml")
 SUITES = {
     "likelihood": True,
     "train": ("products",),
@@ -45,13 +43,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "empty_intersection": {"status": "empty_intersection"},
     "one_task_pairs_only": {"find": ("reverse",), "heldout": (), "control": (), "joint": False, "set_works": False},
     "suites": SUITES,
+    "no_contrast": {"contrast": None},
+    "no_repeats": {"arms": ("sft", "grpo", "rft")},
 }
+PAGES = (*VARIANTS, "no_checkpoints")
 
 
 @dataclass
 class Page:
     evidence: Evidence
-    judge: Judge
+    claims: Claims
     html: str
     alone: dict[str, str]
     summary: dict[str, Any]
@@ -62,20 +63,26 @@ class Page:
         return re.sub(PACKED, "", self.html, flags=re.S)
 
 
-def make(folder: Path, params: ReportParams = PARAMS) -> Page:
-    evidence = load(lambda name, *_: folder / name)
-    judge = Judge(evidence, params, SEED)
-    verdicts = judge.verdicts()
-    written = render(evidence, judge, verdicts, params, "organism", {"data": "0" * 64})
-    return Page(evidence, judge, written.pop("index.html"), written, summarise(evidence, judge, verdicts))
+def make(folder: Path, plan: Plan) -> Page:
+    write_study(folder, plan)
+    return page_of(load(lambda name, *_: folder / name, plan.study))
+
+
+def page_of(evidence: Evidence) -> Page:
+    claims = Claims(evidence, STUDY.report, STUDY.seed)
+    verdicts = claims.verdicts()
+    written = render(evidence, claims, verdicts, STUDY.report, "organism", {"data": "0" * 64})
+    return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts))
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    found = {}
-    for name, changes in VARIANTS.items():
-        folder = write_study(tmp_path_factory.mktemp(name), Plan(n=60, n_features=700, **changes))
-        found[name] = make(folder, PARAMS.model_copy(update={"paper_model": "Qwen3-4B"} if name == "suites" else {}))
+    found = {
+        name: make(tmp_path_factory.mktemp(name), Plan(n=60, n_features=700, **changes)) for name, changes in VARIANTS.items()
+    }
+    whole = found["full"].evidence
+    emptied: dict[str, list[dict[str, Any]]] = {name: [] for name in whole.checkpoints}
+    found["no_checkpoints"] = page_of(replace(whole, checkpoints=emptied, overlap=[], trajectories=[]))
     return found
 
 
@@ -101,7 +108,7 @@ def figures(html: str) -> dict[str, dict[str, Any]]:
     return {key: json.loads(text) for key, text in found}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PAGES)
 def test_the_page_needs_no_network_and_holds_the_plotting_library_once(pages: dict[str, Page], variant: str) -> None:
     html = pages[variant].html
     assert len(html.encode()) < 3_000_000
@@ -115,7 +122,7 @@ def test_the_page_needs_no_network_and_holds_the_plotting_library_once(pages: di
     assert "url(" not in pages[variant].own
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PAGES)
 def test_every_figure_also_stands_alone(pages: dict[str, Page], variant: str) -> None:
     page = pages[variant]
     together = figures(page.html)
@@ -124,7 +131,7 @@ def test_every_figure_also_stands_alone(pages: dict[str, Page], variant: str) ->
     assert all(len(re.findall(PACKED, html, flags=re.S)) == 1 for html in page.alone.values())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PAGES)
 def test_every_plot_has_its_figure_and_every_figure_is_valid(pages: dict[str, Page], variant: str) -> None:
     import plotly.graph_objects as go
 
@@ -138,7 +145,7 @@ def test_every_plot_has_its_figure_and_every_figure_is_valid(pages: dict[str, Pa
         assert len(figure.data) > 0, key
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PAGES)
 def test_links_of_the_navigation_lead_somewhere(pages: dict[str, Page], variant: str) -> None:
     elements = Elements(pages[variant].own).found
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
@@ -154,8 +161,7 @@ def test_model_text_is_shown_as_text(pages: dict[str, Page]) -> None:
 
 
 def test_json_in_the_page_cannot_end_its_script(tmp_path: Path) -> None:
-    write_study(tmp_path, Plan(n=20, find=("</script><b>", "sort"), heldout=()))
-    html = make(tmp_path).html
+    html = make(tmp_path, Plan(n=20, find=("</script><b>", "sort"), heldout=())).html
     assert "</script><b>" not in html
     assert any("</script><b>" in json.dumps(content) for content in figures(html).values())
 
@@ -179,8 +185,91 @@ def test_a_study_without_a_set_says_so_and_leaves_out_what_was_not_measured(page
 
 def test_pair_fits_alone_have_no_triangle(pages: dict[str, Page]) -> None:
     keys = figures(pages["one_task_pairs_only"].html)
-    assert {"nrn-base_sft", "nrn-base_grpo"} <= set(keys)
+    assert {"nrn-pair_sft", "nrn-pair_grpo"} <= set(keys)
     assert not any(key.startswith("mas-") for key in keys)
+
+
+def test_a_missing_player_is_one_sentence_and_the_rest_is_shown(pages: dict[str, Page]) -> None:
+    whole, whole_keys = pages["full"], set(figures(pages["full"].html))
+    said = {
+        "no_contrast": ("This study has no contrast model, so the set is zeroed in no other arm.", "effect-zero_contrast"),
+        "no_repeats": ("GRPO was trained once, so it cannot be told", "replication"),
+        "no_checkpoints": ("No checkpoint of an arm was read, so it cannot be told when features change.", "overlap-"),
+    }
+    for variant, (sentence, gone) in said.items():
+        page, keys = pages[variant], set(figures(pages[variant].html))
+        assert sentence in page.own
+        assert sentence not in whole.own
+        assert any(key.startswith(gone) for key in whole_keys)
+        assert not any(key.startswith(gone) for key in keys)
+        assert {"accuracy-greedy", "effect-zero_tuned-all", "effect-amplify_original-all"} <= keys
+
+
+def test_every_arm_has_its_bars_and_the_other_runs_their_marks(pages: dict[str, Page]) -> None:
+    evidence, drawn = pages["full"].evidence, figures(pages["full"].html)
+    traces = {trace["name"]: trace for trace in drawn["accuracy-greedy"]["data"]}
+    names = evidence.names
+    assert set(traces) == {names.label(model) for model in evidence.models}
+    for model in evidence.compared:
+        bars, others = traces[names.label(model)], [traces[names.label(run)] for run in evidence.runs(model)[1:]]
+        assert bars["type"] == "bar"
+        assert all(ring["type"] == "scatter" and ring["x"] == bars["x"] for ring in others)
+    headline = {bar.label: bar for bar in build.headline(evidence, pages["full"].claims)}
+    assert [name for name, _ in headline["GRPO"].runs] == [names.label(run) for run in evidence.runs("grpo")[1:]]
+    assert len(headline["GRPO, set zeroed"].runs) == len(headline["GRPO"].runs)
+    assert {f"training-{arm}" for arm in evidence.repeats} <= set(drawn)
+
+
+def test_replication_shows_every_run_over_its_own_random_sets(pages: dict[str, Page]) -> None:
+    evidence, drawn = pages["full"].evidence, figures(pages["full"].html)["replication"]
+    runs = {f"repeat_{run}" if run != evidence.roles.tuned else "zero_tuned": run for run in evidence.runs("grpo")}
+    assert len(runs) > 1
+    table = battery.replication(evidence)
+    assert table is not None
+    assert table.head[1:] == [evidence.names.label(run) for run in runs.values()]
+    bands = {(shape["y0"], shape["y1"]) for shape in drawn["layout"]["shapes"] if shape["type"] == "rect"}
+    for i, (purpose, trace) in enumerate(zip(runs, drawn["data"], strict=True)):
+        rows = [row for row in evidence.effects if (row["purpose"], row["control"], row["subset"]) == (purpose, "set", "all")]
+        assert trace["y"] == [row["effect"] for row in rows]
+        assert {(row["random_low"], row["random_high"]) for row in rows} <= bands
+        written = {cells[0].text: cells[1 + i].text for cells in table.rows if cells[0].text in evidence.tasks}
+        assert written == {row["task"]: words.signed(row["effect"]) for row in rows}
+
+
+def test_decoder_norms_are_a_triangle_for_three_models_and_a_strip_for_more(pages: dict[str, Page]) -> None:
+    evidence = pages["full"].evidence
+    joint = {name: fit for name, fit in evidence.fits.items() if len(fit.models) == 3}
+    name, fit = next(iter(joint.items()))
+    further = evidence.names.label("rft")
+    wide = replace(fit, config=fit.config | {"models": [*fit.models, "rft"]})
+    rows = [row | {"mas": [*(0.75 * share for share in row["mas"]), 0.25]} for row in evidence.features if row["fit"] == name]
+    panel = crosscoder_figures.mas(replace(evidence, fits={name: wide}, features=rows))
+    assert panel is not None
+    (strip,) = panel.figures
+    assert {trace["type"] for trace in strip.data} == {"bar"}
+    live = [row for row in rows if not row["dead"]]
+    assert sum(value or 0 for trace in strip.data for value in trace["y"]) == len(live)
+    assert further in dict(panel.legend) or f"{further} only" in dict(panel.legend)
+    triangles = crosscoder_figures.mas(evidence)
+    assert triangles is not None
+    drawn = {figure.key: figure for figure in triangles.figures}
+    for key in joint:
+        points = [
+            (a, b, c) for trace in drawn[f"mas-{key}"].data for a, b, c in zip(*(trace[side] for side in "abc"), strict=True)
+        ]
+        expected = [row["mas"] for row in evidence.features if row["fit"] == key and not row["dead"]]
+        assert sorted(points) == sorted(tuple(round(share, 4) for share in shares) for shares in expected)
+
+
+def test_crosscoders_have_a_colour_each_and_none_that_means_something_else(pages: dict[str, Page]) -> None:
+    evidence = pages["full"].evidence
+    many = {f"fit_{i}": fit for i, fit in enumerate([*evidence.fits.values()] * 3)}
+    panel = crosscoder_figures.curves(replace(evidence, fits=many))
+    assert panel is not None
+    colours = [colour for _, colour in panel.legend]
+    assert len(set(colours)) == len(many)
+    taken = {SET_COLOUR, *CLASS_COLOURS.values(), *(evidence.names.colour(model) for model in evidence.models)}
+    assert not {mixed(colour, 1.0) for colour in taken} & set(colours)
 
 
 def test_figures_show_the_numbers_of_the_tables(pages: dict[str, Page]) -> None:
@@ -195,10 +284,10 @@ def test_figures_show_the_numbers_of_the_tables(pages: dict[str, Page]) -> None:
     place = [item[0] for item in bars["customdata"]].index("sort")
     assert bars["y"][place] == row["accuracy"]
     assert bars["y"][place] + bars["error_y"]["array"][place] == pytest.approx(row["high"])
-    strip = drawn["effect-zero_grpo-all"]["data"]
+    strip = drawn["effect-zero_tuned-all"]["data"]
     assert len(strip[0]["y"]) == 20 * len(page.evidence.tasks), "one ring for each random set and task"
-    histogram = drawn["nrn-base_sft"]["data"]
-    alive = [row for row in page.evidence.features if row["fit"] == "base_sft" and not row["dead"]]
+    histogram = drawn["nrn-pair_sft"]["data"]
+    alive = [row for row in page.evidence.features if row["fit"] == "pair_sft" and not row["dead"]]
     assert sum(value or 0 for trace in histogram for value in trace["y"]) == len(alive)
     assert set(drawn["score-sort"]["data"][0]["text"][:3]) == {"118", "311", "640"}
 
@@ -209,32 +298,30 @@ def test_the_table_shows_both_rules_of_grading_and_says_which_the_reward_used(
 ) -> None:
     page = pages[variant]
     tasks = {name: replace(task, grading=rule) for name, task in page.evidence.tasks.items()}
-    table = tables.accuracy(replace(page.evidence, tasks=tasks), page.judge)
-    assert f"GRPO's reward too, by the {rule} rule" in table.caption
-    column = table.head.index("flexible, base / SFT / GRPO")
+    table = tables.accuracy(replace(page.evidence, tasks=tasks), page.claims)
+    assert f"in rewards too, by the {rule} rule" in table.caption
+    models = page.evidence.compared
+    column = table.head.index(f"flexible, {' / '.join(map(page.evidence.names.label, models))}")
     for (name, task), cells in zip(tasks.items(), table.rows, strict=True):
         assert len(cells) == len(table.head)
         generated = task.scoring == "generation"
-        rows = [report_rows(page.evidence, model, "greedy").get(name) for model in ("base", "sft", "grpo")]
+        rows = [report_rows(page.evidence, model, "greedy").get(name) for model in models]
         assert cells[column].text == (" / ".join(words.number(row["flexible"]) for row in rows) if generated else words.MISSING)
         assert "/" in cells[column - 1].text or not generated
         assert "%" in cells[column + 1].text or not generated
 
 
-def test_suites_show_chance_the_flip_floor_and_the_papers_numbers(pages: dict[str, Page]) -> None:
+def test_suites_show_chance_and_the_flip_floor(pages: dict[str, Page]) -> None:
     page = pages["suites"]
-    floors = [shape["y0"] for shape in figures(page.html)["effect-amplify_base-flipped"]["layout"]["shapes"]]
+    floors = [shape["y0"] for shape in figures(page.html)["effect-amplify_original-flipped"]["layout"]["shapes"]]
     assert floors.count(pytest.approx(1 / 3)) == 4
     assert "a random flip gives +0.33" in page.own
-    assert "−46.2" in page.own
-    assert paper.task_of(page.evidence, "ARC-C") == "arc_challenge"
-    assert paper.task_of(page.evidence, "LogiQA") is None
     assert page.evidence.primary_mode("piqa") == "option_text_norm"
 
 
 def test_examples_put_flipped_questions_first_and_take_tasks_in_turn(pages: dict[str, Page]) -> None:
     page = pages["full"]
-    shown = examples(page.evidence, page.judge, 6)
+    shown = examples(page.evidence, page.claims, 6)
     assert [example.task for example in shown] == page.evidence.far
     for example in shown:
         assert [answer.label for answer in example.answers] == [
@@ -245,7 +332,7 @@ def test_examples_put_flipped_questions_first_and_take_tasks_in_turn(pages: dict
             "base, set amplified",
         ]
         assert (example.answers[0].correct, example.answers[2].correct) == (False, True)
-    assert len(examples(page.evidence, page.judge, 2)) == 2
+    assert len(examples(page.evidence, page.claims, 2)) == 2
 
 
 def test_the_summary_is_small_and_says_n_and_interval(pages: dict[str, Page]) -> None:
@@ -254,19 +341,20 @@ def test_the_summary_is_small_and_says_n_and_interval(pages: dict[str, Page]) ->
     assert summary["verdicts"]["necessary"] == "supported"
     assert summary["crosscoders"]["joint_topk"]["fve"]["base"] == 0.985
     assert summary["accuracy"]["grpo"]["find"] > 0.85 > 0.2 > summary["accuracy"]["base"]["find"]
-    effect = summary["effects"]["zero_grpo"]["sort"]
+    effect = summary["effects"]["zero_tuned"]["sort"]
     assert effect["n"] == 60
     assert effect["low"] <= effect["effect"] <= effect["high"] < effect["random_low"]
     assert curated(summary)["verdict"]["sufficient"] == 1
 
 
 def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
-    write_study(tmp_path, Plan(n=10))
+    plan = Plan(n=10)
+    write_study(tmp_path, plan)
     path = tmp_path / "analysis/intervene/effects.parquet"
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["random_low"]), path)
     with pytest.raises(ContractError, match=r"effects\.parquet: columns: expected random_low"):
-        load(lambda name, *_: tmp_path / name)
+        load(lambda name, *_: tmp_path / name, plan.study)
 
 
 def test_numbers_are_written_without_negative_zero_or_plus_zero() -> None:

@@ -614,8 +614,6 @@ class ReportParams(Params):
     title: str
     about: str
     """One sentence on this profile: which base, and what the study of it can show."""
-    paper_model: Literal["Qwen3-4B", "Qwen2.5-7B"] | None
-    """Whose published figures to print beside ours; null where the paper has none for this base."""
     max_samples_shown: Positive
     confidence: Level
     """Level of the intervals around means over tasks."""

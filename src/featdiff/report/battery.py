@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from featdiff.intervention.purposes import sign_of
-from featdiff.report.charts import MODEL_NAMES
 from featdiff.report.evidence import Evidence, Row
-from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, likelihood_change, mean_effects, owner
+from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, effects, likelihood_change, mean_effects, owner
+from featdiff.report.set_figures import claimed, heading, replications
 from featdiff.report.tables import Cell, Table, label
 from featdiff.report.words import MISSING, count, interval, number, percent, signed
 
@@ -19,9 +18,9 @@ NAMES = {
     "set": "the feature set",
     "random": "matched random sets, 5th to 95th percentile",
     "shared": "shared features, as many",
-    "base_specific": "the base's own features, as many",
+    "base_specific": "the original's own features, as many",
     "shuffled": "set found with shuffled identities",
-    "mean_difference": "mean difference GRPO − base",
+    "mean_difference": "mean difference, tuned − original",
     "first_component": "first component of the differences",
     "random_direction": "random direction of that length",
     "reconstruction": "reconstruction only",
@@ -37,7 +36,7 @@ def specific(evidence: Evidence) -> Table:
         live = [row for row in evidence.features if row["fit"] == name and not row["dead"]]
         counts = [Counter(filter(None, (owner(row, rule) for row in live))) for rule in RULES]
         cells = [
-            Cell(", ".join(f"{MODEL_NAMES.get(model, model)} {n}" for model, n in sorted(found.items())) or "0", mark="text")
+            Cell(", ".join(f"{evidence.names.label(model)} {n}" for model, n in sorted(found.items())) or "0", mark="text")
             for found in counts
         ]
         wrong = sum(counts[-1].values()) if fit.null else 0
@@ -46,33 +45,33 @@ def specific(evidence: Evidence) -> Table:
     return Table(
         ["crosscoder", "by decoder norms", "by latent scaling", "by both (the full rule)", "live features"],
         rows,
-        "Features called one model's own. In a null pair (a model with itself, two SFT runs that differ in their seed) every "
-        "one is an error of the rule.",
+        "Features called one model's own, or new in all models but the first. In a null pair (a model with itself, two runs "
+        "of one arm that differ in their seed) every one is an error of the rule.",
     )
 
 
 def controls(evidence: Evidence, purpose: str) -> Table | None:
-    """Mean change of accuracy under every arm on tasks of each kind, and what it costs in free text."""
+    """Mean change of accuracy under the set and every control on tasks of each kind, and what it costs in free text."""
     groups = {
         "found on": evidence.found_on,
         "held out": evidence.named("heldout"),
         "trained on": evidence.named("train"),
     }
     means = {name: mean_effects(evidence, purpose, tasks) for name, tasks in groups.items() if tasks}
-    if not any("set" in arms for arms in means.values()):
+    if not any("set" in found for found in means.values()):
         return None
     spilled: dict[str, list[Row]] = {}
     for row in evidence.collateral:
         if row["purpose"] == purpose:
-            spilled.setdefault(row["arm"], []).append(row)
+            spilled.setdefault(row["control"], []).append(row)
     rows = []
-    for arm, name in NAMES.items():
-        if not any(arm in arms for arms in means.values()):
+    for control, name in NAMES.items():
+        if not any(control in found for found in means.values()):
             continue
-        cells = [_spread(list(arms.get(arm, {}).values())) for arms in means.values()]
-        cells += [_spread(likelihood_change(evidence, purpose, arm, part)) for part in ("start_nats", "rest_nats")]
-        note = "uses no dictionary" if arm in DIRECTIONS else "ought to do nothing" if arm in CONTROLS else ""
-        rows.append([label(name, note), *cells, _nats(spilled.get(arm, []))])
+        cells = [_spread(list(found.get(control, {}).values())) for found in means.values()]
+        cells += [_spread(likelihood_change(evidence, purpose, control, part)) for part in ("start_nats", "rest_nats")]
+        note = "uses no dictionary" if control in DIRECTIONS else "ought to do nothing" if control in CONTROLS else ""
+        rows.append([label(name, note), *cells, _nats(spilled.get(control, []))])
     likelihood = ["first token of the right worked answer, nats", "the rest of it, nats per token"]
     head = ["edited", *(f"change on tasks {name}" for name in means), *likelihood, "free text, nats per token"]
     return Table(
@@ -99,22 +98,62 @@ def _nats(rows: list[Row]) -> Cell:
 
 def singles(evidence: Evidence) -> Table | None:
     """What each feature of the set does alone, and what the set does without it."""
-    purposes = {"zero_grpo": "zeroed in GRPO", "amplify_base": "amplified in base"}
-    found = {purpose: mean_effects(evidence, purpose, evidence.found_on) for purpose in purposes}
-    if not any("alone" in arms for arms in found.values()):
+    means = {purpose: mean_effects(evidence, purpose.name, evidence.found_on) for purpose in claimed(evidence)}
+    means = {purpose: found for purpose, found in means.items() if "alone" in found}
+    if not means:
         return None
-    rows = [[label("the whole set"), *(cell for arms in found.values() for cell in (_one(arms, "set", 0), Cell(MISSING)))]]
+    rows = [[label("the whole set"), *(cell for found in means.values() for cell in (_one(found, "set", 0), Cell(MISSING)))]]
     rows += [
-        [label(str(feature)), *(_one(arms, arm, i) for arms in found.values() for arm in ("alone", "without"))]
+        [label(str(feature)), *(_one(found, control, i) for found in means.values() for control in ("alone", "without"))]
         for i, feature in enumerate(evidence.localize["features"])
     ]
-    head = ["feature", *(f"{name}, {how}" for name in purposes.values() for how in ("alone", "all but it"))]
+    head = ["feature", *(f"{heading(evidence, purpose)}, {how}" for purpose in means for how in ("alone", "all but it"))]
     return Table(head, rows, "Mean change of accuracy on the tasks it was found on, report split.")
 
 
-def _one(arms: dict[str, dict[int, float]], arm: str, draw: int) -> Cell:
-    value = arms.get(arm, {}).get(draw)
+def _one(means: dict[str, dict[int, float]], control: str, draw: int) -> Cell:
+    value = means.get(control, {}).get(draw)
     return Cell(MISSING) if value is None else Cell(signed(value))
+
+
+def replication(evidence: Evidence) -> Table | None:
+    """The set zeroed in every training run of the tuned model, by task and on average."""
+    runs = replications(evidence)
+    if not runs:
+        return None
+    held = [{row["task"]: row for row in effects(evidence, purpose.name, "set")} for purpose in runs]
+    rows = [
+        [label(task, info.role), *(_against_random(found.get(task)) for found in held)]
+        for task, info in evidence.tasks.items()
+        if any(task in found for found in held)
+    ]
+    for group, tasks in (("the tasks it was found on", evidence.found_on), ("held-out tasks", evidence.named("heldout"))):
+        if tasks:
+            means = [mean_effects(evidence, purpose.name, tasks) for purpose in runs]
+            rows.append([label("mean", group), *map(_mean_against_random, means)])
+    return Table(
+        ["task", *(evidence.names.label(purpose.model) for purpose in runs)],
+        rows,
+        "Change in accuracy with the set zeroed, report split, with interval over questions; beside it the 5th to 95th "
+        "percentile of the matched random sets in the same run. Green: beyond every one of them.",
+    )
+
+
+def _against_random(row: Row | None) -> Cell:
+    if row is None:
+        return Cell(MISSING)
+    drawn = interval(row["random_low"], row["random_high"]) or MISSING
+    shown = f"{interval(row['low'], row['high'])}; random {drawn}"
+    return Cell(signed(row["effect"]), shown, "good" if row["beyond_random"] else "")
+
+
+def _mean_against_random(means: dict[str, dict[int, float]]) -> Cell:
+    drawn = list(means.get("random", {}).values())
+    if "set" not in means or not drawn:
+        return _one(means, "set", 0)
+    value = means["set"][0]
+    shown = f"random {interval(*np.quantile(drawn, [0.05, 0.95]))}"
+    return Cell(signed(value), shown, "good" if value < min(drawn) else "")
 
 
 def sweep(evidence: Evidence) -> Table | None:
@@ -138,7 +177,8 @@ def sweep(evidence: Evidence) -> Table | None:
         "p",
         "Jaccard with the set",
     ]
-    return Table(head, rows, "p: share of shuffles of base and GRPO that give as many features.") if rows else None
+    before, after = (evidence.names.label(model) for model in (evidence.roles.original, evidence.roles.tuned))
+    return Table(head, rows, f"p: share of shuffles of {before} and {after} that give as many features.") if rows else None
 
 
 def seeds(evidence: Evidence) -> Table | None:
@@ -157,14 +197,13 @@ def seeds(evidence: Evidence) -> Table | None:
 
 def sensitivity(evidence: Evidence) -> list[tuple[str, Table]]:
     """Would the conclusion survive other choices? One table per purpose."""
-    purposes = {"zero_grpo": "Zeroing in GRPO", "amplify_base": "Amplifying in base"}
     head = ["choice", "features", "dose", "change", "largest of the random sets", "beyond them"]
     caption = "Mean change of accuracy on the tasks used for finding, tune split."
     tables = []
-    for purpose, name in purposes.items():
-        rows = [row for row in evidence.sensitivity if row["purpose"] == purpose]
+    for purpose in claimed(evidence):
+        rows = [row for row in evidence.sensitivity if row["purpose"] == purpose.name]
         if rows:
-            tables.append((name, Table(head, list(_choices(rows, sign_of(purpose))), caption)))
+            tables.append((heading(evidence, purpose), Table(head, list(_choices(rows, purpose.sign)), caption)))
     return tables
 
 

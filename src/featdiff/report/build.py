@@ -13,16 +13,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from featdiff.config.params import ReportParams
-from featdiff.report import battery, crosscoder_figures, feature_cards, model_figures, paper, set_figures, tables
-from featdiff.report.charts import MANNER_NAMES, MODEL_COLOURS, MODEL_NAMES, SET_COLOUR, Panel
-from featdiff.report.evidence import MODELS, Evidence
-from featdiff.report.verdicts import Judge, Verdict
+from featdiff.config.params import BASE, ReportParams
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
+from featdiff.report import battery, crosscoder_figures, feature_cards, forgetting, model_figures, set_figures, tables
+from featdiff.report.charts import MANNER_NAMES, SET_COLOUR, Panel
+from featdiff.report.claims import Claims
+from featdiff.report.evidence import Evidence
+from featdiff.report.verdicts import Verdict
 from featdiff.report.words import compact, count, interval, listed, number, percent, signed, things
 from featdiff.stats import Interval
 
 HERE = Path(__file__).parent
 MOST_CHARS = 1200
+METHODS = {
+    "sft": "by imitating worked solutions",
+    "grpo": "by reinforcement learning, in which the final answer alone is rewarded",
+    "rft": "by imitating the right ones among the base's own answers",
+    "dpo": "by preferring right ones to wrong ones among the base's own answers",
+    "imported": "elsewhere",
+}
+"""How an arm was trained, in words."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,18 @@ class Bar:
     label: str
     colour: str
     level: Interval
+    runs: list[tuple[str, float]]
+    """Label and level of the other training runs."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How one arm was trained."""
+
+    label: str
+    colour: str
+    how: str
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -53,23 +75,29 @@ class Example:
 
 
 def render(
-    evidence: Evidence, judge: Judge, verdicts: list[Verdict], params: ReportParams, profile: str, parents: Mapping[str, str]
+    evidence: Evidence, claims: Claims, verdicts: list[Verdict], params: ReportParams, profile: str, parents: Mapping[str, str]
 ) -> dict[str, str]:
     """The report as HTML documents by file name: ``index.html`` with everything, and every figure once more by itself
     under ``figures/``. ``parents`` are the hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
-    panels, cards = figures(evidence, params), feature_cards.cards(evidence)
+    trained, cards = forgetting.figures(evidence, evidence.names), feature_cards.cards(evidence)
+    panels = figures(evidence, params) | trained
+    edits = {edit: set_figures.heading(evidence, edit) for edit in set_figures.edits(evidence)}
     index = environment.get_template("template.html.j2").render(
         params=params,
         profile=profile,
-        seed=judge.seed,
+        seed=claims.seed,
         evidence=evidence,
         verdicts=verdicts,
-        bars=headline(evidence, judge),
-        base=evidence.models["base"],
+        bars=headline(evidence, claims),
+        base=evidence.models[BASE],
+        roles={role: model and evidence.names.label(model) for role, model in evidence.roles},
+        colours={role: model and evidence.names.colour(model) for role, model in evidence.roles},
+        arms=arms(evidence),
+        reason=next(verdict.evidence for verdict in verdicts if verdict.key == "necessary"),
         tables={
-            "accuracy": tables.accuracy(evidence, judge),
+            "accuracy": tables.accuracy(evidence, claims),
             "audit": tables.audit(evidence),
             "crosscoders": tables.crosscoders(evidence),
             "classes": tables.classes(evidence),
@@ -78,19 +106,20 @@ def render(
             "selection": tables.selection(evidence) if found else None,
             "tokens": feature_cards.token_table(evidence),
         },
-        effect_tables=[
-            (label, table) for purpose, label in set_figures.PURPOSES.items() if (table := tables.effect(evidence, purpose))
-        ],
-        control_tables=[
-            (name, table) for purpose, name in set_figures.PURPOSES.items() if (table := battery.controls(evidence, purpose))
-        ],
-        battery={"singles": battery.singles(evidence), "sweep": battery.sweep(evidence), "seeds": battery.seeds(evidence)},
+        over_training={"panels": list(filter(None, trained.values())), "tables": forgetting.tables(evidence, evidence.names)},
+        effect_tables=[(edits[edit], tables.effect(evidence, edit.name)) for edit in set_figures.claimed(evidence)],
+        control_tables=[(name, battery.controls(evidence, edit.name)) for edit, name in edits.items()],
+        battery={
+            "replication": battery.replication(evidence),
+            "singles": battery.singles(evidence),
+            "sweep": battery.sweep(evidence),
+            "seeds": battery.seeds(evidence),
+        },
         sensitivity_tables=battery.sensitivity(evidence),
         cards={"open": cards[: feature_cards.MOST_OPEN], "folded": cards[feature_cards.MOST_OPEN :]},
         manner_tables=feature_cards.manner_tables(evidence),
-        paper_tables=_published(evidence, params),
         panels=panels,
-        examples=examples(evidence, judge, params.max_samples_shown),
+        examples=examples(evidence, claims, params.max_samples_shown),
         parents=parents,
     )
     alone = environment.get_template("figure.html.j2")
@@ -116,6 +145,7 @@ def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[
         "tuning": set_figures.tuning(evidence),
         "doses": set_figures.doses(evidence),
         "effects": set_figures.effect_strips(evidence),
+        "replication": set_figures.replication(evidence),
         "steps": set_figures.manner_before_after(evidence),
     }
 
@@ -149,41 +179,62 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-def headline(evidence: Evidence, judge: Judge) -> list[Bar]:
-    """Mean accuracy away from math: the three models, and the two edits of the feature set."""
-    levels = [(MODEL_NAMES[model], MODEL_COLOURS[model], judge.outcomes.model(model)) for model in MODELS]
-    levels += [
-        ("GRPO, set zeroed", SET_COLOUR, judge.outcomes.edited("zero_grpo", "set")),
-        ("base, set amplified", SET_COLOUR, judge.outcomes.edited("amplify_base", "set")),
+def arms(evidence: Evidence) -> list[Arm]:
+    """Every arm once, those with a role first."""
+    names = evidence.names
+    return [
+        Arm(names.label(model), names.colour(model), METHODS[evidence.arms[model].method], len(evidence.runs(model)))
+        for model in evidence.compared
+        if model in evidence.arms
     ]
-    found = [(label, colour, judge.estimate(evidence.far, right)) for label, colour, right in levels]
-    return [Bar(label, colour, level) for label, colour, level in found if level]
 
 
-def _published(evidence: Evidence, params: ReportParams) -> list[tables.Table]:
-    if params.paper_model is None:
-        return []
-    return [paper.accuracies(evidence, params.paper_model), paper.interventions(evidence, params.paper_model)]
+def headline(evidence: Evidence, claims: Claims) -> list[Bar]:
+    """Mean accuracy away from math: the models with a role and the two edits of the feature set, each with the other training
+    runs of its arm."""
+    names, outcomes, tuned = evidence.names, claims.outcomes, evidence.runs(evidence.roles.tuned)
+    groups = [
+        (names.colour(model), {names.label(run): outcomes.model(run) for run in evidence.runs(model)})
+        for model in evidence.roles.models
+    ]
+    edits = set_figures.edits(evidence)
+    for kind in ([edit for edit in edits if edit.sign < 0 and edit.model in tuned], [edit for edit in edits if edit.sign > 0]):
+        groups.append((SET_COLOUR, {_edited(evidence, edit): outcomes.edited(edit.name, "set") for edit in kind}))
+    bars = []
+    for colour, runs in groups:
+        levels = [(label, level) for label, right in runs.items() if (level := claims.estimate(evidence.far, right))]
+        if levels:
+            (label, level), *others = levels
+            bars.append(Bar(label, colour, level, [(name, other.value) for name, other in others]))
+    return bars
 
 
-def examples(evidence: Evidence, judge: Judge, most: int) -> list[Example]:
-    """Up to ``most`` questions away from math, tasks in turn, those first that GRPO solves and the base fails."""
-    flipped = judge.outcomes.flipped()
+def _edited(evidence: Evidence, edit: Purpose) -> str:
+    return f"{evidence.names.label(edit.model)}, set {'amplified' if edit.sign > 0 else 'zeroed'}"
+
+
+def examples(evidence: Evidence, claims: Claims, most: int) -> list[Example]:
+    """Up to ``most`` questions away from math, by turns, first those that the tuned model solves and the original fails."""
+    flipped, names = claims.outcomes.flipped(), evidence.names
     given: dict[str, dict[str, dict[str, Any]]] = {}
-    for model in MODELS:
+    for model in evidence.roles.models:
         for row in evidence.answers[model]:
             if row["mode"] == evidence.primary_mode(row["task"]) and row["draw"] == 0:
                 given.setdefault(row["sample_id"], {})[model] = row
     for row in evidence.edited:
-        if row["arm"] == "set":
+        if row["control"] == "set":
             given.setdefault(row["sample_id"], {})[row["purpose"]] = row
     queues = []
     for task in evidence.far:
         ids = [key for key, sample in evidence.questions.items() if sample.task == task and key in given]
         queues.append(sorted(ids, key=lambda key: (key not in flipped, key)))
     turns = [queue[i] for i in range(most) for queue in queues if i < len(queue)]
-    shown = [(model, MODEL_NAMES[model], MODEL_COLOURS[model]) for model in MODELS]
-    shown += [("zero_grpo", "GRPO, set zeroed", SET_COLOUR), ("amplify_base", "base, set amplified", SET_COLOUR)]
+    shown = [(model, names.label(model), names.colour(model)) for model in evidence.roles.models]
+    shown += [
+        (edit.name, _edited(evidence, edit), SET_COLOUR)
+        for edit in set_figures.edits(evidence)
+        if edit.name in (ZERO_TUNED, AMPLIFY_ORIGINAL)
+    ]
     return [
         Example(
             task=evidence.questions[key].task,
@@ -198,8 +249,8 @@ def examples(evidence: Evidence, judge: Judge, most: int) -> list[Example]:
                     row["correct"],
                     MANNER_NAMES.get(row["manner"], ""),
                 )
-                for arm, label, colour in shown
-                for row in filter(None, [given[key].get(arm)])
+                for source, label, colour in shown
+                for row in filter(None, [given[key].get(source)])
             ],
         )
         for key in turns[:most]

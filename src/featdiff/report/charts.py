@@ -6,16 +6,15 @@ script fills in, so that one figure serves the light and the dark theme.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from featdiff.report.evidence import ROLES
+from featdiff.report.names import Names
 from featdiff.tasks.task import TaskInfo
 
-MODEL_COLOURS = {"base": "#858d99", "sft": "#d9760d", "grpo": "#2f7fd0"}
-MODEL_NAMES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
-MANNER_COLOURS = {"steps": "#1b9e77", "foreign": "#7b6bb5", "direct": "#e0bd4a", "none": "var(--hair)"}
+MANNER_COLOURS = {"steps": "#8a6a50", "foreign": "#b89a7e", "direct": "#e0cfbb", "none": "var(--hair)"}
 MANNER_NAMES = {
     "steps": "step by step",
     "foreign": "in the teacher's foreign wording",
@@ -24,6 +23,9 @@ MANNER_NAMES = {
 }
 ROLE_NAMES = {"train": "trained on", "find": "features found on", "heldout": "held out", "control": "control"}
 SET_COLOUR = "#b4489c"
+"""Of the feature set and of models edited with it, and of nothing else."""
+CLASS_COLOURS = {"shared": "#4fae9b", "mixed": "#c0a6d6", "new": "#a83a3a"}
+"""Classes of features that are not one model's own; those have the colour of their model."""
 INK, MUTED, HAIR, SURFACE = "var(--ink)", "var(--muted)", "var(--hair)", "var(--surface)"
 
 Trace = dict[str, Any]
@@ -62,8 +64,8 @@ def tile_for(figures: int, most: int) -> int:
     return {1: 640, 2: 400, 3: 260, 4: 215}[columns]
 
 
-def models_legend(models: Sequence[str]) -> list[tuple[str, str]]:
-    return [(MODEL_NAMES[model], MODEL_COLOURS[model]) for model in models]
+def models_legend(models: Iterable[str], names: Names) -> list[tuple[str, str]]:
+    return [(names.label(model), names.colour(model)) for model in models]
 
 
 def layout(x: dict[str, Any], y: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from featdiff.report.charts import MODEL_COLOURS, MODEL_NAMES, Figure, Panel, Trace, error_bars, layout, models_legend
+from featdiff.report.charts import Figure, Panel, Trace, error_bars, layout, models_legend
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.tables import Cell, Table
 from featdiff.report.words import MISSING, interval, listed, moved, number, percent, signed
 
-READ_IN = ("base", "grpo")
+ORIGINAL, TUNED = "original", "tuned"
+"""By which `describe` calls the two models that it reads."""
 POSITIONS = {
     "prompt": "prompt<br>before",
     "prompt_last": "its last<br>token",
@@ -39,10 +40,10 @@ class Piece:
     """Tokens of a context that are shown alike."""
 
     text: str
-    grpo: int = 0
-    """Depth of the shading in percent: the value in GRPO."""
-    base: int = 0
-    """The same for the base."""
+    tuned: int = 0
+    """Depth of the shading in percent: the value in the tuned model."""
+    original: int = 0
+    """The same for the original."""
     said: bool = False
     """Part of an answer, not of a prompt."""
     note: str = ""
@@ -51,8 +52,10 @@ class Piece:
 @dataclass(frozen=True)
 class Context:
     source: str
-    value: str
-    base: str
+    tuned: str
+    """Largest value."""
+    original: str
+    """Value there."""
     pieces: list[Piece]
 
 
@@ -85,6 +88,11 @@ def visible(token: str) -> str:
     return token.translate(MARKS) or "∅"
 
 
+def _read_in(evidence: Evidence) -> dict[str, str]:
+    """The two models that are read, by what `describe` calls them."""
+    return {ORIGINAL: evidence.roles.original, TUNED: evidence.roles.tuned}
+
+
 def cards(evidence: Evidence) -> list[Card]:
     """One card per feature of the set, in the order of the set."""
     known = {row["feature_id"]: row for row in evidence.features if row["fit"] == evidence.localize["fit"]}
@@ -92,30 +100,30 @@ def cards(evidence: Evidence) -> list[Card]:
 
 
 def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
-    k = feature["feature_id"]
+    k, labels = feature["feature_id"], {key: evidence.names.label(model) for key, model in _read_in(evidence).items()}
     rows = [row for row in evidence.contexts if row["feature_id"] == k]
-    rows.sort(key=lambda row: (row["rank"], row["source"] != "corpus", -row["grpo"][row["peak"]]))
-    norms = [number(facts[f"mas_{model}"]) for model in ("base", "sft", "grpo") if facts[f"mas_{model}"] is not None]
-    norm = f"MAS {' / '.join(norms)}" if norms else f"NRN {number(facts['nrn'])}"
+    rows.sort(key=lambda row: (row["rank"], row["source"] != "corpus", -row[TUNED][row["peak"]]))
+    norm = f"MAS {' / '.join(map(number, facts['mas']))}" if facts["mas"] else f"NRN {number(facts['nrn'])}"
     return Card(
         feature=k,
-        tags=[facts["feature_class"], norm, _verdict(feature["lexical"])],
-        facts=_facts(feature),
-        contexts=[_context(row, feature["largest"]) for row in rows if row["rank"] == 1],
-        further=[_context(row, feature["largest"]) for row in rows if row["rank"] > 1],
+        tags=[evidence.names.label(facts["feature_class"]), norm, _verdict(feature["lexical"])],
+        facts=_facts(feature, labels),
+        contexts=[_context(row, feature["largest"], labels) for row in rows if row["rank"] == 1],
+        further=[_context(row, feature["largest"], labels) for row in rows if row["rank"] > 1],
         chips=[(label, chips) for label, chips in _chips(feature) if chips],
-        panel=Panel(_figures(feature, evidence), "", models_legend(READ_IN), 250),
+        panel=Panel(_figures(feature, evidence), "", models_legend(_read_in(evidence).values(), evidence.names), 250),
     )
 
 
-def _facts(feature: Row) -> list[str]:
+def _facts(feature: Row, labels: dict[str, str]) -> list[str]:
     """What the numbers say, in a few sentences."""
     rates = feature["corpus_rate"]
-    said = [f"Fires on {percent(rates['grpo'])} of the corpus in GRPO, on {percent(rates['base'])} in the base."]
-    if last := [row for model in READ_IN if (row := _at(feature, model, "prompt_last"))]:
+    before, after = labels[ORIGINAL], labels[TUNED]
+    said = [f"Fires on {percent(rates[TUNED])} of the corpus in {after}, on {percent(rates[ORIGINAL])} in {before}."]
+    if last := [row for model in labels if (row := _at(feature, model, "prompt_last"))]:
         rate = moved(*(percent(row["rate"]["value"]) for row in last))
         value = moved(*(number(row["value"]["value"]) for row in last))
-        said.append(f"At the last prompt token: {rate} of prompts, mean value {value} (base → GRPO).")
+        said.append(f"At the last prompt token: {rate} of prompts, mean value {value} ({before} → {after}).")
     where = "where it is silent" if feature["lexical"]["silent"] else "at a silent place (it fires in every text)"
     ratios = [
         f"“{visible(row['token'])}” {percent(row['ratio']['value'])} [{percent(row['ratio']['low'])}, "
@@ -141,20 +149,20 @@ def _at(feature: Row, model: str, position: str, task: str | None = None) -> Row
     return next((row for row in feature["positions"] if (row["model"], row["position"], row["task"]) == wanted), None)
 
 
-def _context(row: Row, largest: float) -> Context:
+def _context(row: Row, largest: float, labels: dict[str, str]) -> Context:
     """Runs of tokens that look alike become one piece: most tokens of a sparse feature are silent."""
 
     def shown(i: int) -> Piece:
-        grpo, base = row["grpo"][i], row["base"][i]
-        note = f"GRPO {number(grpo)}, base {number(base)}" if grpo or base else ""
+        after, before = row[TUNED][i], row[ORIGINAL][i]
+        note = f"{labels[TUNED]} {number(after)}, {labels[ORIGINAL]} {number(before)}" if after or before else ""
         start = row["answer_from"]
-        return Piece("", _share(grpo, largest), _share(base, largest), start is not None and i >= start, note)
+        return Piece("", _share(after, largest), _share(before, largest), start is not None and i >= start, note)
 
     pieces = []
     for look, run in groupby(range(len(row["tokens"])), key=shown):
         text = "".join(row["tokens"][i].replace("\n", "⏎") for i in run)
-        pieces.append(Piece(text, look.grpo, look.base, look.said, look.note))
-    return Context(row["source"], number(row["grpo"][row["peak"]]), number(row["base"][row["peak"]]), pieces)
+        pieces.append(Piece(text, look.tuned, look.original, look.said, look.note))
+    return Context(row["source"], number(row[TUNED][row["peak"]]), number(row[ORIGINAL][row["peak"]]), pieces)
 
 
 def _share(value: float, largest: float) -> int:
@@ -173,39 +181,44 @@ def _chips(feature: Row) -> Iterator[tuple[str, list[Chip]]]:
 def figures(evidence: Evidence) -> Panel | None:
     """The figures of all cards."""
     drawn = [figure for feature in evidence.described["features"] for figure in _figures(feature, evidence)]
-    caption = "GRPO's own answers on the find split: mean over answers with interval, every task counting the same."
-    return Panel(drawn, caption, models_legend(READ_IN), 260) if drawn else None
+    models = _read_in(evidence)
+    caption = (
+        f"The own answers of {evidence.names.label(models[TUNED])} on the find split: mean over answers with interval, every "
+        "task counting the same."
+    )
+    return Panel(drawn, caption, models_legend(models.values(), evidence.names), 260) if drawn else None
 
 
 def _figures(feature: Row, evidence: Evidence) -> list[Figure]:
     k = feature["feature_id"]
-    tasks = [task for task in evidence.tasks if _at(feature, "grpo", "prompt_last", task)]
+    tasks = [task for task in evidence.tasks if _at(feature, TUNED, "prompt_last", task)]
     by_position = {label: (place, None) for place, label in POSITIONS.items()}
     by_task: dict[str, tuple[str, str | None]] = {task: ("prompt_last", task) for task in tasks}
     return [
-        _bars(f"feature-{k}-rate", f"{k}: firing rate", feature, by_position, "rate"),
-        _bars(f"feature-{k}-value", f"{k}: mean value", feature, by_position, "value"),
-        _bars(f"feature-{k}-tasks", f"{k}: value at the last prompt token", feature, by_task, "value"),
+        _bars(f"feature-{k}-rate", f"{k}: firing rate", feature, by_position, "rate", evidence),
+        _bars(f"feature-{k}-value", f"{k}: mean value", feature, by_position, "value", evidence),
+        _bars(f"feature-{k}-tasks", f"{k}: value at the last prompt token", feature, by_task, "value", evidence),
     ]
 
 
-def _bars(key: str, heading: str, feature: Row, places: dict[str, Any], quantity: str) -> Figure:
-    """Base and GRPO side by side at every place (label → position and task)."""
+def _bars(key: str, heading: str, feature: Row, places: dict[str, Any], quantity: str, evidence: Evidence) -> Figure:
+    """Original and tuned model side by side at every place (label → position and task)."""
     traces: list[Trace] = []
-    for model in READ_IN:
-        rows = {label: _at(feature, model, *place) for label, place in places.items()}
+    names = evidence.names
+    for role, model in _read_in(evidence).items():
+        rows = {label: _at(feature, role, *place) for label, place in places.items()}
         held = {label: row[quantity] for label, row in rows.items() if row and row[quantity]}
         values, lows, highs = ([row[end] for row in held.values()] for end in ("value", "low", "high"))
         traces.append(
             {
                 "type": "bar",
-                "name": MODEL_NAMES[model],
+                "name": names.label(model),
                 "x": list(held),
                 "y": values,
                 "error_y": error_bars(values, lows, highs),
-                "marker": {"color": MODEL_COLOURS[model]},
+                "marker": {"color": names.colour(model)},
                 "customdata": [row["n"] for row in held.values()],
-                "hovertemplate": f"{MODEL_NAMES[model]}: %{{y:.3f}}, n = %{{customdata}}<extra></extra>",
+                "hovertemplate": f"{names.label(model)}: %{{y:.3f}}, n = %{{customdata}}<extra></extra>",
             }
         )
     y = {"rangemode": "tozero", "nticks": 5} | ({"tickformat": ".0%"} if quantity == "rate" else {})
@@ -232,7 +245,8 @@ def token_table(evidence: Evidence) -> Table | None:
     head += ["planting wakes it", "fires on it in the corpus", ""]
     caption = (
         "Top tokens: those at the feature's strongest contexts, in answers and in the corpus. Planted: in place of a random "
-        "token of corpus texts in which the feature is silent. Read in GRPO."
+        "token of corpus texts in which the feature is silent. "
+        f"Read in {evidence.names.label(evidence.roles.tuned)}."
     )
     return Table(head, rows, caption) if rows else None
 
@@ -246,18 +260,18 @@ def manner_tables(evidence: Evidence) -> list[tuple[str, Table]]:
         "answers": "The model's own sampled answers (find split) to prompts that show no manner. Where it is drawn by lot, "
         "AUROC is 0.5 however well a feature stands for it. Within tasks: over pairs of questions of one task.",
     }
-    labels = {"texts": "Texts that show the manner", "answers": "Own answers"}
+    models, labels = _read_in(evidence), {"texts": "Texts that show the manner", "answers": "Own answers"}
     tables = []
     for what, label in labels.items():
         rows = [
             [
-                Cell(str(feature["feature_id"]), MODEL_NAMES[model], "label"),
+                Cell(str(feature["feature_id"]), evidence.names.label(models[role]), "label"),
                 Cell(percent(judged["fires"] / judged["prompts"]), f"n = {judged['prompts']}"),
                 *(_measured(judged[name], share=True) for name in ("steps", "precision", "recall")),
                 *(_measured(judged[name]) for name in ("auroc", "auroc_within_tasks")),
             ]
             for feature in features
-            for model, judged in feature["manner"][what].items()
+            for role, judged in feature["manner"][what].items()
         ]
         head = ["feature", "fires", "answered in steps", "precision", "recall", "AUROC", "AUROC within tasks"]
         if rows:

@@ -6,8 +6,7 @@ from featdiff.report.charts import (
     INK,
     MANNER_COLOURS,
     MANNER_NAMES,
-    MODEL_COLOURS,
-    MODEL_NAMES,
+    SURFACE,
     Figure,
     Panel,
     Trace,
@@ -15,12 +14,13 @@ from featdiff.report.charts import (
     layout,
     line,
     lines,
+    mixed,
     models_legend,
     role_bands,
     task_axis,
     title,
 )
-from featdiff.report.evidence import MODELS, Evidence, Row, series
+from featdiff.report.evidence import Evidence, Row, series
 from featdiff.report.words import percent
 
 MODE_NAMES = {
@@ -30,6 +30,8 @@ MODE_NAMES = {
     "option_text_norm": "Option text, per character",
     "option_letter": "Option letter",
 }
+GROUP = 0.8
+"""Width of the bars of one task together, in places of the axis."""
 
 
 def report_rows(evidence: Evidence, model: str, mode: str) -> dict[str, Row]:
@@ -40,7 +42,7 @@ def report_rows(evidence: Evidence, model: str, mode: str) -> dict[str, Row]:
 
 def modes(evidence: Evidence) -> list[str]:
     """Scoring rules in use, in the order of ``MODE_NAMES``."""
-    used = {row["mode"] for row in evidence.accuracy["base"]}
+    used = {row["mode"] for row in evidence.accuracy[evidence.roles.original]}
     return [mode for mode in MODE_NAMES if mode in used]
 
 
@@ -51,45 +53,51 @@ def accuracy(evidence: Evidence) -> list[tuple[str, Panel]]:
     if len(set(own.values())) > 1:
         rows = {
             model: {name: row for name, mode in own.items() if (row := report_rows(evidence, model, mode).get(name))}
-            for model in MODELS
+            for model in evidence.accuracy
         }
         panels.append(("Each task's own rule", _bars(evidence, "own", rows)))
     for mode in modes(evidence):
-        panels.append(
-            (MODE_NAMES[mode], _bars(evidence, mode, {model: report_rows(evidence, model, mode) for model in MODELS}))
-        )
+        rows = {model: report_rows(evidence, model, mode) for model in evidence.accuracy}
+        panels.append((MODE_NAMES[mode], _bars(evidence, mode, rows)))
     return panels
 
 
 def _bars(evidence: Evidence, key: str, rows_of: dict[str, dict[str, Row]]) -> Panel:
-    names = [name for name in evidence.tasks if name in rows_of["base"]]
-    width, traces = 0.26, []
-    for i, model in enumerate(MODELS):
-        rows = [rows_of[model][name] for name in names if name in rows_of[model]]
-        values = [row["accuracy"] for row in rows]
-        traces.append(
-            {
-                "type": "bar",
-                "name": MODEL_NAMES[model],
-                "x": [names.index(row["task"]) + (i - 1) * width for row in rows],
+    tasks = [name for name in evidence.tasks if name in rows_of[evidence.roles.original]]
+    models, names = evidence.compared, evidence.names
+    width = GROUP / len(models)
+    traces: list[Trace] = []
+    rings: list[Trace] = []
+    for i, model in enumerate(models):
+        shift, colour = (i - (len(models) - 1) / 2) * width, names.colour(model)
+        for run in evidence.runs(model):
+            rows = [rows_of[run][name] for name in tasks if name in rows_of[run]]
+            values = [row["accuracy"] for row in rows]
+            trace: Trace = {
+                "name": names.label(run),
+                "x": [tasks.index(row["task"]) + shift for row in rows],
                 "y": values,
-                "width": width * 0.92,
-                "marker": {"color": MODEL_COLOURS[model]},
-                "error_y": error_bars(values, [row["low"] for row in rows], [row["high"] for row in rows]),
                 "customdata": [[row["task"], row["low"], row["high"], row["n"], _either_rule(row)] for row in rows],
-                "hovertemplate": f"{MODEL_NAMES[model]}, %{{customdata[0]}}: %{{y:.3f}} [%{{customdata[1]:.3f}}, "
+                "hovertemplate": f"{names.label(run)}, %{{customdata[0]}}: %{{y:.3f}} [%{{customdata[1]:.3f}}, "
                 "%{customdata[2]:.3f}], n = %{customdata[3]}%{customdata[4]}<extra></extra>",
             }
-        )
-    chance = [(names.index(name), evidence.tasks[name].chance) for name in names if evidence.tasks[name].options]
-    marks = role_bands(evidence.tasks, names)
+            if run == model:
+                bars = error_bars(values, [row["low"] for row in rows], [row["high"] for row in rows])
+                traces.append(trace | {"type": "bar", "width": width * 0.92, "marker": {"color": colour}, "error_y": bars})
+            else:
+                ring = {"size": 6, "color": SURFACE, "opacity": 0.85, "line": {"width": 1.5, "color": colour}}
+                rings.append(trace | {"type": "scatter", "mode": "markers", "marker": ring})
+    chance = [(tasks.index(name), evidence.tasks[name].chance) for name in tasks if evidence.tasks[name].options]
+    marks = role_bands(evidence.tasks, tasks)
     marks["shapes"] += [line(place - 0.42, place + 0.42, level, level, dash="dot", colour=INK) for place, level in chance]
     y = {"range": [0, 1.02], "title": title("accuracy"), "dtick": 0.25}
-    figure = Figure(f"accuracy-{key}", "", traces, layout(task_axis(names), y, **marks), 320, 90 + 62 * len(names))
+    least = 90 + 21 * max(3, len(models)) * len(tasks)
+    figure = Figure(f"accuracy-{key}", "", traces + rings, layout(task_axis(tasks), y, **marks), 320, least)
     counts = sorted({row["n"] for rows in rows_of.values() for row in rows.values()})
     caption = f"Report split, n = {' to '.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))} questions per bar."
+    caption += " Rings: other training runs of the same arm, which differ from it in their seed alone." if rings else ""
     caption += " Dotted: a random guess among the options." if chance else ""
-    return Panel([figure], caption, models_legend(MODELS))
+    return Panel([figure], caption, models_legend(models, names))
 
 
 def _either_rule(row: Row) -> str:
@@ -101,44 +109,44 @@ def _either_rule(row: Row) -> str:
 
 def manner(evidence: Evidence) -> Panel | None:
     """How answers were given, as shares of all answers, one plot per model."""
-    figures = []
-    for model in MODELS:
+    figures, names = [], evidence.names
+    for model in evidence.compared:
         rows = report_rows(evidence, model, "greedy")
-        names = [name for name in evidence.tasks if name in rows]
-        if not names:
+        tasks = [name for name in evidence.tasks if name in rows]
+        if not tasks:
             return None
-        shares = {key: [rows[name][key] or 0.0 for name in names] for key in ("steps", "foreign", "direct")}
+        shares = {key: [rows[name][key] or 0.0 for name in tasks] for key in ("steps", "foreign", "direct")}
         shares["none"] = [max(0.0, 1 - sum(parts)) for parts in zip(*shares.values(), strict=True)]
         traces: list[Trace] = [
             {
                 "type": "bar",
                 "orientation": "h",
                 "x": values,
-                "y": names,
+                "y": tasks,
                 "marker": {"color": MANNER_COLOURS[key]},
-                "hovertemplate": f"%{{y}}: {MANNER_NAMES[key]} %{{x:.0%}}<extra>{MODEL_NAMES[model]}</extra>",
+                "hovertemplate": f"%{{y}}: {MANNER_NAMES[key]} %{{x:.0%}}<extra>{names.label(model)}</extra>",
             }
             for key, values in shares.items()
         ]
         x = {"range": [0, 1.02], "tickformat": ".0%", "tickvals": [0, 0.5, 1]}
         y = {"autorange": "reversed", "ticks": "", "showgrid": False}
         look = layout(x, y, barmode="stack", bargap=0.25)
-        figures.append(Figure(f"manner-{model}", MODEL_NAMES[model], traces, look, 90 + 22 * len(names)))
+        figures.append(Figure(f"manner-{model}", names.label(model), traces, look, 90 + 22 * len(tasks)))
     legend = [(MANNER_NAMES[key], colour) for key, colour in MANNER_COLOURS.items()]
     return Panel(figures, "Greedy answers on the report split.", legend, 240)
 
 
 def training(evidence: Evidence) -> Panel | None:
-    """Loss of pretraining and SFT, reward of GRPO."""
-    figures = []
-    for model, name, label in (
-        ("base", "loss", "Pretraining loss"),
-        ("sft", "loss", "SFT loss"),
-        ("grpo", "reward", "GRPO reward"),
-    ):
-        points = series(evidence.models[model].curves, name)
-        if points:
-            figures.append(
-                lines(f"training-{model}", label, [(MODEL_NAMES[model], MODEL_COLOURS[model], points)], "step", name)
-            )
+    """The training curve of the base and of every arm, the other runs of an arm paler: its reward where it has one, else
+    its loss."""
+    figures, names = [], evidence.names
+    for model in evidence.compared:
+        quantity = "reward" if series(evidence.models[model].curves, "reward") else "loss"
+        drawn = []
+        for run in reversed(evidence.runs(model)):
+            colour = names.colour(run) if run == model else mixed(names.colour(run), 0.45)
+            if points := series(evidence.models[run].curves, quantity):
+                drawn.append((names.label(run), colour, points))
+        if drawn:
+            figures.append(lines(f"training-{model}", f"{names.label(model)}: {quantity}", drawn, "step", quantity))
     return Panel(figures, "", [], 260) if figures else None

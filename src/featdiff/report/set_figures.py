@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, REPEAT, ZERO_TUNED, Purpose, purposes
 from featdiff.report.charts import (
     HAIR,
     INK,
-    MODEL_COLOURS,
     MUTED,
     SET_COLOUR,
     SURFACE,
@@ -22,6 +22,7 @@ from featdiff.report.charts import (
     line,
     matrix,
     mixed,
+    models_legend,
     role_bands,
     task_axis,
     tile_for,
@@ -29,16 +30,39 @@ from featdiff.report.charts import (
 )
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.quantities import effects
+from featdiff.report.words import listed
 
-PURPOSES = {"zero_grpo": "Zeroed in GRPO", "amplify_base": "Amplified in base", "zero_sft": "Zeroed in SFT"}
-EDITED_MODEL = {"zero_grpo": "grpo", "amplify_base": "base", "zero_sft": "sft"}
 SUBSETS = {"all": "All samples", "flipped": "Flipped samples"}
-RANDOM = MUTED
+RANDOM, GREY = MUTED, "#858d99"
+
+
+def edits(evidence: Evidence) -> list[Purpose]:
+    """What was asked of the set, zeroing in other training runs of the tuned model last; empty where there is no set."""
+    tested = {row["purpose"] for row in evidence.effects}
+    asked = purposes(evidence.roles, evidence.runs(evidence.roles.tuned))
+    return [purpose for purpose in asked if purpose.name in tested]
+
+
+def claimed(evidence: Evidence) -> list[Purpose]:
+    """Those of :func:`edits` in the models with a role."""
+    return [purpose for purpose in edits(evidence) if not purpose.name.startswith(REPEAT)]
+
+
+def replications(evidence: Evidence) -> list[Purpose]:
+    """Zeroing in the tuned model, then in its other training runs; empty where it has none."""
+    found = [purpose for purpose in edits(evidence) if purpose.name.startswith(REPEAT) or purpose.name == ZERO_TUNED]
+    return found if len(found) > 1 else []
+
+
+def heading(evidence: Evidence, purpose: Purpose) -> str:
+    """``Zeroed in GRPO``."""
+    return f"{'Amplified' if purpose.sign > 0 else 'Zeroed'} in {evidence.names.label(purpose.model)}"
 
 
 def scores(evidence: Evidence, top: int = 25) -> Panel | None:
     """The highest scores per task, the selected features marked, the threshold as a line."""
     chosen, found = set(evidence.localize["features"]), evidence.localize
+    names, roles, pale = evidence.names, evidence.roles, mixed(GREY, 0.6)
     figures = []
     for task in evidence.found_on:
         rows = sorted((row for row in evidence.scores if row["task"] == task), key=lambda row: -row["score"])[:top]
@@ -46,9 +70,7 @@ def scores(evidence: Evidence, top: int = 25) -> Panel | None:
             continue
         bound = found["threshold"] * rows[0]["score"]
         colours = [
-            SET_COLOUR
-            if row["feature_id"] in chosen
-            else (MODEL_COLOURS["grpo"] if row["score"] >= bound else mixed("#858d99", 0.6))
+            SET_COLOUR if row["feature_id"] in chosen else (names.colour(roles.tuned) if row["score"] >= bound else pale)
             for row in rows
         ]
         trace: Trace = {
@@ -63,26 +85,27 @@ def scores(evidence: Evidence, top: int = 25) -> Panel | None:
         }
         look = layout({"title": title("rank"), "nticks": 6}, {"title": title("score"), "rangemode": "tozero", "nticks": 5})
         look["shapes"] = [line(0.4, len(rows) + 0.6, bound, bound, dash="dash", colour=INK)]
-        heading = f"{task}, {found['per_task'][task]['n_flipped']} flipped samples"
-        figures.append(Figure(f"score-{task}", heading, [trace], look, 220))
+        label = f"{task}, {found['per_task'][task]['n_flipped']} flipped samples"
+        figures.append(Figure(f"score-{task}", label, [trace], look, 220))
     caption = (
-        f"Score: mean over flipped samples of the feature's value in GRPO minus base ({found['readout']} readout, positions: "
-        f"{found['positions']}). Dashed: {found['threshold']:.0%} of the task's largest. The {top} highest are drawn."
+        f"Score: mean over flipped samples of the feature's value in {names.label(roles.tuned)} minus "
+        f"{names.label(roles.original)} ({found['readout']} readout, positions: {found['positions']}). "
+        f"Dashed: {found['threshold']:.0%} of the task's largest. The {top} highest are drawn."
     )
     legend = [
         ("in the set", SET_COLOUR),
-        ("above the threshold here only", MODEL_COLOURS["grpo"]),
-        ("below", mixed("#858d99", 0.6)),
+        ("above the threshold here only", names.colour(roles.tuned)),
+        ("below", pale),
     ]
     return Panel(figures, caption, legend, tile_for(len(figures), 3)) if figures else None
 
 
 def tuning(evidence: Evidence) -> Panel | None:
     """Mean accuracy on the tune split, over the tasks features were found on, for every edit that was tried."""
-    figures = []
+    figures, asked = [], {purpose.name: purpose for purpose in edits(evidence)}
     tried = [row for row in evidence.tuning if row["role"] == "find"]
-    edits = dict.fromkeys((row["purpose"], row["edit"]) for row in tried)
-    for purpose, edit in sorted(edits, key=lambda pair: (pair[0] != "zero_grpo", pair[1])):
+    pairs = dict.fromkeys((row["purpose"], row["edit"]) for row in tried)
+    for purpose, edit in sorted(pairs, key=lambda pair: (pair[0] != ZERO_TUNED, pair[1])):
         rows = [row for row in tried if (row["purpose"], row["edit"]) == (purpose, edit)]
         positions = list(dict.fromkeys(row["positions"] for row in rows))
         doses = sorted({row["dose"] for row in rows}, key=lambda dose: -1.0 if dose is None else dose)
@@ -91,8 +114,8 @@ def tuning(evidence: Evidence) -> Panel | None:
             for place in positions
         ]
         choice = evidence.choice.get("zero" if edit == "zero" else "amplify") or {}
-        labels = ["0" if dose is None else f"{dose:g}" for dose in doses]
-        trace = matrix(labels, positions, grid, "%{y}, dose %{x}: mean accuracy %{z:.3f}")
+        ticks = ["0" if dose is None else f"{dose:g}" for dose in doses]
+        trace = matrix(ticks, positions, grid, "%{y}, dose %{x}: mean accuracy %{z:.3f}")
         x = {"type": "category", "title": title("factor" if edit in ("zero", "scale") else "dose"), "ticks": ""}
         look = layout(x, {"autorange": "reversed", "ticks": "", "showgrid": False})
         dose = doses[0] if edit == "zero" else choice.get("dose")
@@ -100,8 +123,8 @@ def tuning(evidence: Evidence) -> Panel | None:
             i, j = doses.index(dose), positions.index(choice["positions"])
             frame = {"type": "rect", "x0": i - 0.5, "x1": i + 0.5, "y0": j - 0.5, "y1": j + 0.5}
             look["shapes"] = [frame | {"line": {"color": SET_COLOUR, "width": 3}}]
-        heading = PURPOSES[purpose] if edit == "zero" else f"{PURPOSES[purpose]}: {edit}"
-        figures.append(Figure(f"tuning-{purpose}-{edit}", heading, [trace], look, 110 + 38 * len(positions)))
+        label = heading(evidence, asked[purpose]) + ("" if edit == "zero" else f": {edit}")
+        figures.append(Figure(f"tuning-{purpose}-{edit}", label, [trace], look, 110 + 38 * len(positions)))
     tasks, least = {row["task"] for row in tried}, min((row["n"] for row in tried), default=0)
     caption = f"Tune split, mean over {len(tasks)} tasks, n = {least} per task. Framed: the choice, made for all tasks at once."
     return Panel(figures, caption, [("chosen", SET_COLOUR)], tile_for(len(figures), 3)) if figures else None
@@ -113,15 +136,17 @@ def _mean(values: Any) -> float | None:
 
 
 def doses(evidence: Evidence) -> Panel | None:
-    """Accuracy against dose on the tune split: the set, the band of the random sets, base and GRPO as lines."""
-    figures = []
+    """Accuracy against dose on the tune split: the set, the band of the random sets, original and tuned model as lines."""
+    figures, names, compared = [], evidence.names, (evidence.roles.original, evidence.roles.tuned)
     for task in evidence.tasks:
         rows = [row for row in evidence.dose if row["task"] == task]
         levels = sorted({row["dose"] for row in rows})
         if not rows:
             continue
         place = {dose: i for i, dose in enumerate(levels)}
-        drawn = {dose: [row["accuracy"] for row in rows if row["arm"] == "random" and row["dose"] == dose] for dose in levels}
+        drawn = {
+            dose: [row["accuracy"] for row in rows if row["control"] == "random" and row["dose"] == dose] for dose in levels
+        }
         kept = [dose for dose in levels if drawn[dose]]
         traces: list[Trace] = []
         if kept:
@@ -146,7 +171,7 @@ def doses(evidence: Evidence) -> Panel | None:
                     "hovertemplate": "random sets, median %{y:.2f}<extra></extra>",
                 },
             ]
-        held = sorted((row for row in rows if row["arm"] == "set"), key=lambda row: row["dose"])
+        held = sorted((row for row in rows if row["control"] == "set"), key=lambda row: row["dose"])
         traces.append(
             {
                 "type": "scatter",
@@ -168,24 +193,20 @@ def doses(evidence: Evidence) -> Panel | None:
             {"range": [-0.03, 1.03], "dtick": 0.25},
         )
         look["shapes"] = [
-            line(0, 1, level, level, xref="paper", dash="dot", colour=MODEL_COLOURS[model])
-            for model in ("base", "grpo")
+            line(0, 1, level, level, xref="paper", dash="dot", colour=names.colour(model))
+            for model in compared
             if (level := _tune_accuracy(evidence, model, task)) is not None
         ]
         figures.append(Figure(f"dose-{task}", f"{task} ({evidence.tasks[task].role})", traces, look, 210))
     choice = evidence.choice.get("amplify") or {}
-    draws = len({row["draw"] for row in evidence.dose if row["arm"] == "random"})
+    draws = len({row["set_draw"] for row in evidence.dose if row["control"] == "random"})
+    before, after = (names.label(model) for model in compared)
     caption = (
-        f"Amplified in the base: edit {choice.get('edit')}, positions {choice.get('positions')}, chosen dose "
+        f"Amplified in {before}: edit {choice.get('edit')}, positions {choice.get('positions')}, chosen dose "
         f"{choice.get('dose')}. Tune split. Band: 5th to 95th percentile of {draws} matched random sets, line inside: median. "
-        "Dotted: base and GRPO unedited."
+        f"Dotted: {before} and {after} unedited."
     )
-    legend = [
-        ("feature set", SET_COLOUR),
-        ("matched random sets", RANDOM),
-        ("base", MODEL_COLOURS["base"]),
-        ("GRPO", MODEL_COLOURS["grpo"]),
-    ]
+    legend = [("feature set", SET_COLOUR), ("matched random sets", RANDOM), *models_legend(compared, names)]
     return Panel(figures, caption, legend, tile_for(len(figures), 4)) if figures else None
 
 
@@ -198,8 +219,9 @@ def _tune_accuracy(evidence: Evidence, model: str, task: str) -> float | None:
 def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:
     """Change in accuracy per task: the set, each random draw, reconstruction; one panel per subset of samples."""
     panels = []
+    before, after = (evidence.names.label(model) for model in (evidence.roles.original, evidence.roles.tuned))
     for subset, label in SUBSETS.items():
-        figures = [figure for purpose in PURPOSES if (figure := _strip(evidence, purpose, subset))]
+        figures = [figure for purpose in claimed(evidence) if (figure := _strip(evidence, purpose, subset))]
         if not figures:
             continue
         caption = (
@@ -207,8 +229,8 @@ def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:
             "The no-op (factor 1) is the zero line."
         )
         if subset == "flipped":
-            caption += " Flipped: base wrong, GRPO right. They are chosen by their outcome: any damage lowers GRPO, "
-            caption += "any change can only raise base."
+            caption += f" Flipped: {before} wrong, {after} right. They are chosen by their outcome: any damage lowers {after}, "
+            caption += f"any change can only raise {before}."
             if any(task.options for task in evidence.tasks.values()):
                 caption += " Dashed: 1/(K−1), what a random flip among K options gives."
         legend = [("feature set", SET_COLOUR), ("matched random sets, one ring per draw", RANDOM), ("reconstruction only", INK)]
@@ -216,9 +238,11 @@ def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:
     return panels
 
 
-def _strip(evidence: Evidence, purpose: str, subset: str) -> Figure | None:
-    arms = {arm: effects(evidence, purpose, arm, subset) for arm in ("random", "reconstruction", "noop", "set")}
-    names = [name for name in evidence.tasks if any(row["task"] == name for rows in arms.values() for row in rows)]
+def _strip(evidence: Evidence, purpose: Purpose, subset: str) -> Figure | None:
+    held = {
+        control: effects(evidence, purpose.name, control, subset) for control in ("random", "reconstruction", "noop", "set")
+    }
+    names = [name for name in evidence.tasks if any(row["task"] == name for rows in held.values() for row in rows)]
     if not names:
         return None
     place = {name: i for i, name in enumerate(names)}
@@ -226,29 +250,29 @@ def _strip(evidence: Evidence, purpose: str, subset: str) -> Figure | None:
         {
             "type": "scatter",
             "mode": "markers",
-            "x": [place[row["task"]] + _jitter(row["draw"]) for row in arms["random"]],
-            "y": [row["effect"] for row in arms["random"]],
-            "text": [f"{row['task']}, random set {row['draw'] + 1}" for row in arms["random"]],
+            "x": [place[row["task"]] + _jitter(row["set_draw"]) for row in held["random"]],
+            "y": [row["effect"] for row in held["random"]],
+            "text": [f"{row['task']}, random set {row['set_draw'] + 1}" for row in held["random"]],
             "marker": {"symbol": "circle-open", "size": 6, "color": RANDOM, "opacity": 0.8},
             "hovertemplate": "%{text}: %{y:+.3f}<extra></extra>",
         },
         _marked(
-            arms["reconstruction"],
+            held["reconstruction"],
             place,
             "reconstruction",
             0.3,
             {"symbol": "x-thin", "size": 7, "line": {"width": 1.6, "color": INK}},
         ),
         _marked(
-            arms["set"],
+            held["set"],
             place,
             "set",
             0.0,
             {"symbol": "diamond", "size": 11, "color": SET_COLOUR, "line": {"width": 1, "color": SURFACE}},
         ),
     ]
-    if arms["set"]:
-        traces[-1]["error_y"] = error_bars(*([row[key] for row in arms["set"]] for key in ("effect", "low", "high"))) | {
+    if held["set"]:
+        traces[-1]["error_y"] = error_bars(*([row[key] for row in held["set"]] for key in ("effect", "low", "high"))) | {
             "color": SET_COLOUR
         }
     look = layout(
@@ -258,17 +282,54 @@ def _strip(evidence: Evidence, purpose: str, subset: str) -> Figure | None:
         "zeroline": True,
         "zerolinecolor": MUTED,
         "gridcolor": HAIR,
-        "range": _reach(arms.values()),
+        "range": _reach(held.values()),
     }
-    if subset == "flipped" and purpose == "amplify_base":
+    if subset == "flipped" and purpose.name == AMPLIFY_ORIGINAL:
         floors = [(place[name], evidence.tasks[name].options) for name in names if evidence.tasks[name].options > 1]
         look["shapes"] += [line(i - 0.45, i + 0.45, 1 / (k - 1), 1 / (k - 1), dash="dash", colour=INK) for i, k in floors]
-    return Figure(f"effect-{purpose}-{subset}", PURPOSES[purpose], traces, look, 300, 90 + 60 * len(names))
+    return Figure(f"effect-{purpose.name}-{subset}", heading(evidence, purpose), traces, look, 300, 90 + 60 * len(names))
 
 
-def _reach(arms: Iterable[list[Row]]) -> list[float]:
+def replication(evidence: Evidence) -> Panel | None:
+    """The set zeroed in every training run of the tuned model: change in accuracy per task over the band of random sets."""
+    runs = replications(evidence)
+    held = [effects(evidence, purpose.name, "set") for purpose in runs]
+    tasks = [name for name in evidence.tasks if any(row["task"] == name for rows in held for row in rows)]
+    if not tasks:
+        return None
+    place = {name: i for i, name in enumerate(tasks)}
+    labels = [evidence.names.label(purpose.model) for purpose in runs]
+    step = min(0.24, 0.75 / len(runs))
+    traces: list[Trace] = []
+    bands: list[dict[str, Any]] = []
+    for i, (label, rows) in enumerate(zip(labels, held, strict=True)):
+        shift = (i - (len(runs) - 1) / 2) * step
+        marker = {"symbol": "circle" if i else "diamond", "size": 9, "color": SET_COLOUR}
+        bars = error_bars(*([row[key] for row in rows] for key in ("effect", "low", "high")))
+        traces.append(_marked(rows, place, label, shift, marker) | {"error_y": bars | {"color": SET_COLOUR}})
+        for row in rows:
+            if row["random_low"] is not None:
+                x, ends = place[row["task"]] + shift, {"y0": row["random_low"], "y1": row["random_high"]}
+                ink = {"fillcolor": mixed(GREY, 0.35), "line": {"width": 1, "color": mixed(GREY, 0.6)}, "layer": "below"}
+                bands.append({"type": "rect", "x0": x - 0.4 * step, "x1": x + 0.4 * step, **ends, **ink})
+    look = layout(
+        task_axis(tasks), {"title": title("change in accuracy"), "tickformat": ".2~f"}, **role_bands(evidence.tasks, tasks)
+    )
+    look["shapes"] += bands
+    look["yaxis"] |= {"zeroline": True, "zerolinecolor": MUTED, "range": _reach(held)}
+    least = 90 + max(60, 26 * len(runs)) * len(tasks)
+    figure = Figure("replication", "", traces, look, 300, least)
+    caption = (
+        "Report split, all samples; change in accuracy against the same run unedited, with interval. In each task from left to "
+        f"right: {labels[0]}, in which the set was found (diamond), then {listed(labels[1:])} (circles), in which nothing was "
+        "searched and nothing tuned. Grey: 5th to 95th percentile of the matched random sets in the same run."
+    )
+    return Panel([figure], caption, [("feature set", SET_COLOUR), ("matched random sets", RANDOM)])
+
+
+def _reach(held: Iterable[list[Row]]) -> list[float]:
     """Ends of the axis: every effect with its interval, and never less than a tenth to either side."""
-    ends = [end for rows in arms for row in rows for end in (row["effect"], row["low"], row["high"]) if end is not None]
+    ends = [end for rows in held for row in rows for end in (row["effect"], row["low"], row["high"]) if end is not None]
     low, high = min([-0.1, *ends]), max([0.1, *ends])
     return [low - 0.06 * (high - low), high + 0.06 * (high - low)]
 
@@ -278,7 +339,7 @@ def _jitter(draw: int) -> float:
     return ((draw * 7) % 20 / 19 - 0.5) * 0.44
 
 
-def _marked(rows: list[Row], place: dict[str, int], arm: str, shift: float, marker: dict[str, Any]) -> Trace:
+def _marked(rows: list[Row], place: dict[str, int], what: str, shift: float, marker: dict[str, Any]) -> Trace:
     return {
         "type": "scatter",
         "mode": "markers",
@@ -286,7 +347,7 @@ def _marked(rows: list[Row], place: dict[str, int], arm: str, shift: float, mark
         "y": [row["effect"] for row in rows],
         "marker": marker,
         "customdata": [[row["task"], row["baseline"], row["accuracy"], row["low"], row["high"], row["n"]] for row in rows],
-        "hovertemplate": f"%{{customdata[0]}}, {arm}: %{{y:+.3f}} [%{{customdata[3]:.3f}}, %{{customdata[4]:.3f}}]<br>"
+        "hovertemplate": f"%{{customdata[0]}}, {what}: %{{y:+.3f}} [%{{customdata[3]:.3f}}, %{{customdata[4]:.3f}}]<br>"
         "%{customdata[1]:.2f} → %{customdata[2]:.2f}, n = %{customdata[5]}<extra></extra>",
     }
 
@@ -294,17 +355,17 @@ def _marked(rows: list[Row], place: dict[str, int], arm: str, shift: float, mark
 def manner_before_after(evidence: Evidence) -> Panel | None:
     """Share of answers given step by step, before and after each edit."""
     figures = []
-    for purpose, label in PURPOSES.items():
+    for purpose in claimed(evidence):
         rows = [
             row
-            for row in effects(evidence, purpose, "set")
+            for row in effects(evidence, purpose.name, "set")
             if row["steps"] is not None and evidence.tasks[row["task"]].scoring == "generation"
         ]
         rows.sort(key=lambda row: list(evidence.tasks).index(row["task"]))
         if not rows:
             continue
         names = [row["task"] for row in rows]
-        own, quiet = MODEL_COLOURS[EDITED_MODEL[purpose]], {"type": "scatter", "mode": "markers", "y": names}
+        own, quiet = evidence.names.colour(purpose.model), {"type": "scatter", "mode": "markers", "y": names}
         span = [value for row in rows for value in (row["steps_baseline"], row["steps"], None)]
         joined = quiet | {"mode": "lines", "x": span, "y": [name for name in names for _ in range(3)], "hoverinfo": "skip"}
         ends: list[Trace] = [
@@ -318,6 +379,6 @@ def manner_before_after(evidence: Evidence) -> Panel | None:
             {"range": [-0.04, 1.04], "tickformat": ".0%", "dtick": 0.5, "showgrid": True},
             {"autorange": "reversed", "ticks": ""},
         )
-        figures.append(Figure(f"steps-{purpose}", label, ends, look, 90 + 24 * len(names)))
+        figures.append(Figure(f"steps-{purpose.name}", heading(evidence, purpose), ends, look, 90 + 24 * len(names)))
     caption = "Share of answers given step by step: unedited model (circle), edited (diamond). Report split, all samples."
     return Panel(figures, caption, [("edited", SET_COLOUR)], 260) if figures else None
