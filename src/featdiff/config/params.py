@@ -344,6 +344,10 @@ class Arm(BaseModel):
         """What it changes of its method's section."""
         return dict(self.model_extra or {})
 
+    def repeats(self, other: Arm) -> bool:
+        """Whether it differs from ``other`` in the seed alone, if at all."""
+        return (self.method, self.changes) == (other.method, other.changes)
+
 
 class Roles(Params):
     """Who plays which part in the claims."""
@@ -676,8 +680,7 @@ class Study(Params):
         """The arm ``name`` and those that differ from it in their seed alone, in their order; a base has none but itself."""
         if name not in self.arms:
             return [name]
-        arm = self.arms[name]
-        return [other for other, found in self.arms.items() if (found.method, found.changes) == (arm.method, arm.changes)]
+        return [other for other, arm in self.arms.items() if arm.repeats(self.arms[name])]
 
     @property
     def models(self) -> list[str]:
