@@ -271,7 +271,7 @@ def tables(evidence: Evidence, names: Names) -> list[tuple[str, Table]]:
         f"Report split. Equal math accuracy: {number(level)}; equal KL: {short(kl)} nats per token. Each is the largest that "
         "every run of the tuned and the contrast model reaches, a dash where one of them never rises above the base. A run is "
         "read where it first rises to that level, on a straight line between neighbouring checkpoints, the first of which is "
-        "the base; how far into training, stands beside its math accuracy. Intervals: 95 % bootstrap over questions, the "
+        "the base; where in training that is stands beside its math accuracy. Intervals: 95 % bootstrap over questions, the "
         f"place on the line held fixed. KL: forward, on math prompts. {MISSING}: not reached."
     )
     return [("Arms at equal accuracy and at equal KL", Table(head, rows, caption))]
