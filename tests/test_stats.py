@@ -8,6 +8,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.linear_model import LinearRegression
+from sklearn.preprocessing import PolynomialFeatures
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from featdiff.stats import (
@@ -17,8 +19,11 @@ from featdiff.stats import (
     holm,
     mcnemar,
     mean_over_strata,
+    over_clusters,
     over_runs,
     paired_difference,
+    r_squared,
+    rank_correlation,
     resample,
     samples_to_detect,
     unseen,
@@ -271,3 +276,44 @@ def test_a_detectable_effect_is_detected_as_often_as_promised() -> None:
     assert unseen(alike, 0.95) <= 0.05 < unseen(alike - 1, 0.95)
     with pytest.raises(ValueError, match="no number of samples"):
         samples_to_detect(0.0, 0.5, confidence=0.95, power=0.8)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_correlation_and_fit_agree_with_scipy_and_scikit_learn(seed: int, ties: bool) -> None:
+    x, y = np.random.default_rng(seed).normal(size=(2, 12)).round(0 if ties else 6)
+    y = y + x**2 / 3
+    assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    terms = PolynomialFeatures(2).fit_transform(x[:, None])
+    assert r_squared(x, y) == pytest.approx(LinearRegression().fit(terms, y).score(terms, y), abs=1e-9)
+
+
+def test_a_quadratic_is_explained_and_a_monotone_curve_is_ranked() -> None:
+    x = np.linspace(-1, 2, 9)
+    assert r_squared(x, 3 * x**2 - x + 1) == pytest.approx(1)
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
+    assert rank_correlation(x, -(x**3)) == pytest.approx(-1)
+    assert np.isnan(rank_correlation(x, np.ones(9)))
+    assert np.isnan(r_squared(np.ones(9), x))
+
+
+def test_clusters_are_resampled_whole() -> None:
+    """Points of a run that hang together count as one: an interval over points would be far too narrow."""
+    rng = np.random.default_rng(0)
+    levels = rng.normal(size=(6, 2))
+    clusters = {f"run {i}": [tuple(level + 0.01 * rng.normal(size=2)) for _ in range(20)] for i, level in enumerate(levels)}
+    points = [point for found in clusters.values() for point in found]
+    by_run = over_clusters(rank_correlation, clusters, **HOW)
+    by_point = over_clusters(rank_correlation, {str(i): [point] for i, point in enumerate(points)}, **HOW)
+    assert by_run is not None
+    assert by_point is not None
+    assert by_run.value == by_point.value == rank_correlation(*np.array(points).T)
+    assert by_run.high - by_run.low > 2 * (by_point.high - by_point.low)
+    assert (by_run.n, by_point.n) == (6, 120)
+    assert over_clusters(rank_correlation, clusters, **HOW) == by_run
+
+
+def test_without_variation_or_points_there_is_no_statistic() -> None:
+    assert over_clusters(rank_correlation, {}, **HOW) is None
+    assert over_clusters(r_squared, {"run": [(0.0, 1.0), (1.0, 1.0)]}, **HOW) is None
+    alike = {"a": [(0.0, 1.0), (0.0, 1.0)], "b": [(1.0, 2.0)]}  # a resample of one run alone has none
+    assert over_clusters(rank_correlation, alike, **HOW) == (pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0), 2, 1)

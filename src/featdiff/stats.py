@@ -5,12 +5,12 @@ A difference is always between two treatments of the same samples. N samples, R 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata
 from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
@@ -168,3 +168,43 @@ def samples_to_detect(effect: float, spread: float, *, confidence: float, power:
     if spread == 0:
         return int(np.ceil(np.log((1 - confidence) / 2) / np.log(1 - min(abs(effect), 1 - 1e-9))))
     return int(np.ceil(TTestPower().solve_power(effect_size=abs(effect) / spread, alpha=1 - confidence, power=power)))
+
+
+def rank_correlation(x_N: Floats, y_N: Floats) -> float:
+    """Spearman's rank correlation, ties sharing their mean rank; NaN where one of the two never varies."""
+    if not (np.ptp(x_N) and np.ptp(y_N)):
+        return float("nan")
+    # scipy's spearmanr, without the p-value that takes most of its time: a bootstrap asks a thousand times.
+    return float(np.corrcoef(rankdata(x_N), rankdata(y_N))[0, 1])
+
+
+def r_squared(x_N: Floats, y_N: Floats) -> float:
+    """Share of the variance of y that a quadratic in x explains (least squares, on the points of the fit); NaN where one of
+    the two never varies."""
+    if not (np.ptp(x_N) and np.ptp(y_N)):
+        return float("nan")
+    terms_N3 = np.vander(x_N, 3)
+    rest_N = y_N - terms_N3 @ np.linalg.lstsq(terms_N3, y_N)[0]
+    return float(1 - np.var(rest_N) / np.var(y_N))
+
+
+def over_clusters(
+    statistic: Callable[[Floats, Floats], float],
+    clusters: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Interval | None:
+    """``statistic`` of the points (x, y) of all clusters together, with its percentile interval by the cluster bootstrap: whole
+    clusters are resampled, because points of one (checkpoints of a run) are no independent samples; they are what n counts.
+
+    Resamples without the statistic are left out. None where the points have none."""
+    held = [np.asarray(points, dtype=float) for points in clusters.values() if len(points)]
+    value = statistic(*np.concatenate(held).T) if held else float("nan")
+    if np.isnan(value):
+        return None
+    drawn_R = [statistic(*np.concatenate([held[i] for i in rows]).T) for rows in resample(len(held), resamples, seed)]
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(drawn_R, [tail, 1 - tail])
+    return Interval(value, float(low), float(high), len(held))

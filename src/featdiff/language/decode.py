@@ -169,7 +169,7 @@ def left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _batches(lengths: list[int], size: int) -> list[list[int]]:
+def batches(lengths: list[int], size: int) -> list[list[int]]:
     """Row numbers in batches of similar length, longest first, so that memory is known from the start."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [order[i : i + size] for i in range(0, len(order), size)]
@@ -197,7 +197,7 @@ def generate(
     if temperature > 0 and generator is None:
         raise ValueError("sampling needs an explicit generator")
     answers: list[list[int]] = [[] for _ in prompts]
-    for rows in tqdm(_batches([len(p) for p in prompts], batch_size), desc=progress, unit="batch", disable=not progress):
+    for rows in tqdm(batches([len(p) for p in prompts], batch_size), desc=progress, unit="batch", disable=not progress):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
         ids, positions = session.start(shared, ids, mask, positions)
@@ -244,7 +244,7 @@ def score_options(
 
     ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
     scores: list[list[float]] = [[] for _ in contexts]
-    for rows in tqdm(_batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
+    for rows in tqdm(batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([contexts[row] for row in rows], pad, model.device)
         ids, positions = session.start(shared, ids, mask, positions)
@@ -305,7 +305,7 @@ def next_token_probabilities(
 ) -> Tensor:
     """Probabilities [prompts, V] of the token after each prompt; ``shared`` as for :func:`generate`."""
     found: dict[int, Tensor] = {}
-    for rows in _batches([len(prompt) for prompt in prompts], batch_size):
+    for rows in batches([len(prompt) for prompt in prompts], batch_size):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
         ids, positions = session.start(shared, ids, mask, positions)
@@ -321,7 +321,7 @@ def text_nats(
 ) -> list[float]:
     """Mean negative log-probability of the tokens of each text after its first, in nats."""
     nats = [0.0] * len(texts)
-    for rows in _batches([len(text) for text in texts], batch_size):
+    for rows in batches([len(text) for text in texts], batch_size):
         session = _Session(model, edit)
         ids, mask, positions = left_pad([texts[row] for row in rows], pad, model.device)
         with session.hooked():

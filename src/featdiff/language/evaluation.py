@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
-from featdiff.config.params import EvaluateParams
+from featdiff.config.params import CheckpointsParams, EvaluateParams
 from featdiff.language.decode import Edit, PromptCache, generate, score_options
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch
@@ -217,7 +217,9 @@ def evaluate(evaluator: Evaluator, samples: list[Sample], params: EvaluateParams
     return rows
 
 
-def accuracy_table(rows: list[Row], tasks: dict[str, TaskInfo], params: EvaluateParams, seed: int) -> list[Row]:
+def accuracy_table(
+    rows: list[Row], tasks: dict[str, TaskInfo], params: EvaluateParams | CheckpointsParams, seed: int
+) -> list[Row]:
     """Accuracy with its interval, accuracy by either rule of grading, parse failures and manners, per task, split
     and mode. The bootstrap resamples questions, so that several draws of one question are not taken for several questions."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)

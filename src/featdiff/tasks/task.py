@@ -6,6 +6,8 @@ eval rows) plus one :class:`TaskInfo` each, so that no later stage knows where a
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,6 +173,17 @@ def load_tasks(data: Path) -> dict[str, TaskInfo]:
 def load_samples(data: Path, table: str) -> list[Sample]:
     """``train`` or ``eval`` rows of a data artifact."""
     return [Sample(**row | {"options": tuple(row["options"])}) for row in read_rows(data / f"{table}.parquet")]
+
+
+def first_of_each(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first ``count`` samples of every task, in their order."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for sample in samples:
+        seen[sample.task] += 1
+        if seen[sample.task] <= count:
+            kept.append(sample)
+    return kept
 
 
 def load_texts(data: Path, table: str) -> list[Text]:

@@ -1,0 +1,40 @@
+"""Accuracy of every kept checkpoint of one arm on the same questions, and its KL divergence from the base."""
+
+from functools import partial
+
+from featdiff.artifacts.artifact import read_json
+from featdiff.language.divergence import Divergence, divergence_table
+from featdiff.language.evaluation import Evaluator, accuracy_table
+from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, require_same_tokenizer
+from featdiff.pipeline.stage import stage, stage_key
+from featdiff.tasks.task import first_of_each, load_samples, load_tasks, write_rows
+
+name = stage_key("--arm", __doc__, lambda study: study.arms)
+
+with stage("checkpoints", key=name, out=f"checkpoints/{name}") as run:
+    data, base, folder = run.read("data", "tasks.json", "eval.parquet"), run.read("models/base"), run.read(f"models/{name}")
+    require_same_tokenizer(folder, base)
+    tasks, tokenizer, scratch = load_tasks(data), load_tokenizer(base), run.scratch()
+    reported = [sample for sample in load_samples(data, "eval") if sample.split == "report"]
+    questions = first_of_each(reported, run.params.questions)
+    prompts = first_of_each(questions, run.params.prompts)
+    divergence = Divergence(load_model(base), tokenizer, prompts, tasks, run.params, run.seed)
+    drawn = scratch.part("base", partial(divergence.answers, divergence.base))
+    folders, samples, accuracy, distance = checkpoint_folders(folder), [], [], []
+    steps = read_json(folder / "audit.json")["checkpoints"] or [None] * len(folders)  # not known of imported ones
+    for number, (path, step) in enumerate(zip(folders, steps, strict=True), 1):
+        share = number / len(folders) if step is None else step / steps[-1]
+        where = {"arm": name, "checkpoint": number, "step": step, "share": share}
+        model = load_model(path)
+        asked = Evaluator(model, tokenizer, tasks, batch_size=run.params.batch_size, max_new_tokens=run.params.max_new_tokens)
+        answers = scratch.part(f"answers {number}", partial(asked.answer, questions))
+        found = scratch.part(f"divergence {number}", partial(divergence.measure, model, number, drawn))
+        for row in answers:
+            role, kept = tasks[row["task"]].role, {key: row[key] for key in ("task", "sample_id", "correct", "manner")}
+            samples.append(where | {"role": role} | kept)
+        for row in accuracy_table(answers, tasks, run.params, run.seed):
+            accuracy.append(where | {key: row[key] for key in ("task", "role", "n", "accuracy", "low", "high", "steps")})
+        distance += [where | row for row in divergence_table(prompts, tasks, found, run.params, run.seed)]
+    for table, rows in {"samples": samples, "accuracy": accuracy, "divergence": distance}.items():
+        write_rows(run.out / f"{table}.parquet", rows)
+    run.metrics({f"forward_kl/{row['role']}": row["forward_kl"] for row in distance if row["task"] is None})  # of the last
