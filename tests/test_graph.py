@@ -102,7 +102,7 @@ def test_artifacts_read_and_written_are_declared(name: str) -> None:
     ):
         assert any(fnmatch(dep, read) or fnmatch(read, dep) or read.startswith(f"{dep}/") for dep in deps), read
     written = re.findall(r'"([^"]+)"', re.findall(r"out=(.*)", source)[0])
-    assert {plain(out) for out in written} & set(outs)
+    assert any(fnmatch(out, plain(pattern)) for pattern in written for out in outs)
 
 
 @pytest.mark.parametrize("name", COMPUTING)
@@ -232,8 +232,8 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     repository.run("git", "init", "--quiet", "--initial-branch", "main")
     repository.run(sys.executable, "-m", "featdiff.config.profiles", "use", "nano")
     output = repository.run("dvc", "repro")
-    fits = len(yaml.safe_load((PROFILES / "nano.yaml").read_text())["crosscoder"]["fits!"])
-    assert len(repository.executed(output)) == 6 + 3 + 4 + fits + 6
+    listed = repository.run("dvc", "stage", "list", "--name-only").split()
+    assert sorted(repository.executed(output)) == sorted(listed)
     repository.run(sys.executable, "-m", "featdiff.tracking.mirror", "sync", "--wait", "60")
     repository.run("dvc", "remote", "add", "--default", "store", str(folder / "remote"))
     repository.run("git", "add", "--all")
@@ -280,7 +280,7 @@ def test_tracking_holds_one_parent_with_every_stage(nano: Repository) -> None:
         curves = {row[0] for row in store.execute("select distinct key from metrics where step > 0")}
     assert len({parent for _, parent in children}) == 1
     assert len(children) == len(nano.executed(" ")) or len(children) >= 18
-    assert {"sft", "grpo", "crosscoder@joint_topk", "report"} <= set(names)
+    assert {"arm@sft", "arm@grpo", "crosscoder@joint_topk", "report"} <= set(names)
     assert {"reward", "loss"} <= curves
 
 
@@ -315,8 +315,8 @@ def test_a_changed_comment_reruns_the_stages_with_that_code_and_nothing_after_th
     code = three.path / "src/featdiff/crosscoder/fit.py"
     code.write_text(code.read_text(encoding="utf-8") + "# a comment\n", encoding="utf-8")
     executed = three.executed(three.run("dvc", "repro"))
-    fits = [name for name in three.outputs() if name.startswith("crosscoder@")]
-    assert sorted(executed) == sorted([*fits, "dynamics"])
+    fits = [name for name in three.outputs() if name.startswith(("crosscoder@", "pair@", "dynamics@"))]
+    assert sorted(executed) == sorted(fits)
     for name, before in nano.outputs().items():
         after = three.outputs()[name]
         changed = {path for path in before if after[path] != before[path]}
