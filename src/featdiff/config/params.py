@@ -331,13 +331,22 @@ METHODS: dict[str, type[Params]] = {
 """How an arm may come from the base: a section of params.yaml, and a module of featdiff.training of that name."""
 
 
+def _method(text: str) -> str:
+    if text not in METHODS:
+        raise ValueError(f"no method; {closest(text, METHODS)}")
+    return text
+
+
+Method = Annotated[str, AfterValidator(_method)]
+
+
 class Arm(BaseModel):
     """One model that is compared with the base: its method, and the numbers of the method that it changes. Arms that differ in
     their seed alone are repeats of the first of them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
-    method: Literal["sft", "grpo", "rft", "dpo", "imported"]
+    method: Method
     seed: Seed = 0
     """Added to the study's seed."""
 
