@@ -376,7 +376,7 @@ def test_four_tiles_stand_two_by_two() -> None:
 
 @pytest.mark.graph
 def test_the_stage_writes_page_and_summary_the_same_each_time(tmp_path: Path) -> None:
-    write_study(tmp_path, Plan(n=20, arms=("sft", "grpo", "rft", "sft_1", "sft_2", "grpo_1", "grpo_2")))
+    write_study(tmp_path, Plan(n=20, arms=tuple(STUDY.arms)))
     for name in ("stages", "params.yaml"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, tmp_path / name)
     (tmp_path / "dvc.yaml").write_text("stages:\n  report:\n    deps: [stages/report.py]\n")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, effects, likelihood_change, mean_effects, owner
 from featdiff.report.set_figures import claimed, heading, replications
@@ -123,7 +124,7 @@ def replication(evidence: Evidence) -> Table | None:
         return None
     held = [{row["task"]: row for row in effects(evidence, purpose.name, "set")} for purpose in runs]
     rows = [
-        [label(task, info.role), *(_against_random(found.get(task)) for found in held)]
+        [label(task, ROLE_NAMES[info.role]), *(_against_random(found.get(task)) for found in held)]
         for task, info in evidence.tasks.items()
         if any(task in found for found in held)
     ]
