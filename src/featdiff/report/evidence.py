@@ -192,8 +192,8 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         },
         features=features,
         checkpoints=_checkpoints([read(f"checkpoints/{arm}") for arm in study.arms]),
-        overlap=_joined(dynamics, "overlap", "arm method top a b overlap"),
-        trajectories=_joined(dynamics, "trajectories", "arm checkpoint feature_id change rank"),
+        overlap=_joined(dynamics, "overlap.parquet", "arm method top a b overlap"),
+        trajectories=_joined(dynamics, "trajectories.parquet", "arm checkpoint feature_id change rank"),
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
         sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
@@ -204,18 +204,17 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
 
 
 def _checkpoints(folders: list[Path]) -> dict[str, list[Row]]:
-    kl = " ".join(f"{kind}_{part}" for kind in ("forward", "reverse") for part in ("kl", "low", "high"))
-    place = "arm checkpoint step share task role"
+    kl = "arm checkpoint step share task role n forward_kl forward_low forward_high reverse_kl reverse_low reverse_high"
     return {
-        "accuracy": _joined(folders, "accuracy", f"{place} n accuracy low high steps"),
-        "divergence": _joined(folders, "divergence", f"{place} n {kl}"),
-        "samples": _joined(folders, "samples", f"{place} sample_id correct manner"),
+        "accuracy": _joined(folders, "accuracy.parquet", "arm checkpoint step share task role n accuracy low high steps"),
+        "divergence": _joined(folders, "divergence.parquet", kl),
+        "samples": _joined(folders, "samples.parquet", "arm checkpoint step share task role sample_id correct manner"),
     }
 
 
-def _joined(folders: list[Path], table: str, columns: str) -> list[Row]:
+def _joined(folders: list[Path], file: str, columns: str) -> list[Row]:
     """The rows of one table in every folder."""
-    return [row for folder in folders for row in _rows(folder / f"{table}.parquet", columns)]
+    return [row for folder in folders for row in _rows(folder / file, columns)]
 
 
 def _interventions(folder: Path) -> dict[str, Any]:
