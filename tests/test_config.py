@@ -85,7 +85,7 @@ def test_a_typo_names_the_key_and_the_nearest_one(change: dict[str, Any], key: s
             {"crosscoder.fits.joint_l1.models": ["base", "sft"]},
             ["fits.joint_l1.models has 2 entries, not 3", "crosscoder.wide"],
         ),
-        ({"arms.ppo": {"method": "ppo"}}, ["arms.ppo.method: no method; ", "grpo", "'ppo'"]),
+        ({"arms.ppo": {"method": "ppo"}}, ["arms.ppo.method: no method; did you mean dpo?", "'ppo'"]),
         ({"arms.Sft": {"method": "sft"}}, ["arms.Sft: a name is 1 to 40 lowercase letters"]),
         ({"arms.base": {"method": "sft"}}, ["arms.base: this name is taken"]),
         ({"arms.theirs": {"method": "imported"}}, ["arms.theirs.source: missing"]),

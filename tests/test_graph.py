@@ -113,6 +113,14 @@ def test_every_artifact_has_a_provenance_on_which_nothing_depends(name: str) -> 
     assert [dep for dep in stages()[name]["deps"] if dep.startswith("provenance")] == []
 
 
+def test_no_arm_is_named_outside_of_methods_and_params() -> None:
+    """Who is compared stands in params.yaml; the science and the report know roles."""
+    named = re.compile(rf"""["'](?:{"|".join(METHODS)})(?:_\w+)?["']""")
+    files = [*(ROOT / "src/featdiff").rglob("*.py"), *(ROOT / "stages").glob("*.py"), ROOT / "dvc.yaml"]
+    science = [file for file in files if file.parent.name not in ("config", "training")]
+    assert [file.name for file in science if named.search(file.read_text(encoding="utf-8"))] == []
+
+
 LAYERS = [
     {"report"},
     {"intervention", "description"},

@@ -235,6 +235,8 @@ class SFTParams(Params):
 
 
 class GRPOParams(Params):
+    """Reinforcement learning by GRPO, in which the final answer alone is rewarded."""
+
     steps: Many
     """Optimizer updates."""
     prompts_per_step: Positive

@@ -25,14 +25,6 @@ from featdiff.stats import Interval
 
 HERE = Path(__file__).parent
 MOST_CHARS = 1200
-METHODS = {
-    "sft": "by imitating worked solutions",
-    "grpo": "by reinforcement learning, in which the final answer alone is rewarded",
-    "rft": "by imitating the right ones among the base's own answers",
-    "dpo": "by preferring right ones to wrong ones among the base's own answers",
-    "imported": "elsewhere",
-}
-"""How an arm was trained, in words."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,7 @@ def arms(evidence: Evidence) -> list[Arm]:
     """Every arm once, those with a role first."""
     names = evidence.names
     return [
-        Arm(names.label(model), names.colour(model), METHODS[evidence.arms[model].method], len(evidence.runs(model)))
+        Arm(names.label(model), names.colour(model), _how(evidence.arms[model].method), len(evidence.runs(model)))
         for model in evidence.compared
         if model in evidence.arms
     ]
@@ -259,3 +251,9 @@ def examples(evidence: Evidence, claims: Claims, most: int) -> list[Example]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + " …"
+
+
+def _how(method: str) -> str:
+    """What a method is, as the class of its numbers says."""
+    said = str(METHODS[method].__doc__).strip().rstrip(".")
+    return said[0].lower() + said[1:]
