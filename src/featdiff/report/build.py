@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from featdiff.config.params import BASE, ReportParams
+from featdiff.config.params import BASE, METHODS, ReportParams
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
 from featdiff.report import battery, crosscoder_figures, feature_cards, forgetting, model_figures, set_figures, tables
 from featdiff.report.charts import MANNER_NAMES, SET_COLOUR, Panel
