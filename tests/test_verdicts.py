@@ -297,8 +297,8 @@ def test_the_set_has_to_act_in_the_repeats_of_the_tuned_model(full: Evidence) ->
 
     never = [row for row in full.effects if not row["purpose"].startswith("repeat_")]
     verdict = judged(replace(full, effects=never))["necessary"]
-    assert verdict.status == "undecided"
-    assert "not zeroed in other training runs of GRPO" in verdict.evidence
+    assert verdict.status == "supported"
+    assert "in one training run of GRPO only" in verdict.weakest_link
     assert judged(replace(full, effects=never))["sufficient"].status == "supported"
 
 
