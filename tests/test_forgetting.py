@@ -94,7 +94,7 @@ def evidence(
     return found
 
 
-def shown(found: Evidence) -> tuple[dict[str, Panel | None], list[tuple[str, Any]]]:
+def shown(found: Evidence) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     names = Names(Roles(original="base", tuned="slow", contrast="fast"), ARMS)
     return figures(found, names), tables(found, names)
 
@@ -172,11 +172,18 @@ def test_a_run_without_a_role_that_does_not_reach_the_level_has_a_dash() -> None
     assert [cell.text for cell in table.rows[2]] == ["third", "0.30", "0.50", "0.01", *["–"] * 6]
 
 
+def panels_of(found: Any) -> list[Panel]:
+    """Over training, against the forward divergence, against the reverse one."""
+    panels, _ = shown(found)
+    over, lost = panels["forgetting"], panels["forgetting-kl"]
+    assert isinstance(over, Panel)
+    assert isinstance(lost, list)
+    assert [name for name, _ in lost] == ["Forward KL", "Reverse KL"]
+    return [over, *(panel for _, panel in lost)]
+
+
 def test_figures_show_every_checkpoint_of_every_run() -> None:
-    panels, _ = shown(evidence())
-    assert list(panels) == ["forgetting", "forgetting-forward", "forgetting-reverse"]
-    over, forward, reverse = panels.values()
-    assert over is not None and forward is not None and reverse is not None  # noqa: PT018
+    over, forward, reverse = panels_of(evidence())
     math_plot, away_plot = over.figures
     assert [trace["y"] for trace in math_plot.data] == [pytest.approx([0.2, *(a for a, _, _ in RUNS[run])]) for run in RUNS]
     assert away_plot.data[1]["y"] == pytest.approx([0.5, 0.3, 0.1, 0.2])
@@ -191,9 +198,7 @@ def test_figures_show_every_checkpoint_of_every_run() -> None:
 
 
 def test_the_captions_say_whether_it_dips_and_what_divergence_explains() -> None:
-    panels, _ = shown(evidence())
-    over, forward, _ = panels.values()
-    assert over is not None and forward is not None  # noqa: PT018
+    over, forward, _ = panels_of(evidence())
     assert "fast dips away from math" in over.caption
     assert "slow dips" not in over.caption
     points_of = [pair for run in losses(points(), ["sort", "last"], ["add"], "forward").values() for pair in run]
@@ -209,18 +214,16 @@ def test_the_captions_say_whether_it_dips_and_what_divergence_explains() -> None
 
 def test_where_nothing_can_be_lost_it_says_so() -> None:
     helpless = {"add": 0.2, "sort": 0.0, "last": 0.0, "checksum": 0.0}
-    panels, _ = shown(evidence({"slow": [(0.8, 0.9, 0.4)], "fast": [(0.9, 0.0, 0.8)]}, base=helpless))
-    forward = panels["forgetting-forward"]
-    assert forward is not None
+    _, forward, _ = panels_of(evidence({"slow": [(0.8, 0.9, 0.4)], "fast": [(0.9, 0.0, 0.8)]}, base=helpless))
     assert "on none of them does the base beat a random guess" in forward.caption
     assert "Nothing was forgotten for certain" in forward.caption
     assert "2 runs and 2 checkpoints are too few" in forward.caption
 
 
 def test_without_a_contrast_model_the_rest_is_shown() -> None:
-    panels, [(_, table)] = shown(evidence(contrast=None, steps=False))
-    over, forward, _ = panels.values()
-    assert over is not None and forward is not None  # noqa: PT018
+    found = evidence(contrast=None, steps=False)
+    _, [(_, table)] = shown(found)
+    over, forward, _ = panels_of(found)
     assert "dips" not in over.caption
     assert "not tested" in forward.caption
     assert len(table.rows) == 4

@@ -73,8 +73,7 @@ def render(
     under ``figures/``. ``parents`` are the hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
-    trained, cards = forgetting.figures(evidence, evidence.names), feature_cards.cards(evidence)
-    panels = figures(evidence, params) | trained
+    panels, cards = figures(evidence, params), feature_cards.cards(evidence)
     edits = {edit: set_figures.heading(evidence, edit) for edit in set_figures.edits(evidence)}
     index = environment.get_template("template.html.j2").render(
         params=params,
@@ -98,7 +97,7 @@ def render(
             "selection": tables.selection(evidence) if found else None,
             "tokens": feature_cards.token_table(evidence),
         },
-        over_training={"panels": list(filter(None, trained.values())), "tables": forgetting.tables(evidence, evidence.names)},
+        trajectory_tables=forgetting.tables(evidence, evidence.names),
         effect_tables=[(edits[edit], tables.effect(evidence, edit.name)) for edit in set_figures.claimed(evidence)],
         control_tables=[(name, battery.controls(evidence, edit.name)) for edit, name in edits.items()],
         battery={
@@ -126,6 +125,7 @@ def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[
         "accuracy": model_figures.accuracy(evidence),
         "manner": model_figures.manner(evidence),
         "training": model_figures.training(evidence),
+        **forgetting.figures(evidence, evidence.names),
         "curves": crosscoder_figures.curves(evidence),
         "nrn": crosscoder_figures.nrn(evidence),
         "mas": crosscoder_figures.mas(evidence),

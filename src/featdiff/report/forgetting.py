@@ -97,12 +97,14 @@ def comparison(evidence: Evidence) -> Comparison | None:
     return Comparison(runs, math, away, losable, tuned, contrast)
 
 
-def figures(evidence: Evidence, names: Names) -> dict[str, Panel | None]:
-    """Accuracy over training (``forgetting``), and accuracy lost against the divergence in either direction
-    (``forgetting-forward`` and ``forgetting-reverse``, of which one shows at a time); None where there is nothing to show."""
+def figures(evidence: Evidence, names: Names) -> dict[str, Panel | list[tuple[str, Panel]] | None]:
+    """Accuracy over training (``forgetting``), and accuracy lost against the divergence (``forgetting-kl``), a panel for
+    each of its directions; None where there is nothing to show."""
     found = comparison(evidence)
-    panels = {"forgetting": _over_training(found, names) if found else None}
-    return panels | {f"forgetting-{way}": _against_kl(found, names, way) if found else None for way in DIRECTIONS}
+    if not found:
+        return {"forgetting": None, "forgetting-kl": None}
+    lost = [(f"{way.capitalize()} KL", _against_kl(found, names, way)) for way in DIRECTIONS]
+    return {"forgetting": _over_training(found, names), "forgetting-kl": lost}
 
 
 def _legend(found: Comparison, names: Names) -> list[tuple[str, str]]:
