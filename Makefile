@@ -11,7 +11,7 @@ PORT ?= 5000
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  PROFILE=name   with repro or profile: switch the profile first (conf/profiles/)"
+	@echo "  PROFILE=name   with repro or profile: switch the profile first (conf/profiles/); SUITES=folder: read suites there"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## create .venv and install from the constraints file (other targets do it too)
 
 profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits by hand)
-	@$(BIN)/python -m featdiff.config.profiles use $(PROFILE) $(if $(DISCARD),--discard)
+	@$(BIN)/python -m featdiff.config.profiles use $(PROFILE) $(if $(DISCARD),--discard) $(if $(SUITES),--suites=$(SUITES))
 
 repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
 	@$(BIN)/python -m featdiff.config.profiles check > /dev/null

@@ -353,6 +353,14 @@ def test_added_and_removed_keys_are_edits_too(edit: tuple[str, str]) -> None:
         use_profile("nano")
 
 
+def test_a_place_of_suites_is_no_edit_by_hand() -> None:
+    use_profile("nano", suites="../copies")
+    assert load_study().prepare.suites == "../copies"
+    assert use_profile("nano", suites="../copies") == "params.yaml: already profile nano"
+    use_profile("organism")
+    assert load_study().prepare.suites == "hub"
+
+
 def test_discarding_also_leaves_a_file_that_cannot_be_read() -> None:
     for broken in ("profile: nosuch\n", "seed: ["):
         Path("params.yaml").write_text(broken, encoding="utf-8")

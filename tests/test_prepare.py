@@ -12,7 +12,7 @@ import yaml
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import PrepareParams, parse
 from featdiff.config.reading import ConfigError
-from featdiff.tasks.prepare import prepare
+from featdiff.tasks.prepare import prepare, sources_read
 from featdiff.tasks.verify import grade
 
 ROOT = Path(__file__).parents[1]
@@ -165,8 +165,11 @@ def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
     from featdiff.config.profiles import render_profile
 
     monkeypatch.chdir(ROOT)
-    study = parse(Study, yaml.safe_load(render_profile("smollm2")), "smollm2.yaml")
+    study = parse(Study, yaml.safe_load(render_profile("smollm2", str(ROOT.parent / "shared/data"))), "smollm2.yaml")
     data = prepare(study.prepare, study.seed)
+    sources = sources_read(study.prepare)
+    assert sources["sciq"].startswith("validation.jsonl sha256:8f8a4292f68d609d")
+    assert sources.keys() == {"corpus", *(task.name for task in data.tasks if task.options)}
     data.check()
     assert {task.role for task in data.tasks} == {"train", "find", "heldout"}
     assert len(data.train) == study.prepare.train_problems == study.grpo.steps * study.grpo.prompts_per_step

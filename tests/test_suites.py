@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import SuiteTask
-from featdiff.tasks.external import Row, from_dataset, read_rows
+from featdiff.tasks.external import Row, from_dataset, located, read_rows
 from featdiff.tasks.suites import ADAPTERS, SuiteSource, listed_prompt, read_question
 from featdiff.tasks.verify import grade
 
@@ -34,10 +35,10 @@ LETTERS = {"question": "stem", "options": "choices", "answer": "key"}
 
 def source(
     path: Path | str, columns: dict[str, str] | None = None, *, adapter: str = "columns", role: str = "find",
-    scoring: str = "option_text_norm", max_chars: int = 10_000, chat: bool = True, seed: int = 0,
+    scoring: str = "option_text_norm", max_chars: int = 10_000, chat: bool = True, seed: int = 0, suites: str = "hub",
 ) -> SuiteSource:  # fmt: skip
     task = SuiteTask(source="suite", role=role, adapter=adapter, path=str(path), scoring=scoring, columns=columns)
-    return SuiteSource("name", task, chat=chat, grading="strict", max_chars=max_chars, seed=seed)
+    return SuiteSource("name", task, chat=chat, grading="strict", max_chars=max_chars, seed=seed, suites=suites)
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -204,30 +205,51 @@ def test_an_answer_that_is_not_one_number_is_named(tmp_path: Path, answer: str) 
     "path",
     [
         "hub:allenai/sciq",
-        "hub:allenai/sciq@main#test",
         "hub:allenai/sciq@" + "0" * 40,
         "hub:sciq@" + "0" * 40 + "#test",
         "hub:../..@" + "0" * 40 + "#test",
     ],
 )
-def test_hub_data_need_a_full_commit_and_a_split(path: str) -> None:
-    with pytest.raises(ContractError, match="pin the revision"):
+def test_hub_data_need_a_revision_and_a_split(path: str) -> None:
+    with pytest.raises(ContractError, match="name revision and split"):
         source(path, adapter="sciq")
 
 
-def test_an_unreachable_hub_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("list(read_rows('hub:allenai/sciq@' + '0' * 40 + '#test'))", "data set: expected one that loads"),
+        ("located('suite:qa/sciq/test', 'hub')", "hub:allenai/sciq@main#test: revision: expected a branch or tag"),
+        ("located('hub:allenai/sciq@v2#test', 'elsewhere')", "hub:allenai/sciq@v2#test: revision: expected a branch or tag"),
+    ],
+)
+def test_an_unreachable_hub_is_one_line(call: str, said: str) -> None:
     program = (
-        "from featdiff.tasks.external import read_rows\n"
+        "from featdiff.tasks.external import located, read_rows\n"
         "from featdiff.artifacts.artifact import ContractError\n"
-        "try: list(read_rows('hub:allenai/sciq@' + '0' * 40 + '#test'))\n"
+        f"try: {call}\n"
         "except ContractError as error: print(error)"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120, check=True
     )
-    assert "data set: expected one that loads" in done.stdout
+    assert said in done.stdout
+    assert "SUITES=<folder>" in done.stdout
     assert done.stdout.count("\n") == 1
+
+
+def test_a_suite_is_read_from_the_folder_that_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "qa/letters").mkdir(parents=True)
+    shutil.copy(HERE / "letters.jsonl", tmp_path / "qa/letters/test.jsonl")
+    named = source("suite:qa/letters/test", LETTERS, suites=str(tmp_path))
+    assert named.questions == source(HERE / "letters.jsonl", LETTERS).questions
+    pinned = "hub:allenai/sciq@" + "0" * 40 + "#test"
+    assert located(pinned, str(tmp_path)) == pinned
+    with pytest.raises(ContractError, match=r"suite:qa/\.\./test: path: expected suite:<kind>/<name>/<split>"):
+        located("suite:qa/../test", str(tmp_path))
+    with pytest.raises(ContractError, match=r"suite: expected one of arc_challenge, .*found letters"):
+        located("suite:qa/letters/test", "hub")
 
 
 def test_rows_of_a_hub_data_set_read_like_lines_of_a_file() -> None:

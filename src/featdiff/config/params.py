@@ -97,7 +97,8 @@ class SuiteTask(Params):
     adapter: Literal["openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"]
     """The suite whose columns the file has; ``columns`` takes any file through ``columns`` below."""
     path: Place
-    """Local ``.jsonl`` file, or ``hub:<owner>/<name>[:<config>]@<commit>#<split>``."""
+    """``suite:<kind>/<name>/<split>`` (found where ``prepare.suites`` says), a local ``.jsonl`` file, or
+    ``hub:<owner>/<name>[:<config>]@<commit or branch>#<split>``."""
     scoring: Literal["option_text", "option_text_norm", "option_letter", "generation"]
     columns: dict[str, str] | None
     """For the adapter ``columns``: which column holds ``question`` and ``answer``, and where there are any
@@ -159,6 +160,9 @@ class PrepareParams(Params):
     grading: Grading
     """Which verdict on a generated answer is the reward and the accuracy: ``strict`` (a marked answer that names one value)
     or ``flexible`` (the last value of the text, which can be gamed); the other is recorded beside it (docs/grading.md)."""
+    suites: Place
+    """Where paths that begin with ``suite:`` are found: ``hub``, or a folder of jsonl files in the schemas of the hub's data
+    sets, ``<folder>/<kind>/<name>/<split>.jsonl``."""
     max_question_chars: Positive
     """Questions of suites that are longer than this, options included, are left out."""
     samples: SplitSizes

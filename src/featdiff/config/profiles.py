@@ -1,11 +1,12 @@
 """The switch between profiles: params.yaml is always one profile, written out in full.
 
-python -m featdiff.config.profiles use <profile> [--discard]
+python -m featdiff.config.profiles use <profile> [--discard] [--suites=<folder>]
 python -m featdiff.config.profiles check
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any, NoReturn
 
@@ -37,8 +38,9 @@ def _merge(base: Any, over: dict[str, Any], where: str) -> None:
             base[key] = value
 
 
-def render_profile(name: str) -> str:
-    """Text of params.yaml under profile ``name``: the default file with the profile's overrides.
+def render_profile(name: str, suites: str | None = None) -> str:
+    """Text of params.yaml under profile ``name``: the default file with the profile's overrides, and ``suites`` in place of
+    ``prepare.suites``.
 
     The default profile is conf/profiles/organism.yaml word for word; every other file there holds only
     what differs from it."""
@@ -54,7 +56,7 @@ def render_profile(name: str) -> str:
     text, changes = read_text(default), read_text(path)
     for source, content in ((default, text), (path, changes)):
         parse_yaml(content, str(source))
-    if name == DEFAULT_PROFILE:
+    if name == DEFAULT_PROFILE and suites is None:
         return text
     round_trip = YAML()
     round_trip.preserve_quotes = True
@@ -63,7 +65,10 @@ def render_profile(name: str) -> str:
         document, overrides = round_trip.load(text), round_trip.load(changes)
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    _merge(document, overrides, str(path))
+    if name != DEFAULT_PROFILE:
+        _merge(document, overrides, str(path))
+    if suites is not None:
+        document["prepare"]["suites"] = suites
     document["profile"] = name
     out = StringIO()
     round_trip.dump(document, out)
@@ -71,15 +76,15 @@ def render_profile(name: str) -> str:
     return out.getvalue()
 
 
-def use_profile(name: str, *, discard_edits: bool = False) -> str:
+def use_profile(name: str, *, discard_edits: bool = False, suites: str | None = None) -> str:
     """Write params.yaml for ``name``; refuses while params.yaml holds edits by hand. Returns what it did."""
-    wanted = render_profile(name)
+    wanted = render_profile(name, suites)
     if PARAMS.is_dir() or (PARAMS.exists() and not discard_edits):
         current = read_yaml(PARAMS)
         if current == parse_yaml(wanted, name):
             return f"params.yaml: already profile {name}"
         now = str(current.get("profile", DEFAULT_PROFILE))
-        clean = flatten(parse_yaml(render_profile(now), now))
+        clean = flatten(parse_yaml(render_profile(now, current.get("prepare", {}).get("suites")), now))
         found = flatten(current)
         edits = [key for key in clean.keys() | found.keys() if clean.get(key) != found.get(key)]
         if edits:
@@ -95,19 +100,29 @@ def use_profile(name: str, *, discard_edits: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """``python -m featdiff.config.profiles use <profile> [--discard]`` or ``… check``."""
+    """See the module."""
+    parser = _Parser(prog="python -m featdiff.config.profiles", description="The switch between profiles.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="whether every key of params.yaml is known and holds")
+    use = commands.add_parser("use", help="write params.yaml for a profile")
+    use.add_argument("profile")
+    use.add_argument("--discard", action="store_true", help="overwrite edits by hand")
+    use.add_argument("--suites", help="folder in which suites are found")
+    given = parser.parse_args(arguments)
     try:
-        match arguments:
-            case ["use", name]:
-                print(use_profile(name))
-            case ["use", name, "--discard"]:
-                print(use_profile(name, discard_edits=True))
-            case ["check"]:
-                print(f"params.yaml: profile {load_study().profile}, all keys known")
-            case _:
-                _stop("usage: python -m featdiff.config.profiles use <profile> [--discard] | check")
+        if given.command == "use":
+            print(use_profile(given.profile, discard_edits=given.discard, suites=given.suites))
+        else:
+            print(f"params.yaml: profile {load_study().profile}, all keys known")
     except ConfigError as error:
         _stop(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Whose mistakes are one line, as everybody else's."""
+
+    def error(self, message: str) -> NoReturn:
+        _stop(f"{message} ({self.prog} --help)")
 
 
 def _stop(message: str) -> NoReturn:

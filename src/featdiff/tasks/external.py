@@ -1,6 +1,7 @@
-"""Rows of a file that others wrote: a local jsonl, or a split of a hub data set at a pinned commit.
+"""Rows of a file that others wrote: a local jsonl, or a split of a hub data set at one commit.
 
-A row knows its place, so that whatever is wrong with it is said with file, line and column.
+A row knows its place, so that whatever is wrong with it is said with file, line and column. A suite that both the hub and a
+folder can hold is named ``suite:<kind>/<name>/<split>``; ``prepare.suites`` says which of the two is asked.
 """
 
 from __future__ import annotations
@@ -9,15 +10,34 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError, sha256_file
 from featdiff.config.params import HUB_NAME
 from featdiff.config.reading import legible
 
-HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})(?::(?P<config>[\w.-]+))?@(?P<commit>[0-9a-f]{{40}})#(?P<split>[\w.-]+)", re.ASCII)
-HUB_FORM = "hub:<owner>/<name>[:<config>]@<40-digit commit>#<split>"
+HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})(?::(?P<config>[\w.-]+))?@(?P<revision>[\w./-]+)#(?P<split>[\w.-]+)", re.ASCII)
+HUB_FORM = "hub:<owner>/<name>[:<config>]@<commit or branch>#<split>"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ON_THE_HUB = "hub"
+SUITE = re.compile(r"suite:(?P<kind>[a-z0-9_]+)/(?P<name>[a-z0-9_]+)/(?P<split>[a-z0-9_]+)")
+SUITES = {
+    "arc_challenge": "allenai/ai2_arc:ARC-Challenge",
+    "asdiv": "EleutherAI/asdiv",
+    "commonsense_qa": "tau/commonsense_qa",
+    "gsm8k": "openai/gsm8k:main",
+    "head_qa": "dvilares/head_qa:en",
+    "logiqa": "lucasmccabe/logiqa",
+    "math500": "HuggingFaceH4/MATH-500",
+    "openbookqa": "allenai/openbookqa:main",
+    "piqa": "ybisk/piqa",
+    "sciq": "allenai/sciq",
+    "svamp": "ChilleD/SVAMP",
+    "wikitext2_raw": "Salesforce/wikitext:wikitext-2-raw-v1",
+}
+"""Hub data set (and configuration) of every suite that can be named without a path."""
 MOST_LINE = 2**24
 """Bytes of one line."""
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -68,8 +88,43 @@ class Row:
         return text
 
 
+def located(path: str, suites: str) -> str:
+    """Where ``path`` is read from: a suite's file in the folder ``suites``, or its split on the hub; a hub path at the commit
+    to which its branch leads now; any other path as it stands. Raises ContractError for a suite that is not known or a
+    branch that cannot be resolved."""
+    if path.startswith("suite:"):
+        match = SUITE.fullmatch(path)
+        if match is None:
+            raise ContractError(
+                legible(path), "path", "suite:<kind>/<name>/<split>", "another form", "correct it in params.yaml"
+            )
+        if suites != ON_THE_HUB:
+            return f"{suites}/{match['kind']}/{match['name']}/{match['split']}.jsonl"
+        if match["name"] not in SUITES:
+            known = ", ".join(SUITES)
+            raise ContractError(path, "suite", f"one of {known}", match["name"], "name a file, or a hub path, instead")
+        path = f"hub:{SUITES[match['name']]}@main#{match['split']}"
+    match = HUB.fullmatch(path) if path.startswith("hub:") else None
+    if match is None or COMMIT.fullmatch(match["revision"]):
+        return path
+    return path.replace(f"@{match['revision']}#", f"@{_commit(path, match['name'], match['revision'])}#")
+
+
+@cache
+def _commit(path: str, name: str, revision: str) -> str:
+    """To which commit a branch or tag of a hub data set leads."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except Exception as error:  # whatever the network or the hub may say
+        said = legible(" ".join(str(error).split()), 200)
+        todo = "check name and network, pin a commit, or say where a copy lies: make repro SUITES=<folder>"
+        raise ContractError(path, "revision", "a branch or tag that the hub knows", said, todo) from None
+
+
 def read_rows(path: str) -> Iterator[Row]:
-    """Rows of ``path`` in order; ContractError where it cannot be read or has none."""
+    """Rows of ``path``, as :func:`located` gives it, in order; ContractError where it cannot be read or has none."""
     rows = _hub(path) if path.startswith("hub:") else _jsonl(Path(path))
     empty = True
     for row in rows:
@@ -77,6 +132,11 @@ def read_rows(path: str) -> Iterator[Row]:
         yield row
     if empty:
         raise ContractError(path, "rows", "at least one", "none", "give a file with rows")
+
+
+def file_facts(path: str) -> str:
+    """What identifies the file at ``path`` for good: a hub path with its commit, or the name of a file with its sha256."""
+    return path if path.startswith("hub:") else f"{Path(path).name} sha256:{sha256_file(Path(path))}"
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -105,21 +165,23 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _hub(path: str) -> Iterator[Row]:
     match = HUB.fullmatch(path)
-    if match is None:
-        raise ContractError(
-            legible(path), "path", HUB_FORM, "another form", "pin the revision to a full commit and name the split"
-        )
+    if match is None or not COMMIT.fullmatch(match["revision"]):
+        raise ContractError(legible(path), "path", HUB_FORM, "another form", "name revision and split")
     if Path(match["name"]).exists():  # the library would read it and forget the commit
         todo = "give a .jsonl file of it as path, or move it away"
         raise ContractError(path, "path", "a data set of the hub", f"a local folder {match['name']}", todo)
     import datasets
 
     try:
-        rows = datasets.load_dataset(match["name"], match["config"], revision=match["commit"], split=match["split"])
+        rows = datasets.load_dataset(match["name"], match["config"], revision=match["revision"], split=match["split"])
     except Exception as error:  # tables of any content reach the library, which raises all kinds of errors
         said = legible(" ".join(str(error).split()), 200)
         raise ContractError(
-            path, "data set", "one that loads", said, "check name, commit and network, or give a .jsonl file"
+            path,
+            "data set",
+            "one that loads",
+            said,
+            "check name, commit and network, or say where a copy lies: SUITES=<folder>",
         ) from None
     yield from from_dataset(rows, path)
 

@@ -7,9 +7,10 @@ import json
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import FamilyTask, PrepareParams, ReasoningGymTask, Task
+from featdiff.config.params import FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
 from featdiff.tasks import organism
 from featdiff.tasks.corpus import general_texts
+from featdiff.tasks.external import file_facts, located
 from featdiff.tasks.families import FAMILIES
 from featdiff.tasks.gym import GymSource
 from featdiff.tasks.suites import SuiteSource
@@ -28,7 +29,8 @@ def _source(name: str, task: Task, params: PrepareParams, seed: int, teacher: st
     if isinstance(task, ReasoningGymTask):
         return GymSource(name, task, teacher=teacher, chat=params.chat, grading=params.grading)
     most = params.max_question_chars
-    return SuiteSource(name, task, chat=params.chat, grading=params.grading, max_chars=most, seed=seed)
+    chat, grading, suites = params.chat, params.grading, params.suites
+    return SuiteSource(name, task, chat=chat, grading=grading, max_chars=most, seed=seed, suites=suites)
 
 
 def prepare(params: PrepareParams, seed: int) -> Data:
@@ -59,6 +61,14 @@ def prepare(params: PrepareParams, seed: int) -> Data:
     )
     data.check()
     return data
+
+
+def sources_read(params: PrepareParams) -> dict[str, str]:
+    """Which very files of others are read, by task (``corpus`` for its general text): see :func:`file_facts`."""
+    paths = {name: task.path for name, task in params.tasks.items() if isinstance(task, SuiteTask)}
+    if params.corpus.general != ORGANISM:
+        paths["corpus"] = params.corpus.general
+    return {name: file_facts(located(path, params.suites)) for name, path in paths.items()}
 
 
 def _organism_manners(params: PrepareParams) -> dict[str, float]:
@@ -98,7 +108,9 @@ def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.G
         )
     else:
         worked = _worked(params, math, banned, seed, rng)
-        general = general_texts(params.corpus.general, wanted - math, params.corpus.max_chars, banned, rng)
+        general = general_texts(
+            located(params.corpus.general, params.suites), wanted - math, params.corpus.max_chars, banned, rng
+        )
     both = worked + general
     return [both[i] for i in rng.permutation(len(both))]
 

@@ -14,7 +14,7 @@ import numpy as np
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import Grading, SuiteTask
 from featdiff.config.reading import legible
-from featdiff.tasks.external import Row, read_rows
+from featdiff.tasks.external import Row, located, read_rows
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade
 
@@ -128,8 +128,10 @@ class SuiteSource:
     Options are shuffled by ``seed`` and question (SciQ's files always name the right one last), so that
     a question has the same prompt wherever it is drawn."""
 
-    def __init__(self, name: str, task: SuiteTask, *, chat: bool, grading: Grading, max_chars: int, seed: int) -> None:
-        self.path, self.columns, self.seed = task.path, columns_of(name, task), seed
+    def __init__(
+        self, name: str, task: SuiteTask, *, chat: bool, grading: Grading, max_chars: int, seed: int, suites: str
+    ) -> None:
+        self.path, self.columns, self.seed = located(task.path, suites), columns_of(name, task), seed
         self.letters = "options" in self.columns
         self.left_out: Counter[str] = Counter()
         self.questions = self._read(max_chars)
