@@ -334,6 +334,25 @@ def test_a_changed_comment_reruns_the_stages_with_that_code_and_nothing_after_th
     three.run(sys.executable, "-m", "featdiff.artifacts.integrity")
 
 
+@pytest.mark.graph
+def test_a_change_of_one_method_leaves_the_arms_of_others_alone(nano: Repository) -> None:
+    code, params = nano.path / "src/featdiff/training/grpo.py", nano.path / "params.yaml"
+    before = code.read_text(encoding="utf-8"), params.read_text(encoding="utf-8")
+
+    def stale() -> set[str]:
+        return set(json.loads(nano.run("dvc", "status", "--json"))) - {"check"}
+
+    try:
+        code.write_text(before[0] + "# a comment\n", encoding="utf-8")
+        assert stale() == {"arm@grpo", "arm@grpo_1"}
+        code.write_text(before[0], encoding="utf-8")
+        params.write_text(before[1].replace("epochs: 1.0", "epochs: 2.0"), encoding="utf-8")
+        assert stale() == {"arm@sft", "arm@sft_1"}
+    finally:
+        code.write_text(before[0], encoding="utf-8")
+        params.write_text(before[1], encoding="utf-8")
+
+
 def test_profiles_change_known_numbers_only() -> None:
     from featdiff.config.reading import read_yaml
 
