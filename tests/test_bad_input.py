@@ -308,14 +308,14 @@ def sample(number: int, split: str = "find", task: str = "t") -> Sample:
 
 @pytest.fixture
 def study(project: Project, make_model: Callable[..., Any], tokenizer: Any) -> Project:
-    """A project with small artifacts of prepare, base, sft and grpo."""
+    """A project with small artifacts of prepare, base, and the arms that `intervene` reads."""
     from featdiff.language.models import save_model
 
     evaluation = [sample(i, split) for split in ("find", "tune", "report") for i in range(2)]
     texts = [Text("abc", "def =.", "t")] * 8
     with project.publishing("data") as folder:
         Data(list(TASKS.values()), [sample(i, "train", "m") for i in range(3)], evaluation, texts).save(folder)
-    for seed, name in enumerate(("base", "sft", "grpo")):
+    for seed, name in enumerate(("base", "sft", "grpo", "grpo_1", "grpo_2")):
         with project.publishing(f"models/{name}") as folder:
             save_model(make_model(seed), tokenizer, folder)
     project.set({"activations.tokens": 40, "activations.checkpoint_tokens": 20, "crosscoder.training.batch_tokens": 10})

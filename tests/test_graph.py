@@ -275,7 +275,7 @@ def test_no_op_arm_gives_the_bytes_of_the_unedited_model(nano: Repository) -> No
 
     rows = read_rows(nano.path / "analysis/intervene/samples.parquet")
     kept = ("purpose", "sample_id", "completion", "parsed", "correct", "manner")
-    arms = {arm: [[row[key] for key in kept] for row in rows if row["arm"] == arm] for arm in ("none", "noop")}
+    arms = {arm: [[row[key] for key in kept] for row in rows if row["control"] == arm] for arm in ("none", "noop")}
     assert arms["none"]
     assert arms["none"] == arms["noop"]
 

@@ -267,7 +267,7 @@ def test_params_know_the_losses_of_the_table() -> None:
     assert set(get_args(LossName)) == set(LOSSES)
 
 
-VERDICTS = Path("report/verdicts.py")
+VERDICTS = Path("report/claims.py")
 """Says whose feature counts decide a verdict, which is a rule of the study about one loss."""
 
 
