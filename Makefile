@@ -24,7 +24,7 @@ install: $(STAMP)  ## create .venv and install from the constraints file (other 
 profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits by hand)
 	@$(BIN)/python -m featdiff.config.profiles use $(PROFILE) $(if $(DISCARD),--discard) $(if $(SUITES),--suites=$(SUITES))
 
-repro: $(STAMP) $(if $(PROFILE),profile)  ## run what is out of date of the whole study, then fill the tracking view
+repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of the whole study, then fill the tracking view
 	@$(BIN)/python -m featdiff.config.profiles check > /dev/null
 	@$(BIN)/python -m featdiff.artifacts.dvc
 	dvc repro

@@ -250,13 +250,13 @@ def test_params_cannot_be_changed_once_read() -> None:
 
 def test_no_class_holds_a_default() -> None:
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
-    fields = [
-        (node.name, line)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "Params" for base in node.bases)
-        for line in node.body
-        if isinstance(line, ast.AnnAssign)
-    ]
+    of_params = {"Params"}
+    fields = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in of_params for base in node.bases):
+            of_params.add(node.name)  # those that inherit from it hold none either
+            fields += [(node.name, line) for line in node.body if isinstance(line, ast.AnnAssign)]
+    assert {"RFTParams", "DPOParams"} <= of_params
     assert len(fields) > 100
     assert [(name, ast.unparse(line)) for name, line in fields if line.value is not None] == []
     constraints = [call for _, line in fields for call in ast.walk(line.annotation) if isinstance(call, ast.Call)]
@@ -357,6 +357,8 @@ def test_a_place_of_suites_is_no_edit_by_hand() -> None:
     use_profile("nano", suites="../copies")
     assert load_study().prepare.suites == "../copies"
     assert use_profile("nano", suites="../copies") == "params.yaml: already profile nano"
+    main(["use", "--suites=../others"])  # as make repro SUITES=… without a profile does
+    assert (load_study().profile, load_study().prepare.suites) == ("nano", "../others")
     use_profile("organism")
     assert load_study().prepare.suites == "hub"
 

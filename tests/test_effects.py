@@ -10,7 +10,7 @@ from featdiff import stats
 from featdiff.config.params import InterveneParams
 from featdiff.intervention.effects import effects
 from featdiff.tasks.task import TaskInfo
-from tiny import params_of
+from tiny import answers, params_of
 
 Row = dict[str, Any]
 WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
@@ -21,21 +21,6 @@ TASKS = {task.name: task for task in (SUMS, WORDS, QUIZ)}
 
 def params() -> InterveneParams:
     return params_of(InterveneParams, "intervene", bootstrap=300)
-
-
-def answers(task: str, correct: list[bool], manner: str = "steps", **more: Any) -> list[Row]:
-    return [
-        {
-            "sample_id": f"{task}-{i}",
-            "task": task,
-            "correct": right,
-            "manner": manner,
-            "parsed": "x" if right else None,
-            "flexible": right,
-        }
-        | more
-        for i, right in enumerate(correct)
-    ]
 
 
 BASELINE = [False] * 6 + [True] * 4

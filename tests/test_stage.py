@@ -237,6 +237,30 @@ def test_a_full_disk_is_one_line(small_disk: Path, write: str) -> None:
     project.refused(result, "data", "featdiff: prepare: ", "no space left on device; free some and run dvc repro")
 
 
+@pytest.mark.parametrize(
+    ("stage", "script", "made"),
+    [
+        ("arm@sft", "arm", "sft"),
+        ("evaluate@sft", "evaluate", "sft"),
+        ("evaluate_base", "evaluate", "base"),
+        ("pair@sft", "crosscoder", "pair_sft"),
+        ("crosscoder@joint_l1", "crosscoder", "joint_l1"),
+        ("pair@joint_l1", "crosscoder", "--fit: 'pair_joint_l1': unknown"),
+    ],
+)
+def test_what_a_stage_makes_is_what_dvc_calls_it(project: Project, stage: str, script: str, made: str) -> None:
+    """Also where other arms have names that are made of those of stages and arms."""
+    text = (project.path / "params.yaml").read_text(encoding="utf-8")
+    more = "".join(f"  {name}: {{method: sft}}\n" for name in ("arm_sft", "evaluate_sft", "crosscoder_sft"))
+    (project.path / "params.yaml").write_text(text.replace("  sft: {method: sft}\n", f"  sft: {{method: sft}}\n{more}"))
+    source = (ROOT / f"stages/{script}.py").read_text(encoding="utf-8")
+    ask = next(line for line in source.splitlines() if "stage_key(" in line)
+    program = f"from featdiff.pipeline.stage import stage_key\n{ask}\nprint({ask.partition(' = ')[0]})"
+    project.environment["DVC_STAGE"] = stage
+    done = project.run("-c", program)
+    assert made in (done.stdout.strip(), done.stderr.strip().removeprefix("featdiff: ").partition(";")[0]), done.stderr
+
+
 def test_a_stage_whose_launcher_ended_before_it_began_stops(project: Project) -> None:
     """It was importing when the launcher was killed, and nobody above it is left who could tell."""
     body(project)

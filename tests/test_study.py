@@ -35,7 +35,7 @@ from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo, Text, read_rows
-from tiny import params_of, random_crosscoder, tiny_model
+from tiny import answers, params_of, random_crosscoder, tiny_model
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -72,20 +72,6 @@ def test_settings_are_every_combination_and_zeroing_has_no_dose() -> None:
     assert len(amplify) == len(set(amplify)) == 2 * 2 * 2
     assert {setting.edit for setting in amplify} == {"add", "scale"}
     assert {setting.dose for setting in amplify} == {1.0, 3.0}
-
-
-def answers(task: str, correct: list[bool], manner: str = "steps") -> list[Row]:
-    return [
-        {
-            "sample_id": f"{task}-{i}",
-            "task": task,
-            "correct": right,
-            "manner": manner,
-            "parsed": "x" if right else None,
-            "flexible": right,
-        }
-        for i, right in enumerate(correct)
-    ]
 
 
 def test_every_task_counts_the_same_however_many_questions_it_has() -> None:

@@ -91,3 +91,19 @@ def tiny_model(seed: int = 0, layers: int = 2, d_model: int = 16) -> tuple[PreTr
             if weight.ndim > 1:
                 weight.mul_(8)
     return model, tokenizer
+
+
+def answers(task: str, correct: list[bool], manner: str = "steps", **more: Any) -> list[dict[str, Any]]:
+    """Graded answers to as many questions of ``task``, in the columns that interventions read."""
+    return [
+        {
+            "sample_id": f"{task}-{i}",
+            "task": task,
+            "correct": right,
+            "manner": manner,
+            "parsed": "x" if right else None,
+            "flexible": right,
+        }
+        | more
+        for i, right in enumerate(correct)
+    ]

@@ -273,47 +273,41 @@ class GRPOParams(Params):
         return self
 
 
-class RFTParams(Params):
-    """Rejection sampling: the base's own right answers, then the loss of SFT on them."""
+class OwnAnswersParams(Params):
+    """Training on answers that the base gave itself."""
 
     samples: Annotated[int, Field(ge=1, le=10**4)]
     """Answers sampled from the base for every problem."""
-    kept: Positive
-    """Different right ones kept of them for a problem, at most."""
     temperature: Temperature
     max_new_tokens: Length
     sampling_batch_size: Positive
     schedule: Literal["linear", "constant_with_warmup"]
     steps: Many
-    """Optimizer updates; the answers are gone through as often as that takes."""
+    """Optimizer updates; what is taught is gone through as often as that takes."""
     batch_size: Positive
-    """Answers per update, over all processes."""
+    """Answers, or pairs of them, per update, over all processes."""
     micro_batch_size: Positive
     lr: Rate
     warmup_share: Fraction
     checkpoints: Positive
 
 
-class DPOParams(Params):
+class RFTParams(OwnAnswersParams):
+    """Rejection sampling: the base's own right answers, then the loss of SFT on them."""
+
+    kept: Positive
+    """Different right answers kept for a problem, at most."""
+
+
+class DPOParams(OwnAnswersParams):
     """Direct preference optimisation: of the base's own answers to a problem, a right one before a wrong one."""
 
     samples: Annotated[int, Field(ge=2, le=10**4)]
-    """Answers sampled from the base for every problem."""
+    """Answers sampled from the base for every problem, of which a pair takes two."""
     pairs: Positive
     """Pairs kept for a problem, at most."""
-    temperature: Temperature
-    max_new_tokens: Length
-    sampling_batch_size: Positive
-    schedule: Literal["linear", "constant_with_warmup"]
-    steps: Many
-    batch_size: Positive
-    """Pairs per update, over all processes."""
-    micro_batch_size: Positive
-    lr: Rate
-    warmup_share: Fraction
     beta: Rate
     """Strength of the pull to the base."""
-    checkpoints: Positive
 
 
 class ImportedParams(Params):

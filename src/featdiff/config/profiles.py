@@ -1,6 +1,6 @@
 """The switch between profiles: params.yaml is always one profile, written out in full.
 
-python -m featdiff.config.profiles use <profile> [--discard] [--suites=<folder>]
+python -m featdiff.config.profiles use [<profile>] [--discard] [--suites=<folder>]
 python -m featdiff.config.profiles check
 """
 
@@ -105,13 +105,14 @@ def main(arguments: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="whether every key of params.yaml is known and holds")
     use = commands.add_parser("use", help="write params.yaml for a profile")
-    use.add_argument("profile")
+    use.add_argument("profile", nargs="?", help="by default the present one")
     use.add_argument("--discard", action="store_true", help="overwrite edits by hand")
     use.add_argument("--suites", help="folder in which suites are found")
     given = parser.parse_args(arguments)
     try:
         if given.command == "use":
-            print(use_profile(given.profile, discard_edits=given.discard, suites=given.suites))
+            name = given.profile or load_study().profile
+            print(use_profile(name, discard_edits=given.discard, suites=given.suites))
         else:
             print(f"params.yaml: profile {load_study().profile}, all keys known")
     except ConfigError as error:

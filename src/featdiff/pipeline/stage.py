@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from featdiff.artifacts import artifact, provenance
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Study, load_study
+from featdiff.config.params import PAIR, Arm, Study, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
@@ -89,17 +89,16 @@ class Run:
 
 def stage_key(option: str, doc: str, known: Callable[[Study], Iterable[str]]) -> str:
     """Which of its kind this stage makes, one of ``known``: what ``option`` says on the command line, else what stands after
-    ``@`` in the name that DVC gives (``$DVC_STAGE``), or after ``_`` where a stage of that kind stands by itself. DVC would
-    write it into a command as it is, and a shell would run what it holds; so no command of dvc.yaml has it."""
+    ``@`` in the name that DVC gives (``$DVC_STAGE``), or after ``_`` where a stage of that kind stands by itself; the stage
+    ``pair@<arm>`` makes the crosscoder ``pair_<arm>``. DVC would write it into a command as it is, and a shell would run what
+    it holds; so no command of dvc.yaml has it."""
     parser = argparse.ArgumentParser(description=doc)
     kind, _, named = os.environ.get("DVC_STAGE", "").partition("@")
-    parser.add_argument(option, dest="key", default=named or kind.rpartition("_")[2])
+    given = f"{PAIR}{named}" if f"{kind}_" == PAIR else named or kind.rpartition("_")[2]
+    parser.add_argument(option, dest="key", default=given)
     key: str = parser.parse_args().key
     try:
-        names = list(known(load_study()))
-        if f"{kind}_{key}" in names:  # the stage of a kind within a kind
-            key = f"{kind}_{key}"
-        if key not in names:
+        if key not in (names := list(known(load_study()))):
             raise ConfigError(f"{option}: {key!r}: unknown; {closest(key, names)}")
     except ConfigError as error:
         _exit(str(error), EXIT_BAD_INPUT)
@@ -185,13 +184,15 @@ def scratch_folder(target: Path) -> Path:
 def _signature(name: str, key: str, numbers: Callable[[Study], Any] | None) -> tuple[Study, Any, dict[str, Any]]:
     """The params as a whole, the stage's own, and what determines its result besides its inputs."""
     study = load_study()
-    params = numbers(study) if numbers else getattr(study, name)
+    params, arm = numbers(study) if numbers else getattr(study, name), study.arms.get(key)
+    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    definition = entry.get("do", entry)
     in_force: dict[str, Any] = {"seed": study.seed, name: params.model_dump()}
-    if key in study.arms:
-        in_force["arms"] = {key: study.arms[key].model_dump()}
-    if "roles" in _definition(name).get("params", []):
+    if arm:
+        in_force["arms"] = {key: arm.model_dump()}
+    if "roles" in definition.get("params", []):
         in_force["roles"] = study.roles.model_dump()
-    code = artifact.hash_files(source_files(name, key))
+    code = artifact.hash_files(_source_files(definition["deps"], arm))
     return study, params, {"label": f"{name}@{key}" if key else name, "params": in_force, "code": code}
 
 
@@ -202,18 +203,10 @@ def _disk_full(error: OSError | SafetensorError) -> bool:
     return any(f"os error {code}" in str(error) for code in codes)  # safetensors passes the code on in words only
 
 
-def _definition(name: str) -> dict[str, Any]:
-    """What dvc.yaml says of the stage ``name``, or of each of a group of that name."""
-    entry: dict[str, Any] = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
-    do: dict[str, Any] = entry.get("do", entry)
-    return do
-
-
-def source_files(name: str, key: str = "") -> list[Path]:
-    """Source files that dvc.yaml declares as dependencies of stage ``name``, of an arm ``key`` those of its method."""
-    arm = load_study().arms.get(key)
-    deps = [dep.replace("${item.method}", arm.method) if arm else dep for dep in _definition(name)["deps"]]
-    return [Path(dep) for dep in deps if dep.startswith(("src/", "stages/"))]
+def _source_files(deps: list[str], arm: Arm | None) -> list[Path]:
+    """Source files among the dependencies that dvc.yaml declares, for an ``arm`` those of its method."""
+    named = [dep.replace("${item.method}", arm.method) if arm else dep for dep in deps]
+    return [Path(dep) for dep in named if dep.startswith(("src/", "stages/"))]
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -344,10 +344,10 @@ class Claims:
             )
         return found
 
-    def _replicated(self) -> tuple[Criterion, str]:
+    def _replicated(self, found: Sequence[Replication]) -> tuple[Criterion, str]:
         """Whether the set, as it is, acts in the repeats: as large and as unlike random sets as it has to be where it was
         found. It fails where half of the repeats or more show that it does not."""
-        p, found = self.params, self.replications()
+        p = self.params
         sizes = [at_least(reversed_sign(each.effect["found_on"]), p.min_effect) for each in found]
         act = [size is True and each.p <= p.alpha for size, each in zip(sizes, found, strict=True)]
         words = [
@@ -417,8 +417,9 @@ class Claims:
             f"{things(len(heldout), 'held-out task')}; beyond all {draws} matched random sets on "
             f"{len(beyond['found'])} of {len(found)} and {len(beyond['heldout'])} of {len(heldout)}."
         )
-        if sign < 0 and self.replications():  # one that is open for want of runs would bar all who have but one
-            criterion, sentence = self._replicated()
+        repeated = self.replications() if sign < 0 else []
+        if repeated:  # a criterion that is open for want of runs would bar all who have but one
+            criterion, sentence = self._replicated(repeated)
             criteria.append(criterion)
             said += sentence
         status = decide(criteria)
@@ -426,7 +427,8 @@ class Claims:
             said += self._resolution(purpose, found)
         if status == "supported" and all(past_percentile(rows[task], sign) for task in found):
             said += " The effect is causal in the sense of this study: beyond the 95th percentile of matched random sets."
-        weakest = self._weakest(criteria, purpose, sign) or _weakest_effect(rows, [*found, *heldout], sign)
+        alone = sign < 0 and not repeated
+        weakest = self._weakest(criteria, purpose, sign, alone=alone) or _weakest_effect(rows, [*found, *heldout], sign)
         return Verdict(key, claim, status, said, weakest, tuple(criteria), _measured(found_on=on_found, heldout=on_heldout))
 
     def _chance(self, purpose: str, sign: int, seen: bool) -> Criterion:
@@ -474,7 +476,7 @@ class Claims:
             f"{percent(p.power)} probability; {number(p.min_effect)} takes {enough}."
         )
 
-    def _weakest(self, criteria: Sequence[Criterion], purpose: str, sign: int) -> str:
+    def _weakest(self, criteria: Sequence[Criterion], purpose: str, sign: int, *, alone: bool) -> str:
         if open_one := next((criterion for criterion in criteria if not criterion.holds), None):
             return f"It fails or stays open at this: {open_one.text}."
         links = []
@@ -489,7 +491,7 @@ class Claims:
         if best and sign * simple[best] >= sign * means["set"][0] - self.params.min_effect:
             words = f"{best.replace('_', ' ')} {signed(simple[best])}"
             links.append(f"A simple direction does as much without a dictionary: {words}.")
-        if sign < 0 and not self.replications():
+        if alone:
             links.append(f"The set was tested in one training run of {self.tuned} only.")
         return " ".join(links)
 
