@@ -1,10 +1,19 @@
 """Which features move over the checkpoints of an arm: in one fixed dictionary, and in crosscoders trained on."""
 
 import torch
+from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
-from featdiff.attribution.dynamics import change_from_base, overlap_rows, refit, trajectory_rows
+from featdiff.attribution.dynamics import (
+    block_changes,
+    bootstrap_rows,
+    change_from_base,
+    overlap_rows,
+    refit,
+    text_blocks,
+    trajectory_rows,
+)
 from featdiff.config.params import BASE, PAIR
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.stage import stage, stage_key
@@ -21,7 +30,7 @@ with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
     series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
     before = ActivationStore({BASE: base, arm: folder}).read(0, rows)[:, 0]
     after = {i: ActivationStore({arm: folder}, name).read(0, rows)[:, 0] for i, name in enumerate(series, start=1)}
-    overlaps, trajectories = [], []
+    overlaps, trajectories, resampled = [], [], []
     crosscoder = Crosscoder.load(run.read(f"crosscoders/{params.fit}"))
     slot = next((name for name in run.study.repeats(arm) if name in crosscoder.models), None)
     if slot:  # an arm that the dictionary has never seen, nor a repeat of it, has no slot there
@@ -29,6 +38,9 @@ with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
         odd, even = (change_from_base(crosscoder, before[part::2], after[len(after)][part::2], slot) for part in (0, 1))
         overlaps += overlap_rows(arm, "fixed", changes, (odd, even), params.top)
         trajectories += trajectory_rows(arm, changes)
+        blocks = text_blocks(load_file(base / "tokens.safetensors")["text_id"][:rows])
+        sums = {i: block_changes(crosscoder, before, acts, slot, blocks) for i, acts in after.items()}
+        resampled += bootstrap_rows(arm, sums, blocks.bincount().float(), params.top, params.bootstrap, run.seed)
     pair = Crosscoder.load(run.read(f"crosscoders/{PAIR}{arm}"))
     pairs = {i: torch.stack([before, acts], dim=1) for i, acts in after.items()}
     ranked = {i: refit(pair, acts, training, run.seed, f"{arm} {i}") for i, acts in pairs.items()}
@@ -36,5 +48,6 @@ with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
     overlaps += overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
     write_rows(run.out / "overlap.parquet", overlaps)
     write_rows(run.out / "trajectories.parquet", trajectories)
+    write_rows(run.out / "bootstrap.parquet", resampled)
     wanted = {"method": "fixed", "a": 1, "b": len(after), "top": max(params.top)}
     run.metrics({"overlap_first_last": {row["arm"]: row["overlap"] for row in overlaps if wanted.items() <= row.items()}})

@@ -34,6 +34,6 @@ with stage("localize", out="analysis/localize") as run:
     write_json(run.out / "features.json", as_json(found, params) | facts)
     write_rows(run.out / "scores.parquet", score_rows(found))
     write_rows(run.out / "sweep.parquet", sweep)
-    save_file(search.directions(run.seed) if readings else {}, run.out / "directions.safetensors")
+    save_file(search.directions(found.features, run.seed) if readings else {}, run.out / "directions.safetensors")
     run.attach("features.json")
     run.metrics({"status": found.status, "features": len(found.features), "expected_intersection": found.expected_intersection})

@@ -168,6 +168,19 @@ def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
     assert rows[0]["max_activation"] == 2.0
 
 
+def test_what_fires_on_no_row_is_untested_and_halves_tell_how_sure_a_call_is() -> None:
+    pair = random_crosscoder(("base", "sft"), n_features=4)
+    pair.W_dec.data[:, 0] = 0
+    whole, first, second = (scaled(pair, owners) for owners in ({0: "sft", 1: "sft"}, {0: "sft", 1: "sft"}, {0: "sft"}))
+    for scaling, silent in ((whole, 3), (first, 3), (second, 2)):
+        for beta_MMF in scaling[1:]:
+            beta_MMF[:, :, silent] = torch.nan
+    rows = attribute("pair", pair, statistics(4), whole, params(), [first, second])
+    assert [row["tested"] for row in rows] == [True, True, True, False]
+    assert [row["halves_agree"] for row in rows] == [True, False, None, None]
+    assert [row["halves_agree"] for row in attribute("pair", pair, statistics(4), whole, params())] == [None] * 4
+
+
 def test_more_than_two_models_have_mas_in_their_order() -> None:
     joint = random_crosscoder(("base", "sft", "grpo", "rft"), n_features=4)
     none = scaled(joint, {})

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.attribution import dynamics
-from featdiff.attribution.dynamics import change_from_base, overlap_rows, refit, top_overlap, trajectory_rows
+from featdiff.attribution.dynamics import (
+    BLOCKS,
+    block_changes,
+    bootstrap_rows,
+    change_from_base,
+    overlap_rows,
+    refit,
+    text_blocks,
+    top_overlap,
+    trajectory_rows,
+)
 from featdiff.config.params import CrosscoderTraining
 from tiny import params_of, random_crosscoder
 
@@ -44,6 +54,71 @@ def test_a_checkpoint_that_equals_the_base_has_not_moved() -> None:
     crosscoder, (base, _) = random_crosscoder(MODELS), streams()
     crosscoder.scale[2] = crosscoder.scale[0]
     assert (change_from_base(crosscoder, base, base.clone(), "grpo") == 0).all()
+
+
+def test_blocks_hold_whole_texts_and_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = torch.tensor([4] * 3 + [5] * 1 + [9] * 7 + [10] * 2 + [2] * 7)
+    assert text_blocks(texts).tolist() == [0] * 3 + [1] + [2] * 7 + [3] * 2 + [4] * 7
+    many = text_blocks(torch.arange(1000).repeat_interleave(3))
+    assert many.bincount().tolist() == pytest.approx([3000 / BLOCKS] * BLOCKS, abs=3)
+    assert (many.view(1000, 3) == many.view(1000, 3)[:, :1]).all()
+    crosscoder, (base, tuned) = random_crosscoder(MODELS), streams()
+    monkeypatch.setattr(dynamics, "READ_ROWS", 7)
+    sums = block_changes(crosscoder, base, tuned, "grpo", text_blocks(texts))
+    torch.testing.assert_close(sums.sum(0) / 20, change_from_base(crosscoder, base, tuned, "grpo"))
+    torch.testing.assert_close(sums[2] / 7, change_from_base(crosscoder, base[4:11], tuned[4:11], "grpo"))
+
+
+def block_sums(strength_F: Tensor, seed: int, noise: float = 1.0, blocks: int = 32) -> Tensor:
+    """Sums over blocks of ten rows of features that change by ``strength_F``, with noise."""
+    return 10 * (strength_F + noise * torch.rand(blocks, len(strength_F), generator=torch.Generator().manual_seed(seed)))
+
+
+def relative(rows: list[dict[str, float]], checkpoint: int) -> Tensor:
+    kept = [row for row in rows if row["checkpoint"] == checkpoint]
+    return torch.tensor([(row["overlap"] - row["chance"]) / (row["ceiling"] - row["chance"]) for row in kept])
+
+
+def test_overlap_is_measured_between_chance_and_one_checkpoint_read_twice() -> None:
+    """The last set is half the early one, in truth; reading noise lowers what is seen, and the ceiling with it."""
+    strength = torch.zeros(400)
+    strength[:20] = 0.3
+    moved = strength.roll(10)
+    rows = bootstrap_rows("a", {1: block_sums(moved, 0), 2: block_sums(strength, 1)}, torch.full((32,), 10.0), [20], 200, 0)
+    seen = next(row for row in rows if (row["checkpoint"], row["draw"]) == (1, 0))
+    assert seen["chance"] == 20 / 400
+    assert seen["ceiling"] < 0.95
+    assert seen["overlap"] < 0.48
+    found = relative(rows, 1)
+    assert len(found) == 201
+    assert found[0] == pytest.approx((0.5 - 0.05) / 0.95, abs=0.08)
+    assert 0 < found.std() < 0.2
+    assert (relative(rows, 2) == 1).all()
+    strangers = bootstrap_rows(
+        "a", {1: block_sums(strength * 0, 0), 2: block_sums(strength, 1)}, torch.full((32,), 10.0), [20], 1, 0
+    )
+    assert relative(strangers, 1)[0] == pytest.approx(0, abs=0.1)
+
+
+def test_no_token_is_read_for_both_sides() -> None:
+    """Two checkpoints that have changed nothing but share their noise are strangers."""
+    noise = block_sums(torch.zeros(300), 0)
+    rows = bootstrap_rows("a", {1: noise, 2: noise.clone()}, torch.full((32,), 10.0), [30], 50, 0)
+    assert sum(row["overlap"] for row in rows) / len(rows) < 0.3
+
+
+def test_draws_are_the_same_for_every_arm_and_change_is_the_sum_over_features() -> None:
+    strength, rows_K = torch.linspace(0, 1, 50), torch.full((8,), 10.0)
+    sums = block_sums(strength, 3, blocks=8)
+    once = bootstrap_rows("a", {1: sums / 2, 2: sums}, rows_K, [5, 10, 99], 20, 4)
+    assert once == bootstrap_rows("a", {1: sums / 2, 2: sums}, rows_K, [5, 10], 20, 4)
+    assert once[0]["change"] == pytest.approx((sums / 2).sum().item() / 80)
+    doubled = bootstrap_rows("b", {1: sums, 2: 2 * sums}, rows_K, [5, 10], 20, 4)
+    assert [row["change"] for row in doubled] == pytest.approx([2 * row["change"] for row in once])
+    assert len({row["change"] for row in once}) > 20
+    assert (
+        bootstrap_rows("a", {1: sums[:3]}, rows_K[:3], [5], 20, 4) == bootstrap_rows("a", {1: sums}, rows_K, [50], 9, 4) == []
+    )
 
 
 def test_overlap_counts_shared_members_of_the_top_sets() -> None:

@@ -12,8 +12,11 @@ from torch import Tensor
 from featdiff.activations import store
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.attribution.scaling import LatentScaling, latent_scaling, ratio, scaling_rows
+from featdiff.config.params import CrosscoderTraining
+from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.model import Crosscoder
-from tiny import random_crosscoder, store_of
+from featdiff.pipeline.checkpoint import Scratch
+from tiny import params_of, random_crosscoder, store_of
 
 MODELS = ("base", "sft", "grpo")
 SEEDS = st.integers(0, 10_000)
@@ -196,3 +199,20 @@ def test_one_row_per_feature_and_ordered_pair() -> None:
 def test_activations_of_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match="the crosscoder is of base, grpo, the activations of grpo, base"):
         latent_scaling(random_crosscoder(), ActivationTensor(["grpo", "base"], activations(1, models=2)), 0, 40)
+
+
+def test_an_overfitted_dictionary_is_told_by_held_out_rows() -> None:
+    """Almost as many features as rows to learn: they learn the noise of these rows, of which held-out rows have none."""
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(4000, 1, 24, generator=generator)
+    source = ActivationTensor(["base", "grpo"], stream + 0.7 * torch.randn(4000, 2, 24, generator=generator))
+    small = {"n_features": 96, "k": 6, "batch_tokens": 64, "steps": 1200, "lr": 0.005, "dead_after_tokens": 10**7}
+    training = params_of(CrosscoderTraining, "crosscoder", "training", heldout_share=0.968, **small)
+    fitted = fit(source, "batchtopk", training, 0, lambda *_: None, "noise", scratch=Scratch())
+    assert fitted.train_rows == 128
+    known, new = (latent_scaling(fitted.crosscoder, source, *rows) for rows in ((0, 128), (128, 4000)))
+    own = [scaling.error_MMF.diagonal().nanmean(0) for scaling in (known, new)]
+    assert own[0].tolist() == pytest.approx([1, 1], abs=0.02)
+    assert own[1].max() < 0.8
+    assert new.tested().all()
+    assert not latent_scaling(fitted.crosscoder, source, 0, 1).tested().all(), "one row cannot test 96 features"

@@ -6,16 +6,17 @@ change from the base is mean |f_k^checkpoint − f_k^base| · ‖d_k^arm‖₂. 
 keep their numbers, and are ranked by NRN. The ranking is the paper's, the warm start is ours.
 Two checkpoints are compared by the overlap |A ∩ B| / n of their top-n sets (the paper's measure). The floor of an overlap is
 the last checkpoint done twice: with other tokens (fixed) or another seed (refit).
-N token rows, D residual width, F features.
+How well an overlap is known is told by a bootstrap over blocks of texts, for ``fixed`` alone.
+N token rows, K blocks of texts, R resamples, D residual width, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featdiff.activations.store import READ_ROWS
@@ -29,6 +30,10 @@ from featdiff.crosscoder.readout import Reader
 from featdiff.pipeline.checkpoint import Scratch
 
 
+BLOCKS = 64
+"""Blocks of texts that are resampled; even and odd ones are the two halves."""
+
+
 @torch.inference_mode()
 def change_from_base(
     crosscoder: Crosscoder, base_ND: Float[Tensor, "N D"], checkpoint_ND: Float[Tensor, "N D"], arm: str
@@ -37,11 +42,95 @@ def change_from_base(
 
     Both inputs are raw residual streams on the same tokens. A checkpoint is read with the slot and scale of ``arm``. Raises
     KeyError where the crosscoder does not hold the base or the arm."""
-    read_base, read_arm = Reader(crosscoder, BASE), Reader(crosscoder, arm)
     total = torch.zeros(crosscoder.n_features)
-    for before, after in zip(base_ND.split(READ_ROWS), checkpoint_ND.split(READ_ROWS), strict=True):
-        total += (read_arm(after) - read_base(before)).abs().sum(0)
+    for change_NF in _changes(crosscoder, base_ND, checkpoint_ND, arm):
+        total += change_NF.sum(0)
     return total / len(base_ND) * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]
+
+
+def _changes(
+    crosscoder: Crosscoder, base_ND: Float[Tensor, "N D"], checkpoint_ND: Float[Tensor, "N D"], arm: str
+) -> Iterator[Float[Tensor, "n F"]]:
+    """|f_k^checkpoint − f_k^base| of every row, in pieces."""
+    read_base, read_arm = Reader(crosscoder, BASE), Reader(crosscoder, arm)
+    for before, after in zip(base_ND.split(READ_ROWS), checkpoint_ND.split(READ_ROWS), strict=True):
+        yield (read_arm(after) - read_base(before)).abs()
+
+
+def text_blocks(text_N: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """The block of each row, from 0: at most ``BLOCKS`` of whole, consecutive texts, about as many in each. Tokens of one text
+    are no independent samples."""
+    place_N = torch.unique_consecutive(text_N, return_inverse=True)[1]
+    texts = int(place_N[-1]) + 1
+    return place_N * min(BLOCKS, texts) // texts
+
+
+@torch.inference_mode()
+def block_changes(
+    crosscoder: Crosscoder,
+    base_ND: Float[Tensor, "N D"],
+    checkpoint_ND: Float[Tensor, "N D"],
+    arm: str,
+    block_N: Int[Tensor, " N"],
+) -> Float[Tensor, "K F"]:
+    """:func:`change_from_base` as a sum over the rows of each block, in place of the mean over all."""
+    total_KF = torch.zeros(int(block_N.max()) + 1, crosscoder.n_features)
+    pieces = _changes(crosscoder, base_ND, checkpoint_ND, arm)
+    for block_n, change_NF in zip(block_N.split(READ_ROWS), pieces, strict=True):
+        total_KF.index_add_(0, block_n, change_NF)
+    return total_KF * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]
+
+
+def bootstrap_rows(
+    arm: str,
+    changes: Mapping[int, Float[Tensor, "K F"]],
+    rows_K: Float[Tensor, " K"],
+    tops: list[int],
+    resamples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """How well each checkpoint's overlap with the last one is known; ``changes`` are the sums of :func:`block_changes` by
+    checkpoint, ``rows_K`` the rows of each block. Draw 0 has every block once; in the others blocks are drawn with replacement
+    within their half. Equal blocks and an equal seed give equal draws, so that arms are compared draw by draw.
+
+    ``overlap``: of the checkpoint read on one half of the blocks with the last read on the other, mean of both ways round.
+    ``ceiling``: the same of the last with itself. No token is read for both sides: tokens in common would make any two
+    checkpoints alike. ``chance``: n / F. All three are means over the n of ``tops`` that are less than F. ``change`` is the sum
+    over features of the mean change, on all blocks. No rows where there are fewer than four blocks, or no such n."""
+    n_blocks, n_features = next(iter(changes.values())).shape
+    sizes = [top for top in tops if top < n_features]
+    if n_blocks < 4 or not sizes:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    weights_HRK = torch.zeros(2, resamples + 1, n_blocks)
+    for half, weights_RK in enumerate(weights_HRK):
+        own = torch.arange(half, n_blocks, 2)
+        drawn_RK = own[torch.randint(len(own), (resamples, len(own)), generator=generator)]
+        weights_RK[1:].scatter_add_(1, drawn_RK, torch.ones(drawn_RK.shape))
+        weights_RK[0, own] = 1
+    rows_HR1 = (weights_HRK @ rows_K).unsqueeze(-1)
+    means = {number: (weights_HRK @ change_KF) / rows_HR1 for number, change_KF in changes.items()}
+    whole = {number: (weights_HRK.sum(0) @ change_KF).sum(1) / rows_HR1.sum((0, 2)) for number, change_KF in changes.items()}
+    top_sets = {number: [_top(mean_HRF, top) for top in sizes] for number, mean_HRF in means.items()}
+    last = top_sets[max(changes)]
+
+    def overlap(a: list[Tensor]) -> Tensor:
+        each = [(a_HRF & b_HRF.flip(0)).sum(-1).double().mean(0) / n for a_HRF, b_HRF, n in zip(a, last, sizes, strict=True)]
+        return torch.stack(each).mean(0)
+
+    ceiling_R, chance = overlap(last), sum(sizes) / len(sizes) / n_features
+    return [
+        {"arm": arm, "checkpoint": number, "draw": draw, "overlap": found, "ceiling": most, "chance": chance, "change": change}
+        for number, sets in top_sets.items()
+        for draw, (found, most, change) in enumerate(
+            zip(overlap(sets).tolist(), ceiling_R.tolist(), whole[number].tolist(), strict=True)
+        )
+    ]
+
+
+def _top(values_HRF: Float[Tensor, "H R F"], top: int) -> Bool[Tensor, "H R F"]:
+    """Which features are among the ``top`` largest."""
+    return torch.zeros(values_HRF.shape, dtype=torch.bool).scatter_(-1, values_HRF.topk(top).indices, value=True)
 
 
 def top_overlap(a_F: Float[Tensor, " F"], b_F: Float[Tensor, " F"], top: int) -> float:

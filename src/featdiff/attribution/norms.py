@@ -12,6 +12,7 @@ F features, M models, the first of which is the original.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -57,12 +58,21 @@ def classify(shares: list[float], models: list[str], params: AttributionParams) 
 
 
 def attribute(
-    name: str, crosscoder: Crosscoder, features: dict[str, Tensor], scaling: LatentScaling, params: AttributionParams
+    name: str,
+    crosscoder: Crosscoder,
+    features: dict[str, Tensor],
+    scaling: LatentScaling,
+    params: AttributionParams,
+    halves: Sequence[LatentScaling] = (),
 ) -> list[dict[str, Any]]:
     """One row per feature of the crosscoder ``name``: its class by decoder norms (with ``nrn`` for two models, with ``mas`` in
     the order of the models for more), its owner by latent scaling, and whether it is ``specific``: both say the same. A feature
-    that never fires is ``dead``. ``features`` are statistics of every feature [F], with ``firing_rate`` among them."""
+    that never fires is ``dead``; it is ``tested`` if it fires on the rows of ``scaling``, without which it has no owner.
+    ``features`` are statistics of every feature [F], with ``firing_rate`` among them. ``halves`` is latent scaling on two halves
+    of the rows; ``halves_agree`` says whether both call the feature specific or neither does, None where one has not tested it."""
     owners, pair = own(scaling, params), len(crosscoder.models) == 2
+    tested, owners_of_halves = scaling.tested().tolist(), [own(half, params) for half in halves]
+    tested_twice = torch.stack([half.tested() for half in halves]).all(0).tolist() if halves else [False] * len(tested)
     rows = []
     for k, shares in enumerate(mas(crosscoder.W_dec).tolist()):
         dead = features["firing_rate"][k].item() == 0
@@ -76,8 +86,10 @@ def attribute(
                 "nrn": shares[1] if pair else None,
                 "mas": None if pair else shares,
                 "feature_class": by_norm,
+                "tested": not dead and tested[k],
                 "scaling_owner": None if dead else owners[k],
                 "specific": not dead and by_norm == owners[k],
+                "halves_agree": len({by_norm == half[k] for half in owners_of_halves}) == 1 if tested_twice[k] else None,
             }
         )
     return rows

@@ -6,7 +6,8 @@
 
 (Minder, Dumas et al. 2025, arXiv 2504.02922; as in their code x̂ holds the decoder's bias.) β is the least-squares scale
 at which f_k d_k^t explains y^m; ν compares model o with model t, to which the feature would belong. f is the joint code,
-x is normalised. N token rows, M models (o, t among them), D residual width, F features.
+x is normalised. On rows that a crosscoder was fitted on, β is too near 1 where its features have learnt the rows' own noise; so
+the stage reads rows that were held out of the fit (ours). N token rows, M models (o, t among them), D residual width, F features.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class LatentScaling(NamedTuple):
     """β of model m's error with feature k put back (first index) along model t's decoder row (second index)."""
     reconstruction_MMF: Float[Tensor, "M M F"]
     """The same of model m's reconstruction."""
+
+    def tested(self) -> Bool[Tensor, " F"]:
+        """Whether a feature fires on the rows that were read; without that nothing is known of it."""
+        return self.error_MMF.isfinite().flatten(0, 1).any(0)
 
     def specific(self, nu_error: float, nu_reconstruction: float) -> Bool[Tensor, "M M F"]:
         """Whether a feature is t's (second index) and not o's (first): |ν_ε| and ν_r below their bounds, 0.2 and 0.5 in

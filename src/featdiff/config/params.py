@@ -517,7 +517,7 @@ class AttributionParams(Params):
     joint_dominance: Fraction
     """MAS share above which a feature of a crosscoder of three and more models is called one model's own."""
     scaling_tokens: Tokens
-    """Tokens of the stream on which latent scaling is computed."""
+    """Most tokens on which latent scaling is computed: the first of those that the crosscoder was not fitted on."""
     nu_error: Fraction
     """A feature is one model's own below this ratio of its error scaling in another model."""
     nu_reconstruction: Fraction
@@ -529,6 +529,8 @@ class DynamicsParams(Params):
     """The crosscoder that serves as fixed dictionary."""
     top: Annotated[list[Positive], Field(min_length=1)]
     """Sizes n of the top-n sets whose overlap over checkpoints is reported."""
+    bootstrap: Resamples
+    """Of blocks of texts, for the intervals of overlap and change."""
     arms: list[Name]
     """Arms whose checkpoints are read."""
     refit_steps: Many
@@ -632,13 +634,14 @@ class ReportParams(Params):
     something_to_lose: Fraction
     """A base this far above chance on a task can be seen to forget it."""
     own_features_ratio: Rate
-    """How many times as many features of its own as GRPO SFT must have to count as adding many."""
+    """How many times as many features of its own as the tuned model the contrast must have to count as adding many."""
+    min_own_share: Fraction
+    """By what share of the live features it must have more than that."""
     early_share: Fraction
     """Checkpoints within this first share of training are early."""
-    frozen_overlap: Fraction
-    """Top features whose early and last sets overlap this much count as frozen."""
     overlap_margin: Fraction
-    """How much lower that overlap must be for features that keep changing."""
+    """How much lower the overlap of early and last top features must be for those that keep changing, as a share of the way
+    from chance to the overlap of one checkpoint read twice."""
     small_set: Fraction
     """Largest share of all features that a small set may have."""
     min_heldout: Positive
