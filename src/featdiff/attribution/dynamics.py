@@ -29,7 +29,6 @@ from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.pipeline.checkpoint import Scratch
 
-
 BLOCKS = 64
 """Blocks of texts that are resampled; even and odd ones are the two halves."""
 

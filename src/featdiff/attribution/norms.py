@@ -68,8 +68,8 @@ def attribute(
     """One row per feature of the crosscoder ``name``: its class by decoder norms (with ``nrn`` for two models, with ``mas`` in
     the order of the models for more), its owner by latent scaling, and whether it is ``specific``: both say the same. A feature
     that never fires is ``dead``; it is ``tested`` if it fires on the rows of ``scaling``, without which it has no owner.
-    ``features`` are statistics of every feature [F], with ``firing_rate`` among them. ``halves`` is latent scaling on two halves
-    of the rows; ``halves_agree`` says whether both call the feature specific or neither does, None where one has not tested it."""
+    ``features`` are statistics of every feature [F], with ``firing_rate`` among them. ``halves`` is latent scaling on two
+    halves of the rows; ``halves_agree``: both call the feature specific or neither does, None where one has not tested it."""
     owners, pair = own(scaling, params), len(crosscoder.models) == 2
     tested, owners_of_halves = scaling.tested().tolist(), [own(half, params) for half in halves]
     tested_twice = torch.stack([half.tested() for half in halves]).all(0).tolist() if halves else [False] * len(tested)

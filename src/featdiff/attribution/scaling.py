@@ -6,8 +6,9 @@
 
 (Minder, Dumas et al. 2025, arXiv 2504.02922; as in their code x̂ holds the decoder's bias.) β is the least-squares scale
 at which f_k d_k^t explains y^m; ν compares model o with model t, to which the feature would belong. f is the joint code,
-x is normalised. On rows that a crosscoder was fitted on, β is too near 1 where its features have learnt the rows' own noise; so
-the stage reads rows that were held out of the fit (ours). N token rows, M models (o, t among them), D residual width, F features.
+x is normalised. On rows that a crosscoder was fitted on, β is too near 1 where features have learnt the noise of these rows;
+so the stage reads rows that were held out of the fit (ours). N token rows, M models (o, t among them), D residual width,
+F features.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def leading_components(change_SD: Float[Tensor, "S D"]) -> Float[Tensor, "K D"]:
 
 
 def span_cosine(a_KD: Float[Tensor, "K D"], b_LD: Float[Tensor, "L D"]) -> float:
-    """Mean cosine of the principal angles between the spans of two sets of rows: 1 where the smaller lies in the larger, 0 where
-    they are orthogonal or one of them has no span."""
+    """Mean cosine of the principal angles between the spans of two sets of rows: 1 where the smaller lies in the larger, 0
+    where they are orthogonal or one of them has no span."""
     if not (a_KD.any() and b_LD.any()):
         return 0.0
     return float(np.cos(subspace_angles(a_KD.T.double().numpy(), b_LD.T.double().numpy())).mean())
