@@ -354,7 +354,8 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
                 shares: dict[str, Any] = {"nrn": None, "mas": mas.tolist()}
             else:
                 original, tuned = fit["models"]
-                own = 1.0 if name.startswith("null") else own
+                # Spread evenly, so that training runs of one arm count about the same.
+                own = 1.0 if name.startswith("null") else (feature * 0.6180339887) % 1
                 nrn = float(
                     np.clip(rng.normal(0.5, spread), 0, 1)
                     if own > (0.1 if plan.kind(tuned) == "sft" else 0.02)
@@ -363,14 +364,17 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
                 label = tuned if nrn > 0.7 else (original if nrn < 0.3 else "shared")
                 shares = {"nrn": nrn, "mas": None}
             label = "dead" if dead else label
-            scaled = label if label in fit["models"] and fit["loss"] == "batchtopk" and rng.random() < 0.9 else None
+            scaled = (
+                label if label in fit["models"] and fit["loss"] == "batchtopk" and (not joint or rng.random() < 0.9) else None
+            )
             tally[label] = tally.get(label, 0) + 1
             rows.append(
                 {
                     "fit": name, "feature_id": feature, "dead": dead,
                     "firing_rate": 0.0 if dead else float(rng.lognormal(-4, 1)),
                     "mean_activation": float(rng.lognormal(0, 0.5)), "max_activation": float(rng.lognormal(1, 0.5)),
-                    **shares, "feature_class": label, "scaling_owner": scaled, "specific": scaled is not None,
+                    **shares, "feature_class": label, "tested": not dead, "scaling_owner": scaled,
+                    "specific": scaled is not None, "halves_agree": None if dead else bool(rng.random() < 0.95),
                 }
             )  # fmt: skip
         counts[name] = tally
@@ -382,7 +386,7 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
 def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
     K = plan.checkpoints
     for arm in plan.study.dynamics.arms:
-        overlap, tracks = [], []
+        overlap, tracks, resampled = [], [], []
         for top in (10, 25, 50):
             for a in range(1, K + 1):
                 for b in range(1, K + 1):
@@ -397,6 +401,15 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
         for step in range(K + 1):
             reached = (1 - np.exp(-2.5 * step / K)) if arm == "sft" else step / K
             change = final * reached * np.exp(rng.normal(0, 0.05, plan.n_features)) * (step > 0)
+            pace = 0.04 if arm == "sft" else 0.15
+            resampled += [
+                {
+                    "arm": arm, "checkpoint": step, "draw": draw, "overlap": 0.95 - pace * (K - step) + noise, "ceiling": 0.95,
+                    "chance": 0.04, "change": float(change.sum()) * (1 + noise),
+                }
+                for draw, noise in enumerate([0.0, *rng.normal(0, 0.02, 50)])
+                if step
+            ]  # fmt: skip
             rank = np.empty(plan.n_features, dtype=int)
             rank[np.argsort(-change, kind="stable")] = np.arange(1, plan.n_features + 1)
             tracks += [
@@ -412,6 +425,7 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
         with published(root, f"analysis/dynamics/{arm}") as out:
             write_rows(out / "overlap.parquet", overlap)
             write_rows(out / "trajectories.parquet", tracks)
+            write_rows(out / "bootstrap.parquet", resampled)
             write_json(out / "metrics.json", {})
 
 
@@ -467,6 +481,13 @@ def _seeds(plan: Plan) -> dict[str, Any]:
         "jaccard": {"joint_topk · joint_topk_1": plan.jaccard},
         "mean_jaccard": plan.jaccard,
         "partners": partners,
+        "effect": {"joint_topk · joint_topk_1": {"mean_change": 0.97, "per_question": 0.91}},
+        "mean_effect": 0.97,
+        "mean_difference": dict.fromkeys(sets, 0.6),
+        "subspace": {
+            "joint_topk · joint_topk_1": {"decoder": 0.83, "decoder_random": 0.14, "change": 0.9, "change_random": 0.1}
+        },
+        "mean_subspace": 0.83,
     }
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
-from featdiff.report.quantities import early_checkpoint, null_rates, own_features
 from featdiff.report.verdicts import Criterion, Verdict, at_least, decide
 from featdiff.stats import Interval
 from synthetic_study import STUDY, Plan, write_study
@@ -156,29 +155,6 @@ def test_a_contrast_that_answers_like_the_tuned_model_did_not_forget(full: Evide
     assert verdict.status == "not supported"
 
 
-def test_l1_counts_are_shown_but_do_not_decide(full: Evidence) -> None:
-    assert {counts.label for counts in own_features(full)} == {"joint_topk, batchtopk", "joint_l1, l1", "pairs, batchtopk"}
-    assert "l1" not in judged(full)["features"].evidence
-
-
-def test_swapped_arms_turn_the_claim_about_features_round(full: Evidence) -> None:
-    other = {"sft": "grpo", "grpo": "sft"}
-    swapped = replace(
-        full,
-        overlap=[row | {"arm": other[row["arm"]]} for row in full.overlap],
-        trajectories=[row | {"arm": other[row["arm"]]} for row in full.trajectories],
-    )
-    verdict = judged(swapped)["features"]
-    assert verdict.status == "not supported"
-    assert [criterion.holds for criterion in verdict.criteria] == [True, True, True, False, False, False]
-
-
-def test_early_is_within_the_share_of_training(full: Evidence) -> None:
-    assert early_checkpoint(full, 0.4) == (2, 5)
-    assert early_checkpoint(full, 0.1) == (1, 5)
-    assert early_checkpoint(replace(full, overlap=[]), 0.4) == (0, 0)
-
-
 def edited(evidence: Evidence, control: str, purpose: str = "", **changes: object) -> Evidence:
     """The same study with other numbers under one control, of one purpose or all."""
     effects = [
@@ -217,34 +193,6 @@ def test_the_weakest_link_names_an_unstable_set_and_a_simple_direction_that_does
     assert "mean difference -0.95" in judged(edited(stable, "mean_difference", effect=-0.95))["necessary"].weakest_link.replace(
         "−", "-"
     )
-
-
-def test_without_an_earlier_checkpoint_nothing_is_said_of_when_features_were_set(full: Evidence) -> None:
-    alone = [row | {"a": min(row["a"], 1), "b": min(row["b"], 1), "overlap": 1.0} for row in full.overlap]
-    verdict = judged(replace(full, overlap=alone))["features"]
-    assert verdict.status == "undecided"
-    assert "No checkpoint before the last was kept" in verdict.evidence
-    frozen = next(criterion for criterion in verdict.criteria if "set early" in criterion.text)
-    assert frozen.holds is None
-
-
-def test_a_null_pair_with_features_of_its_own_discredits_the_counts(full: Evidence) -> None:
-    assert null_rates(full, "both") == {"null_base": 0.0, "null_sft": 0.0}
-    assert judged(full)["features"].status == "supported"
-    wrong = [
-        row | {"specific": True, "scaling_owner": "again", "feature_class": "again"} if row["fit"] == "null_base" else row
-        for row in full.features
-    ]
-    verdict = judged(replace(full, features=wrong))["features"]
-    assert verdict.status == "not supported"
-    assert any("null_base 100" in criterion.text and criterion.holds is False for criterion in verdict.criteria)
-
-
-def test_counts_that_latent_scaling_takes_back_do_not_count(full: Evidence) -> None:
-    taken = [row | {"specific": False, "scaling_owner": None} for row in full.features]
-    verdict = judged(replace(full, features=taken))["features"]
-    assert [criterion.holds for criterion in verdict.criteria][:2] == [True, False]
-    assert verdict.status == "not supported"
 
 
 def right(evidence: Evidence, model: str, share: float) -> dict[str, list[dict[str, object]]]:
@@ -318,13 +266,3 @@ def test_roles_decide_who_is_meant(full: Evidence) -> None:
     assert verdicts["transfer"].status == "not supported"
     assert verdicts["forgetting"].status == "not supported"
     assert verdicts["features"].status == "not supported"
-
-
-def test_own_features_are_counted_in_every_training_run(full: Evidence) -> None:
-    pairs = next(counts for counts in own_features(full) if counts.label.startswith("pairs"))
-    assert (len(pairs.contrast), len(pairs.tuned)) == (2, 2)
-    assert min(pairs.contrast) > max(pairs.tuned)
-    few = [row | {"feature_class": "shared"} if row["fit"] == "pair_sft_1" else row for row in full.features]
-    verdict = judged(replace(full, features=few))["features"]
-    assert verdict.criteria[0].holds is None, "one run of the contrast has few"
-    assert "(mean " in verdict.criteria[0].text

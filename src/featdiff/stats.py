@@ -109,6 +109,29 @@ def with_runs(estimate: Interval, *sides: Sequence[float], confidence: float, wi
     return estimate._replace(low=low, high=high)
 
 
+def exact_share(found: int, n: int, *, confidence: float) -> Interval:
+    """``found`` of ``n`` as a share, with the exact binomial interval (Clopper and Pearson 1934); of none, 0 to 1."""
+    if n == 0:
+        return Interval(float("nan"), 0.0, 1.0, 0)
+    limits = binomtest(found, n).proportion_ci(confidence_level=confidence, method="exact")
+    return Interval(found / n, float(limits.low), float(limits.high), n)
+
+
+def minus(a: Interval, b: Interval) -> Interval:
+    """a − b of two independent estimates; distances of the ends add as squares (MOVER, Zou and Donner 2008)."""
+    value = a.value - b.value
+    low = value - float(np.hypot(a.value - a.low, b.high - b.value))
+    return Interval(value, low, value + float(np.hypot(a.high - a.value, b.value - b.low)), a.n + b.n)
+
+
+def around(value: float, draws_R: ArrayLike, *, confidence: float, n: int) -> Interval:
+    """``value`` with the spread of bootstrap draws around their own median. A resample repeats part of the sample and lacks the
+    rest; a statistic that noise lowers, such as an overlap, is lower in every draw than in the sample."""
+    tail = (1 - confidence) / 2
+    low, middle, high = np.nanquantile(np.asarray(draws_R, dtype=float), [tail, 0.5, 1 - tail])
+    return Interval(value, value - float(middle - low), value + float(high - middle), n)
+
+
 def paired(after_N: ArrayLike, before_N: ArrayLike) -> Floats:
     """``after_N − before_N``; raises ValueError unless both hold the same number of samples."""
     after_N, before_N = np.asarray(after_N, dtype=float), np.asarray(before_N, dtype=float)

@@ -10,10 +10,10 @@ import numpy as np
 
 from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.evidence import Evidence, Row
-from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, effects, likelihood_change, mean_effects, owner
+from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, effects, likelihood_change, mean_effects, owner, stability
 from featdiff.report.set_figures import claimed, heading, replications
 from featdiff.report.tables import Cell, Table, label
-from featdiff.report.words import MISSING, count, interval, number, percent, signed
+from featdiff.report.words import MISSING, count, interval, listed, number, percent, signed
 
 NAMES = {
     "set": "the feature set",
@@ -183,17 +183,32 @@ def sweep(evidence: Evidence) -> Table | None:
 
 
 def seeds(evidence: Evidence) -> Table | None:
-    """How far other seeds of the crosscoder find the same set."""
-    stability = evidence.localize.get("seeds")
-    if not stability or not stability["jaccard"]:
+    """How far the sets that other seeds of the crosscoder find agree: in effect, in subspace, in ids."""
+    found = evidence.localize.get("seeds")
+    if not found or not found["jaccard"]:
         return None
-    rows = [
-        [label(pair), *(Cell(count(len(stability["sets"][fit]))) for fit in pair.split(" · ")), Cell(number(value))]
-        for pair, value in stability["jaccard"].items()
-    ]
-    rows.append([label("mean"), Cell(MISSING), Cell(MISSING), Cell(number(stability["mean_jaccard"]))])
-    head = ["crosscoders", "features, first", "second", "Jaccard, matched"]
-    return Table(head, rows, "Features of two seeds are the same where each is the other's best match by decoder cosine.")
+    rows = []
+    for pair, value in found["jaccard"].items():
+        effect, spans = found["effect"][pair], found["subspace"][pair]
+        sizes = [Cell(count(len(found["sets"][fit]))) for fit in pair.split(" · ")]
+        agree = [Cell(number(effect[key])) for key in ("mean_change", "per_question")]
+        agree += [Cell(number(spans[key]), f"random {number(spans[f'{key}_random'])}") for key in ("decoder", "change")]
+        rows.append([label(pair), *sizes, *agree, Cell(number(value))])
+    mean, gap = stability(evidence), Cell(MISSING)
+    means = [Cell(number(mean.effect)), gap, Cell(number(mean.subspace), f"random {number(mean.subspace_random)}"), gap]
+    rows.append([label("mean"), gap, gap, *means, Cell(number(mean.ids))])
+    along = listed([f"{fit} {number(cosine)}" for fit, cosine in found["mean_difference"].items()])
+    return Table(
+        [
+            "crosscoders", "features, first", "second", "effect: cosine of the mean changes", "of each question's",
+            "subspace: decoder rows", "changes", "ids: Jaccard, matched",
+        ],
+        rows,
+        "Effect: what transplanting each seed's own set adds to the original's residual stream on flipped samples. Subspace: "
+        "mean cosine of the principal angles between the spans of decoder rows, and between those of the components that hold "
+        "90 % of the changes; beside it, random subspaces of the same sizes. Ids: features of two seeds are the same where each "
+        f"is the other's best match by decoder cosine. Cosine of each set's mean change with the mean difference: {along}.",
+    )  # fmt: skip
 
 
 def sensitivity(evidence: Evidence) -> list[tuple[str, Table]]:

@@ -15,7 +15,16 @@ from markupsafe import Markup
 
 from featdiff.config.params import BASE, METHODS, ReportParams
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
-from featdiff.report import battery, crosscoder_figures, feature_cards, forgetting, model_figures, set_figures, tables
+from featdiff.report import (
+    battery,
+    crosscoder_figures,
+    feature_cards,
+    feature_tables,
+    forgetting,
+    model_figures,
+    set_figures,
+    tables,
+)
 from featdiff.report.charts import MANNER_NAMES, SET_COLOUR, Panel
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence
@@ -93,6 +102,8 @@ def render(
             "crosscoders": tables.crosscoders(evidence),
             "classes": tables.classes(evidence),
             "specific": battery.specific(evidence),
+            "nulls": feature_tables.nulls(evidence, params),
+            "change": feature_tables.matched_change(evidence, params),
             "flipped": tables.flipped(evidence),
             "selection": tables.selection(evidence) if found else None,
             "tokens": feature_cards.token_table(evidence),

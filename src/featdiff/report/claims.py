@@ -11,23 +11,18 @@ import numpy as np
 from featdiff.config.params import ReportParams
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, REPEAT, ZERO_TUNED
 from featdiff.report.evidence import Evidence
+from featdiff.report.feature_claim import FeatureClaim
 from featdiff.report.paired import Outcomes
 from featdiff.report.quantities import (
     CONTROLS,
     DIRECTIONS,
-    OwnFeatures,
     clear,
-    early_checkpoint,
-    early_overlap,
     effects,
     mean_effects,
-    null_rates,
-    own_features,
     past_percentile,
-    total_change,
 )
 from featdiff.report.verdicts import Criterion, Verdict, at_least, decide, reversed_sign, settled, told
-from featdiff.report.words import change, count, interval, listed, number, percent, short, signed, things
+from featdiff.report.words import change, interval, listed, number, percent, signed, things
 from featdiff.stats import (
     CHANGES,
     SHARES,
@@ -36,7 +31,6 @@ from featdiff.stats import (
     draws_p,
     holm,
     mean_over_strata,
-    over_runs,
     samples_to_detect,
     with_runs,
 )
@@ -234,84 +228,10 @@ class Claims:
 
     def features(self) -> Verdict:
         """The contrast adds many features of its own that freeze early; the tuned model changes few and keeps changing them."""
-        p, names = self.params, (self.contrast, self.tuned)
-        claim = f"{names[0]} adds many specialised features that freeze early, {names[1]} few that keep changing"
+        claim = f"{self.contrast} adds many specialised features that freeze early, {self.tuned} few that keep changing"
         if self.roles.contrast is None:
             return _without_contrast("features", claim)
-        arms = (self.roles.contrast, self.roles.tuned)
-        by_norm, by_both = (own_features(self.evidence, rule) for rule in ("norms", "both"))
-        decisive = [i for i, counts in enumerate(by_norm) if counts.label.endswith("batchtopk")] or range(len(by_norm))
-        counted, full = ([found[i] for i in decisive] for found in (by_norm, by_both))
-        more, survives = ([self._many(counts) for counts in found] for found in (counted, full))
-        fewer = [max(counts.contrast) <= min(counts.tuned) for counts in counted]
-        words, full_words = (listed([self._against(counts) for counts in found]) for found in (counted, full))
-        early, last = early_checkpoint(self.evidence, p.early_share)
-        kept = [list(early_overlap(self.evidence, arm, early, last).values()) for arm in arms]
-        moved = [total_change(self.evidence, arm).get(last) for arm in arms]
-        spread = [a - b for a, b in zip(*kept, strict=False)]
-        frozen, moving = (float(np.mean(overlaps)) if overlaps else None for overlaps in kept)
-        errors = null_rates(self.evidence, "both")
-        criteria = (
-            Criterion(
-                f"{names[0]} has at least {number(p.own_features_ratio, 1)} times as many features of its own as {names[1]}, "
-                f"over every pair of training runs: {words}",
-                None if not counted or (not all(more) and not all(fewer)) else all(more),
-            ),
-            Criterion(
-                f"the same where latent scaling has to agree: {full_words}",
-                None if not full else True if all(survives) else False if not any(survives) else None,
-            ),
-            Criterion(
-                "null pairs have no such feature: " + (listed([f"{name} {percent(rate)}" for name, rate in errors.items()])),
-                None if not errors else not any(errors.values()),
-            ),
-            Criterion(
-                f"the top features of {names[0]} are set early: overlap of checkpoint {early or 'none'} with the last at least "
-                f"{number(p.frozen_overlap)}: {number(frozen)}",
-                None if frozen is None else frozen >= p.frozen_overlap,
-            ),
-            Criterion(
-                f"those of {names[1]} keep changing: overlap at least {number(p.overlap_margin)} lower than that of {names[0]} "
-                f"at every size: {number(moving)}",
-                None if not spread or (min(spread) < p.overlap_margin and max(spread) > 0) else min(spread) >= p.overlap_margin,
-            ),
-            Criterion(
-                f"{names[1]} changes less: sum of mean changes over the features followed {short(moved[1])}, "
-                f"{names[0]} {short(moved[0])}",
-                None if moved[0] is None or moved[1] is None else moved[1] < moved[0],
-            ),
-        )
-        open_one = next((criterion for criterion in criteria if not criterion.holds), None)
-        return Verdict(
-            "features",
-            claim,
-            decide(criteria),
-            f"Features of one arm alone, {names[0]} against {names[1]}: {words}; where latent scaling has to agree: "
-            f"{full_words}. "
-            + (
-                f"Overlap of checkpoint {early} with the last (top-n sets, mean over n): {names[0]} {number(frozen)}, "
-                f"{names[1]} {number(moving)}; "
-                if early
-                else "No checkpoint before the last was kept: when features were set cannot be told; "
-            )
-            + f"total change {names[0]} {short(moved[0])}, {names[1]} {short(moved[1])}.",
-            f"It fails or stays open at this: {open_one.text}."
-            if open_one
-            else "When features were set was followed in one training run per arm.",
-            criteria,
-        )
-
-    def _many(self, counts: OwnFeatures) -> bool:
-        """Whether every run of the contrast has many more features of its own than every run of the tuned model."""
-        return min(counts.contrast) >= self.params.own_features_ratio * max(1, *counts.tuned)
-
-    def _against(self, counts: OwnFeatures) -> str:
-        sides = []
-        for found in (counts.contrast, counts.tuned):
-            mean = over_runs(found, confidence=self.params.confidence)
-            several = f" (mean {number(mean.value, 1)} {interval(max(0.0, mean.low), mean.high, 1)})" if len(found) > 1 else ""
-            sides.append(listed([*map(count, found)]) + several)
-        return f"{' against '.join(sides)} ({counts.label})"
+        return FeatureClaim(self.evidence, self.params).verdict(claim)
 
     def necessary(self) -> Verdict:
         """Zeroing the set in the tuned model lowers accuracy beyond every matched random set, and in its repeats too."""

@@ -179,24 +179,24 @@ def overlaps(evidence: Evidence) -> list[tuple[str, Panel]]:
 
 def overlap_against_size(evidence: Evidence, early_share: float) -> Panel | None:
     """Overlap of an early checkpoint with the last one against n, one figure per method, with the floor of each arm."""
-    early, last = early_checkpoint(evidence, early_share)
-    if not early:
-        return None
-    names, arms = evidence.names, list(dict.fromkeys(row["arm"] for row in evidence.overlap))
+    kept = {row["arm"]: early_checkpoint(evidence, row["arm"], early_share) for row in evidence.overlap}
+    kept = {arm: (early, last) for arm, (early, last) in kept.items() if early}
+    names, arms = evidence.names, list(kept)
     methods = {"fixed": "In one dictionary", "refit": "Crosscoder trained on per checkpoint"}
     figures = []
     for method, heading in methods.items():
         drawn = []
         for arm in arms:
-            for a, b, colour in ((early, last, names.colour(arm)), (0, 0, mixed(names.colour(arm), 0.45))):
+            for a, b, colour in ((*kept[arm], names.colour(arm)), (0, 0, mixed(names.colour(arm), 0.45))):
                 points = early_overlap(evidence, arm, a, b, method)
                 label = f"{names.label(arm)}{'' if a else ', done twice'}"
                 drawn.append((label, colour, [(float(top), value) for top, value in points.items()]))
         if any(points for *_, points in drawn):
             figures.append(lines(f"overlap-size-{method}", heading, drawn, "n", "overlap"))
     caption = (
-        f"Share of the top n features that checkpoint {early} has in common with the last. Pale: the last checkpoint done "
-        "twice, with other tokens or another seed: no overlap can be read as higher than that."
+        "Share of the top n features that the last checkpoint within the first "
+        f"{early_share:.0%} of training has in common with the last of all. Pale: the last checkpoint done twice, with other "
+        "tokens or another seed: no overlap can be read as higher than that."
     )
     return Panel(figures, caption, models_legend(arms, names), 320) if figures else None
 

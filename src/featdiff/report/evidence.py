@@ -82,6 +82,8 @@ class Evidence:
     """Tables ``accuracy``, ``divergence`` and ``samples`` of every kept checkpoint of every arm."""
     overlap: list[Row]
     trajectories: list[Row]
+    resampled: list[Row]
+    """Overlap and change of every checkpoint in resamples of the texts; draw 0 is the sample itself."""
     localize: Row
     scores: list[Row]
     sweep: list[Row]
@@ -158,7 +160,8 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
     )
     dynamics = [read(f"analysis/dynamics/{arm}") for arm in study.dynamics.arms]
     features = _rows(
-        attribution / "features.parquet", "fit feature_id dead firing_rate nrn mas feature_class scaling_owner specific"
+        attribution / "features.parquet",
+        "fit feature_id dead firing_rate nrn mas feature_class tested scaling_owner specific halves_agree",
     )
     found = read_json(localize / "features.json")
     return Evidence(
@@ -194,6 +197,7 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         checkpoints=_checkpoints([read(f"checkpoints/{arm}") for arm in study.arms]),
         overlap=_joined(dynamics, "overlap.parquet", "arm method top a b overlap"),
         trajectories=_joined(dynamics, "trajectories.parquet", "arm checkpoint feature_id change rank"),
+        resampled=_joined(dynamics, "bootstrap.parquet", "arm checkpoint draw overlap ceiling chance change"),
         localize=found,
         scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
         sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
