@@ -5,15 +5,7 @@ from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
-from featdiff.attribution.dynamics import (
-    block_changes,
-    bootstrap_rows,
-    change_from_base,
-    overlap_rows,
-    refit,
-    text_blocks,
-    trajectory_rows,
-)
+from featdiff.attribution.dynamics import Followed, follow, overlap_rows, refit
 from featdiff.config.params import BASE, PAIR
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.stage import stage, stage_key
@@ -30,24 +22,18 @@ with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
     series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
     before = ActivationStore({BASE: base, arm: folder}).read(0, rows)[:, 0]
     after = {i: ActivationStore({arm: folder}, name).read(0, rows)[:, 0] for i, name in enumerate(series, start=1)}
-    overlaps, trajectories, resampled = [], [], []
-    crosscoder = Crosscoder.load(run.read(f"crosscoders/{params.fit}"))
+    crosscoder, found = Crosscoder.load(run.read(f"crosscoders/{params.fit}")), Followed([], [], [])
     slot = next((name for name in run.study.repeats(arm) if name in crosscoder.models), None)
     if slot:  # an arm that the dictionary has never seen, nor a repeat of it, has no slot there
-        changes = {i: change_from_base(crosscoder, before, acts, slot) for i, acts in after.items()}
-        odd, even = (change_from_base(crosscoder, before[part::2], after[len(after)][part::2], slot) for part in (0, 1))
-        overlaps += overlap_rows(arm, "fixed", changes, (odd, even), params.top)
-        trajectories += trajectory_rows(arm, changes)
-        blocks = text_blocks(load_file(base / "tokens.safetensors")["text_id"][:rows])
-        sums = {i: block_changes(crosscoder, before, acts, slot, blocks) for i, acts in after.items()}
-        resampled += bootstrap_rows(arm, sums, blocks.bincount().float(), params.top, params.bootstrap, run.seed)
+        texts = load_file(base / "tokens.safetensors")["text_id"][:rows]
+        found = follow(arm, crosscoder, slot, before, after, texts, params, run.seed)
     pair = Crosscoder.load(run.read(f"crosscoders/{PAIR}{arm}"))
     pairs = {i: torch.stack([before, acts], dim=1) for i, acts in after.items()}
     ranked = {i: refit(pair, acts, training, run.seed, f"{arm} {i}") for i, acts in pairs.items()}
     again = refit(pair, pairs[len(after)], training, run.seed + 1, f"{arm} again")
-    overlaps += overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
+    overlaps = found.overlap + overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
     write_rows(run.out / "overlap.parquet", overlaps)
-    write_rows(run.out / "trajectories.parquet", trajectories)
-    write_rows(run.out / "bootstrap.parquet", resampled)
+    write_rows(run.out / "trajectories.parquet", found.trajectories)
+    write_rows(run.out / "bootstrap.parquet", found.bootstrap)
     wanted = {"method": "fixed", "a": 1, "b": len(after), "top": max(params.top)}
     run.metrics({"overlap_first_last": {row["arm"]: row["overlap"] for row in overlaps if wanted.items() <= row.items()}})

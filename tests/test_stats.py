@@ -13,12 +13,16 @@ from sklearn.preprocessing import PolynomialFeatures
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from featdiff.stats import (
+    Interval,
+    around,
     bootstrap_mean,
     detectable,
     draws_p,
+    exact_share,
     holm,
     mcnemar,
     mean_over_strata,
+    minus,
     over_clusters,
     over_runs,
     paired_difference,
@@ -170,6 +174,34 @@ def test_rare_changes_are_covered_where_a_bootstrap_misses_them() -> None:
             covered[within] += found.low <= 0.03 <= found.high
     assert covered[None] / 400 < 0.7
     assert covered[0.0, 1.0] / 400 >= 0.95
+
+
+@pytest.mark.parametrize(("found", "n"), [(0, 30), (1, 30), (17, 40), (30, 30)])
+def test_a_share_has_the_exact_binomial_interval(found: int, n: int) -> None:
+    """Clopper and Pearson: at the ends, what was seen or farther out has half of what confidence leaves."""
+    share = exact_share(found, n, confidence=0.9)
+    assert (share.value, share.n) == (found / n, n)
+    if found:
+        assert scipy.stats.binom.sf(found - 1, n, share.low) == pytest.approx(0.05)
+    if found < n:
+        assert scipy.stats.binom.cdf(found, n, share.high) == pytest.approx(0.05)
+    assert exact_share(0, 0, confidence=0.9)[1:3] == (0.0, 1.0)
+
+
+def test_a_difference_of_estimates_is_that_of_normal_ones_where_they_are_normal() -> None:
+    a, b = Interval(1.0, 1.0 - 3.0, 1.0 + 3.0, 5), Interval(0.5, 0.5 - 4.0, 0.5 + 4.0, 6)
+    assert minus(a, b) == Interval(0.5, 0.5 - 5.0, 0.5 + 5.0, 11)
+    known = Interval(0.5, 0.5, 0.5, 6)
+    assert minus(known, a)[:3] == (-0.5, -3.5, 2.5)
+    skewed = Interval(0.0, 0.0, 2.0, 5)
+    assert minus(known, skewed)[:3] == (0.5, -1.5, 0.5)
+
+
+def test_draws_give_their_spread_and_not_their_bias() -> None:
+    draws = np.linspace(-1, 1, 2001)
+    found = around(7.0, draws - 3.0, confidence=0.9, n=4)
+    assert found[:3] == pytest.approx((7.0, 6.1, 7.9))
+    assert around(7.0, [*draws, np.nan], confidence=0.9, n=4)[:3] == pytest.approx(found[:3])
 
 
 def test_no_samples_no_estimate() -> None:

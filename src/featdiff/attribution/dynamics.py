@@ -13,7 +13,7 @@ N token rows, K blocks of texts, R resamples, D residual width, F features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ from torch import Tensor
 from featdiff.activations.store import READ_ROWS
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.attribution.norms import nrn
-from featdiff.config.params import BASE, CrosscoderTraining
+from featdiff.config.params import BASE, CrosscoderTraining, DynamicsParams
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.measure import feature_statistics
 from featdiff.crosscoder.model import Crosscoder
@@ -130,6 +130,38 @@ def bootstrap_rows(
 def _top(values_HRF: Float[Tensor, "H R F"], top: int) -> Bool[Tensor, "H R F"]:
     """Which features are among the ``top`` largest."""
     return torch.zeros(values_HRF.shape, dtype=torch.bool).scatter_(-1, values_HRF.topk(top).indices, value=True)
+
+
+class Followed(NamedTuple):
+    """Tables of one arm read in one dictionary, as lists of rows."""
+
+    overlap: list[dict[str, Any]]
+    trajectories: list[dict[str, Any]]
+    bootstrap: list[dict[str, Any]]
+
+
+def follow(
+    arm: str,
+    crosscoder: Crosscoder,
+    slot: str,
+    base_ND: Float[Tensor, "N D"],
+    checkpoints: Mapping[int, Float[Tensor, "N D"]],
+    text_N: Int[Tensor, " N"],
+    params: DynamicsParams,
+    seed: int,
+) -> Followed:
+    """The method ``fixed`` for the ``checkpoints`` of ``arm`` by number, raw streams on the tokens of ``base_ND`` and read with
+    the slot of ``slot``. ``text_N`` says which text each row is of."""
+    last = checkpoints[max(checkpoints)]
+    changes = {i: change_from_base(crosscoder, base_ND, acts_ND, slot) for i, acts_ND in checkpoints.items()}
+    odd, even = (change_from_base(crosscoder, base_ND[part::2], last[part::2], slot) for part in (0, 1))
+    block_N = text_blocks(text_N)
+    sums = {i: block_changes(crosscoder, base_ND, acts_ND, slot, block_N) for i, acts_ND in checkpoints.items()}
+    return Followed(
+        overlap_rows(arm, "fixed", changes, (odd, even), params.top),
+        trajectory_rows(arm, changes),
+        bootstrap_rows(arm, sums, block_N.bincount().float(), params.top, params.bootstrap, seed),
+    )
 
 
 def top_overlap(a_F: Float[Tensor, " F"], b_F: Float[Tensor, " F"], top: int) -> float:

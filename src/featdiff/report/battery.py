@@ -206,8 +206,8 @@ def seeds(evidence: Evidence) -> Table | None:
         rows,
         "Effect: what transplanting each seed's own set adds to the original's residual stream on flipped samples. Subspace: "
         "mean cosine of the principal angles between the spans of decoder rows, and between those of the components that hold "
-        "90 % of the changes; beside it, random subspaces of the same sizes. Ids: features of two seeds are the same where each "
-        f"is the other's best match by decoder cosine. Cosine of each set's mean change with the mean difference: {along}.",
+        "90 % of the changes; beside it, random subspaces of the same sizes. Ids: features of two seeds are the same where "
+        f"each is the other's best match by decoder cosine. Cosine of each mean change with the mean difference: {along}.",
     )  # fmt: skip
 
 
