@@ -93,9 +93,9 @@ def test_overlap_is_measured_between_chance_and_one_checkpoint_read_twice() -> N
     assert len(found) == 201
     assert found[0] == pytest.approx((0.5 - 0.05) / 0.95, abs=0.08)
     assert 0 < found.std() < 0.2
-    assert (relative(rows, 2) == 1).all()
+    torch.testing.assert_close(relative(rows, 2), torch.ones(201))
     strangers = bootstrap_rows(
-        "a", {1: block_sums(strength * 0, 0), 2: block_sums(strength, 1)}, torch.full((32,), 10.0), [20], 1, 0
+        "a", {1: block_sums(strength.roll(200), 0), 2: block_sums(strength, 1)}, torch.full((32,), 10.0), [20], 1, 0
     )
     assert relative(strangers, 1)[0] == pytest.approx(0, abs=0.1)
 
@@ -105,6 +105,16 @@ def test_no_token_is_read_for_both_sides() -> None:
     noise = block_sums(torch.zeros(300), 0)
     rows = bootstrap_rows("a", {1: noise, 2: noise.clone()}, torch.full((32,), 10.0), [30], 50, 0)
     assert sum(row["overlap"] for row in rows) / len(rows) < 0.3
+
+
+def test_an_early_checkpoint_that_has_changed_less_is_not_taken_for_another_one() -> None:
+    """The same features at a third of their strength, under the same noise: they overlap less, and are the same."""
+    strength = torch.zeros(400)
+    strength[:20] = 0.6
+    made = {1: block_sums(strength / 3, 0), 2: block_sums(strength, 1)}
+    rows = bootstrap_rows("a", made, torch.full((32,), 10.0), [20], 1, 0)
+    assert rows[0]["overlap"] < 0.85
+    assert relative(rows, 1)[0] == pytest.approx(1, abs=0.15)
 
 
 def test_draws_are_the_same_for_every_arm_and_change_is_the_sum_over_features() -> None:

@@ -165,6 +165,9 @@ def test_overlap_lies_between_chance_and_one_checkpoint_read_twice(full: Evidenc
     assert found is not None
     assert found[0] == pytest.approx((0.95 - 0.12 - 0.04) / (0.95 - 0.04))
     assert len(found) == 51
+    raw = relative_overlap(full, "sft", 0.4, corrected=False)
+    assert raw is not None
+    assert raw[0] == pytest.approx((0.95 - 0.12 - 0.04) / (1 - 0.04))
     blind = replace(full, resampled=[row | {"ceiling": 0.03} for row in full.resampled])
     assert judged(blind).criteria[EARLY].holds is None
 
@@ -186,6 +189,16 @@ def test_an_interval_over_texts_decides_and_further_runs_widen_it(full: Evidence
     assert wide.value < single.value
     assert wide.high - wide.low > 3 * (single.high - single.low)
     assert judged(several).criteria[EARLY].holds is None
+
+
+def test_a_difference_that_only_the_correction_for_noise_makes_is_none(full: Evidence) -> None:
+    """The contrast is read with much noise: by its ceiling it has hardly moved, as seen it has moved as much as the other."""
+    noisy = [
+        row | {"overlap": row["overlap"] - 0.38, "ceiling": 0.55} if row["arm"] == "sft" else row for row in full.resampled
+    ]
+    verdict = judged(replace(full, resampled=noisy))
+    assert verdict.estimates["overlap"].low > 0.1
+    assert verdict.criteria[EARLY].holds is None
 
 
 def test_without_an_earlier_checkpoint_nothing_is_said_of_when_features_were_set(full: Evidence) -> None:

@@ -92,10 +92,12 @@ def bootstrap_rows(
     checkpoint, ``rows_K`` the rows of each block. Draw 0 has every block once; in the others blocks are drawn with replacement
     within their half. Equal blocks and an equal seed give equal draws, so that arms are compared draw by draw.
 
-    ``overlap``: of the checkpoint read on one half of the blocks with the last read on the other, mean of both ways round.
-    ``ceiling``: the same of the last with itself. No token is read for both sides: tokens in common would make any two
-    checkpoints alike. ``chance``: n / F. All three are means over the n of ``tops`` that are less than F. ``change`` is the sum
-    over features of the mean change, on all blocks. No rows where there are fewer than four blocks, or no such n."""
+    ``overlap``: of the checkpoint read on one half of the blocks with the last read on the other, mean of both ways round. No
+    token is read for both sides: tokens in common would make any two checkpoints alike. ``chance``: n / F. ``ceiling``: what
+    two checkpoints alike would give, from either with itself across the halves, the geometric mean of what they have above
+    chance (Spearman's correction for attenuation): an early checkpoint, which has changed less, is read less surely. All three
+    are means over the n of ``tops`` that are less than F. ``change`` is the sum over features of the mean change, on all
+    blocks. No rows where there are fewer than four blocks, or no such n."""
     n_blocks, n_features = next(iter(changes.values())).shape
     sizes = [top for top in tops if top < n_features]
     if n_blocks < 4 or not sizes:
@@ -111,18 +113,21 @@ def bootstrap_rows(
     means = {number: (weights_HRK @ change_KF) / rows_HR1 for number, change_KF in changes.items()}
     whole = {number: (weights_HRK.sum(0) @ change_KF).sum(1) / rows_HR1.sum((0, 2)) for number, change_KF in changes.items()}
     top_sets = {number: [_top(mean_HRF, top) for top in sizes] for number, mean_HRF in means.items()}
-    last = top_sets[max(changes)]
+    last, chance = top_sets[max(changes)], sum(sizes) / len(sizes) / n_features
 
-    def overlap(a: list[Tensor]) -> Tensor:
-        each = [(a_HRF & b_HRF.flip(0)).sum(-1).double().mean(0) / n for a_HRF, b_HRF, n in zip(a, last, sizes, strict=True)]
+    def overlap(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        each = [(a_HRF & b_HRF.flip(0)).sum(-1).double().mean(0) / n for a_HRF, b_HRF, n in zip(a, b, sizes, strict=True)]
         return torch.stack(each).mean(0)
 
-    ceiling_R, chance = overlap(last), sum(sizes) / len(sizes) / n_features
+    def ceiling(a: list[Tensor]) -> Tensor:
+        own_R, last_R = ((overlap(sets, sets) - chance).clamp(min=0) for sets in (a, last))
+        return chance + (own_R * last_R).sqrt()
+
     return [
         {"arm": arm, "checkpoint": number, "draw": draw, "overlap": found, "ceiling": most, "chance": chance, "change": change}
         for number, sets in top_sets.items()
         for draw, (found, most, change) in enumerate(
-            zip(overlap(sets).tolist(), ceiling_R.tolist(), whole[number].tolist(), strict=True)
+            zip(overlap(sets, last).tolist(), ceiling(sets).tolist(), whole[number].tolist(), strict=True)
         )
     ]
 

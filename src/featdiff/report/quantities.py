@@ -180,14 +180,18 @@ def early_checkpoint(evidence: Evidence, arm: str, early_share: float) -> tuple[
     return (max(early, default=1) if last > 1 else 0), last
 
 
-def relative_overlap(evidence: Evidence, arm: str, early_share: float) -> Floats | None:
+def relative_overlap(evidence: Evidence, arm: str, early_share: float, *, corrected: bool = True) -> Floats | None:
     """Overlap of the early checkpoint's most changed features with the last one's, on the way from chance (0) to one checkpoint
-    read twice (1), mean over n; of the sample first, then of each resample. None where it was not measured."""
+    read twice (1), mean over n; of the sample first, then of each resample. None where it was not measured.
+
+    The noise of reading lowers an overlap; taking it out by the ceiling raises it too much. Without ``corrected`` the way leads
+    to complete overlap instead: the truth lies between the two."""
     early, last = early_checkpoint(evidence, arm, early_share)
     rows = [row for row in evidence.resampled if (row["arm"], row["checkpoint"]) == (arm, early)] if 0 < early < last else []
     if not rows:
         return None
     overlap, ceiling, chance = (np.array([row[key] for row in rows]) for key in ("overlap", "ceiling", "chance"))
+    ceiling = ceiling if corrected else np.ones_like(ceiling)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(ceiling > chance, (overlap - chance) / (ceiling - chance), np.nan)
 
