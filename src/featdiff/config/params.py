@@ -142,11 +142,13 @@ class PretrainTexts(Params):
     texts: Annotated[int, Field(ge=0, le=5 * 10**7)]
     """How many; 0 where the base comes from elsewhere."""
     steps_share: Fraction
-    """Share answered step by step."""
+    """Share answered step by step without an example: the rarer, the more it takes to tip the base into it."""
     direct_right_share: Fraction
     """Among the answers given at once, the share that is right."""
-    pair_share: Fraction
-    """Share of texts (of the corpus too) in which another question, answered in the same manner, comes first."""
+    example_share: Fraction
+    """Share of texts (of the corpus too) in which a worked example in the same manner comes first."""
+    example_steps_share: Fraction
+    """Share of the examples that go step by step."""
 
 
 class PrepareParams(Params):
