@@ -662,6 +662,14 @@ class ReportParams(Params):
     """Largest p-value, after correction for the number of tasks, that counts."""
     power: Level
     """With which the smallest detectable effect would be found."""
+    returned: Level
+    """Share of the tuned model's answers that must be like those of the original once the set is taken away."""
+    unread_margin: Fraction
+    """How many more answers than the original's may then be unreadable: beyond it the drop is called damage."""
+    selectivity: Rate
+    """How many times as long a change the median control must need for half of the set's gain."""
+    dictionary_margin: Fraction
+    """What the set must do beyond the best single direction for the dictionary to be needed."""
     control_share: Fraction
     """Share of the set's effect that a set which ought to do nothing may have."""
     stable_jaccard: Fraction

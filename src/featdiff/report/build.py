@@ -15,7 +15,16 @@ from markupsafe import Markup
 
 from featdiff.config.params import BASE, METHODS, ReportParams
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
-from featdiff.report import battery, crosscoder_figures, feature_cards, forgetting, model_figures, set_figures, tables
+from featdiff.report import (
+    battery,
+    crosscoder_figures,
+    dose_figures,
+    feature_cards,
+    forgetting,
+    model_figures,
+    set_figures,
+    tables,
+)
 from featdiff.report.charts import MANNER_NAMES, SET_COLOUR, Panel
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence
@@ -134,8 +143,8 @@ def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[
         "overlap-size": crosscoder_figures.overlap_against_size(evidence, params.early_share),
         "scores": set_figures.scores(evidence),
         "features": feature_cards.figures(evidence),
-        "tuning": set_figures.tuning(evidence),
-        "doses": set_figures.doses(evidence),
+        "tuning": dose_figures.tuning(evidence),
+        "lengths": dose_figures.lengths(evidence),
         "effects": set_figures.effect_strips(evidence),
         "replication": set_figures.replication(evidence),
         "steps": set_figures.manner_before_after(evidence),
