@@ -228,8 +228,9 @@ class SetClaims:
         verb = "Taking away" if sign < 0 else "Amplifying"
         said = (
             f"{verb} {things(evidence.set_size, 'feature')} ({percent(share)}; {chosen.get('edit')}, dose "
-            f"{chosen.get('dose', 0):g}) changes accuracy by {change(on_found)} questions on the {things(len(found), 'task')} it was found on and "
-            f"{change(on_heldout)} on {things(len(heldout), 'held-out task')}."
+            f"{chosen.get('dose', 0):g}) changes accuracy by {change(on_found)} questions on the "
+            f"{things(len(found), 'task')} it was found on and {change(on_heldout)} on "
+            f"{things(len(heldout), 'held-out task')}."
         )
         repeated = self.replications() if sign < 0 else []
         if repeated:  # a criterion that is open for want of runs would bar all who have but one
