@@ -175,4 +175,14 @@ def test_half_a_lock_is_set_aside_and_a_whole_one_left(tmp_path: Path, capsys: p
     assert not lock.exists()
     assert (tmp_path / "dvc.lock.half").read_bytes() == half
     assert "renamed dvc.lock.half" in capsys.readouterr().out
-    set_aside_half(tmp_path)
+    assert set_aside_half(tmp_path) == []
+
+
+@pytest.mark.parametrize(("text", "whole"), [('{"data": {"write"', False), ("", True), ('{"data": {}}', True)])
+def test_half_of_dvcs_table_of_readers_and_writers_is_set_aside(tmp_path: Path, text: str, *, whole: bool) -> None:
+    """With half of it ``dvc repro`` ends at once; it makes a new one where there is none."""
+    table = tmp_path / ".dvc/tmp/rwlock"
+    table.parent.mkdir(parents=True)
+    table.write_text(text, encoding="utf-8")
+    assert set_aside_half(tmp_path) == ([] if whole else [".dvc/tmp/rwlock"])
+    assert table.exists() == whole

@@ -15,10 +15,10 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from featdiff.stats import (
     Interval,
     around,
+    binomial,
     bootstrap_mean,
     detectable,
     draws_p,
-    exact_share,
     holm,
     mcnemar,
     mean_over_strata,
@@ -179,13 +179,13 @@ def test_rare_changes_are_covered_where_a_bootstrap_misses_them() -> None:
 @pytest.mark.parametrize(("found", "n"), [(0, 30), (1, 30), (17, 40), (30, 30)])
 def test_a_share_has_the_exact_binomial_interval(found: int, n: int) -> None:
     """Clopper and Pearson: at the ends, what was seen or farther out has half of what confidence leaves."""
-    share = exact_share(found, n, confidence=0.9)
+    share = binomial(found, n, confidence=0.9)
     assert (share.value, share.n) == (found / n, n)
     if found:
         assert scipy.stats.binom.sf(found - 1, n, share.low) == pytest.approx(0.05)
     if found < n:
         assert scipy.stats.binom.cdf(found, n, share.high) == pytest.approx(0.05)
-    assert exact_share(0, 0, confidence=0.9)[1:3] == (0.0, 1.0)
+    assert binomial(0, 0, confidence=0.9)[1:3] == (0.0, 1.0)
 
 
 def test_a_difference_of_estimates_is_that_of_normal_ones_where_they_are_normal() -> None:

@@ -109,7 +109,7 @@ def with_runs(estimate: Interval, *sides: Sequence[float], confidence: float, wi
     return estimate._replace(low=low, high=high)
 
 
-def exact_share(found: int, n: int, *, confidence: float) -> Interval:
+def binomial(found: int, n: int, confidence: float) -> Interval:
     """``found`` of ``n`` as a share, with the exact binomial interval (Clopper and Pearson 1934); of none, 0 to 1."""
     if n == 0:
         return Interval(float("nan"), 0.0, 1.0, 0)

@@ -20,6 +20,7 @@ import yaml
 from forge import GRAPH, Study, running, start_repro, wait_for
 
 from featdiff.artifacts.artifact import sha256_file
+from featdiff.artifacts.dvc import set_aside_half
 
 KILLS = [
     (number, target)
@@ -81,7 +82,7 @@ def test_killed_from_outside_in_every_stage_the_study_ends_in_the_same_bytes(stu
     hits: Counter[str] = Counter()
     most = 0
     while sum(hits.values()) < LEAST or {name.partition("@")[0] for name in hits} < stages:
-        most += 2
+        most += 1
         while attacked(repository, rng, hits, most, rng.choice(KILLS)):
             pass
         for out, _ in GRAPH:
@@ -114,8 +115,8 @@ def attacked(
             assert repository.stage() != hit, "its stage pays no heed to the signal"
             repository.signal(dvc, signal.SIGKILL, "group")  # the stage had ended when the signal came
             dvc.wait(30)
-    elif "dvc.lock' validation failed" in repository.said():  # killed while it wrote that file, in place
-        (repository.path / "dvc.lock").unlink()  # its run cache brings back what was computed
+    elif set_aside_half(repository.path):  # as make repro does: DVC was killed while it wrote one of its files in place
+        pass
     else:
         assert dvc.returncode == 0, repository.said()[-3000:]
     said = repository.said()

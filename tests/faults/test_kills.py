@@ -126,12 +126,27 @@ def test_killed_between_placing_an_artifact_and_its_provenance(study: Study) -> 
     assert study.provenance("models/base").read_bytes() == described
 
 
+def unhurried() -> None:
+    """Leave time for a signal between two pieces of work, of which the nano study makes hundreds a second."""
+    from featdiff.pipeline.checkpoint import Scratch
+
+    def slowed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def later(*given: Any) -> Any:
+            time.sleep(0.05)
+            return original(*given)
+
+        return later
+
+    for name in ("due", "part"):
+        setattr(Scratch, name, slowed(getattr(Scratch, name)))
+
+
 @pytest.mark.parametrize("out", LONG)
 def test_a_request_to_stop_keeps_what_is_done_and_is_no_success(study: Study, out: str) -> None:
     wanted = study.files(out)
     study.clear(out)
     study.set({"resume.every_seconds": 3600.0})  # only the request leads to a checkpoint
-    process = study.start(LONG[out])
+    process = study.start(LONG[out], unhurried)
     while process.is_alive() and not WORKING.search(study.log.read_text(errors="replace") if study.log.exists() else ""):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGTERM)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,9 @@ LABEL_BYTES = 128
 PULL = "run dvc pull, or dvc repro -f its stage"
 AGAIN = f"delete it, then {PULL}"
 LOCK = "dvc.lock"
+USERS = ".dvc/tmp/rwlock"
+"""DVC's table of the processes that read and write each path."""
+PATIENCE = 5
 REPAIR = f"restore it: git checkout {LOCK}, or dvc repro"
 
 
@@ -66,20 +71,30 @@ def locked(root: Path) -> list[Output]:
     return outputs
 
 
-def set_aside_half(root: Path) -> None:
-    """Rename a dvc.lock that DVC itself cannot read: it writes that file in place, and a kill may leave half of it. Without
-    the file ``dvc repro`` takes every result from its run cache; with the half it would stop at once."""
+def set_aside_half(root: Path) -> list[str]:
+    """Rename what DVC cannot read of its own: it writes dvc.lock and the table of its readers and writers in place, and a kill
+    may leave half of them. Without dvc.lock ``dvc repro`` takes every result from its run cache, and without the table it
+    starts a new one; with a half it would stop at once. Returns the names of the files renamed."""
     from dvc.exceptions import DvcException
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from dvc.utils.strictyaml import load
 
-    path = root / LOCK
-    if path.is_file():
-        try:
-            load(path, COMPILED_LOCKFILE_SCHEMA)
-        except DvcException:
-            path.replace(path.with_suffix(".lock.half"))
-            print(f"featdiff: {LOCK} is not whole, and was renamed {LOCK}.half; dvc repro takes what it has from its cache")
+    renamed = []
+    for name in (LOCK, USERS):
+        path = root / name
+        for _ in range(PATIENCE):  # a DVC at work may be writing it just now
+            if not path.is_file():
+                break
+            try:
+                load(path, COMPILED_LOCKFILE_SCHEMA) if name == LOCK else json.loads(path.read_bytes() or b"{}")
+                break
+            except (DvcException, ValueError):
+                time.sleep(0.2)
+        else:
+            path.replace(path.with_name(f"{path.name}.half"))
+            print(f"featdiff: {name} is not whole, and was renamed {path.name}.half; dvc repro does without")
+            renamed.append(name)
+    return renamed
 
 
 def _is_md5(value: object) -> bool:

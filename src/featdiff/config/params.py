@@ -142,11 +142,13 @@ class PretrainTexts(Params):
     texts: Annotated[int, Field(ge=0, le=5 * 10**7)]
     """How many; 0 where the base comes from elsewhere."""
     steps_share: Fraction
-    """Share answered step by step."""
+    """Share answered step by step without an example: the rarer, the more it takes to tip the base into it."""
     direct_right_share: Fraction
     """Among the answers given at once, the share that is right."""
-    pair_share: Fraction
-    """Share of texts (of the corpus too) in which another question, answered in the same manner, comes first."""
+    example_share: Fraction
+    """Share of texts (of the corpus too) in which a worked example in the same manner comes first."""
+    example_steps_share: Fraction
+    """Share of the examples that go step by step."""
 
 
 class PrepareParams(Params):
@@ -586,16 +588,28 @@ class DescribeParams(Params):
 
 
 class InterveneParams(Params):
+    """How a feature set is tested, and against what (featdiff.intervention)."""
+
     positions: Annotated[list[Position], Field(min_length=1)]
-    """Tried on the tune split."""
+    """Tried on the tune split, the gentlest first."""
+    remove: Annotated[list[Literal["zero", "transplant"]], Field(min_length=1)]
+    """Edits tried to take the set away from the tuned model: its features to zero, or to the values of the original."""
     amplify: Annotated[list[Literal["scale", "add", "transplant"]], Field(min_length=1)]
-    """Edits tried for amplification in the original model."""
+    """Edits tried to amplify it in the original model."""
     doses: Annotated[list[Rate], Field(min_length=1)]
-    """Tried on the tune split: a factor for ``scale``, multiples of the maximum in the tuned model for ``add``."""
+    """Tried on the tune split; widened until they span from hardly an effect to saturation (featdiff.crosscoder.edits says what
+    dose 1 is)."""
+    most_of_effect: Level
+    """Share of the largest effect that the chosen setting, the gentlest, must have."""
     random_sets: Annotated[int, Field(ge=20, le=10**5)]
-    """Matched random feature sets; the word causal needs an effect beyond the 95th percentile of them."""
-    tuning_random_sets: Resamples
-    """Further ones, for the dose curves on the tune split only."""
+    """Random sets of features that act on the questions asked, each made as long as the set; the word causal needs an effect
+    beyond the 95th percentile of them."""
+    random_directions: Annotated[int, Field(ge=1, le=10**5)]
+    """Random directions, pushed as far."""
+    other_draws: Positive
+    """How many of both are tried in models in which nothing is chosen: the contrast and repeats of the tuned model."""
+    control_questions: Positive
+    """Questions per task of the tune split on which the setting of a control is chosen."""
     single_features: Annotated[int, Field(ge=0, le=10**6)]
     """Up to this size of the set, each feature is also edited alone and left out."""
     collateral_texts: Positive
@@ -603,10 +617,11 @@ class InterveneParams(Params):
     collateral_tokens: Length
     """Longest of them; longer ones are cut."""
     tolerance: Fraction
-    """Of the settings within this accuracy of the best, the gentlest is taken."""
+    """Change of accuracy below which a larger dose adds nothing."""
     confidence: Level
     bootstrap: Resamples
     batch_size: Positive
+    """Questions under edits that are answered at once."""
     max_new_tokens: Length
 
 
@@ -650,6 +665,14 @@ class ReportParams(Params):
     """Largest p-value, after correction for the number of tasks, that counts."""
     power: Level
     """With which the smallest detectable effect would be found."""
+    returned: Level
+    """Share of the tuned model's answers that must be like those of the original once the set is taken away."""
+    unread_margin: Fraction
+    """How many more answers than the original's may then be unreadable: beyond it the drop is called damage."""
+    selectivity: Rate
+    """How many times as long a change the median control must need for half of the set's gain."""
+    dictionary_margin: Fraction
+    """What the set must do beyond the best single direction for the dictionary to be needed."""
     control_share: Fraction
     """Share of the set's effect that a set which ought to do nothing may have."""
     stable_jaccard: Fraction

@@ -1,149 +1,211 @@
-"""Feature sets to compare with: random sets matched to the found one in firing rate and size of contribution, and
-sets that ought to do nothing.
+"""What a feature set is held against: feature sets and directions that change the residual stream as much as it does.
 
-F features, M models, S features of the set, R draws.
+A control that changes less than the set, or nothing, could not refute it. Every control but single features therefore makes,
+token by token, a change of the length of the set's own (featdiff.crosscoder.edits: push, as_long), and is tried at the same
+positions and doses.
+
+F features, S features of the set, Q questions, D residual width. All of it is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
-from featdiff.attribution.norms import mas
-from featdiff.config.params import InterveneParams
-from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.edits import SILENT, AsLong, Change, Editor, Push
 
-NEIGHBOURS = 10
+SET = "set"
 SINGLE = ("alone", "without")
-"""Controls that edit one feature of the set, or all but one."""
+"""Controls that edit one feature of the set, or all but one, as long as they are."""
+RANDOM, RANDOM_DIRECTION = "random", "random_direction"
+DRAWN = (RANDOM, RANDOM_DIRECTION)
+"""Controls of which many are drawn: their spread is what chance gives."""
+DIRECTIONS = ("mean_difference", "first_component", "set_change")
+"""Directions that tell the two models apart, without features or as the mean of what the set changes."""
+NEIGHBOURS = 10
+LEAST_ACTING = 0.9
+"""Share of the questions on which a random set must act."""
+
+
+class Setting(NamedTuple):
+    """One way to edit."""
+
+    edit: str
+    positions: str
+    dose: float
 
 
 @dataclass(frozen=True)
-class FeatureSets:
-    """Every feature set of the study."""
+class Control:
+    """The set itself or something to hold it against; edits features or pushes along a direction of length 1."""
 
-    by_control: Mapping[str, list[list[int]]]
-    """By what they stand for, one per number; ``set`` has the found one."""
-    tuning: list[list[int]]
-    """Further random sets, for the tune split only."""
-
-    @property
-    def found(self) -> list[int]:
-        """The set that is studied."""
-        return self.by_control["set"][0]
+    name: str
+    number: int = 0
+    features: tuple[int, ...] = ()
+    direction_D: Tensor | None = None
 
     @property
-    def whole(self) -> dict[str, list[list[int]]]:
-        """``by_control`` without single features."""
-        return {control: group for control, group in self.by_control.items() if control not in SINGLE}
+    def label(self) -> str:
+        """Name and number."""
+        return f"{self.name} {self.number}"
+
+    def change(self, editor: Editor, found: Sequence[int], setting: Setting) -> Change:
+        """Its edit under ``setting``, as long as that of the set ``found``."""
+        like = editor.edit(setting.edit, list(found), setting.positions, setting.dose)
+        if self.direction_D is not None:
+            return Push(like.layer, like.positions, like.dose, self.direction_D.to(editor.device), like)
+        if self.name in (SET, *SINGLE):
+            return editor.edit(setting.edit, list(self.features), setting.positions, setting.dose)
+        own = editor.edit(setting.edit, list(self.features), setting.positions, setting.dose)
+        return AsLong(like.layer, like.positions, like.dose, own, like)
 
 
-def matched_random_sets(
-    features: list[int], firing_rate_F: Float[np.ndarray, " F"], contribution_F: Float[np.ndarray, " F"], draws: int, seed: int
-) -> list[list[int]]:
-    """``draws`` sets of the same size, none with a feature of the set and none drawn twice as long as that is possible.
+class Reach(NamedTuple):
+    """How far one edit moves the residual stream at the last token of the prompts, at dose 1."""
 
-    Each feature is replaced by one drawn from its nearest neighbours in log firing rate and log mean contribution
-    f_k‖d_k‖ (both standardised over live features). Where a few neighbours cannot give enough different sets, more
-    are taken in. Raises ContractError when fewer live features exist than one set needs."""
+    norm: float
+    """Mean of ‖Δh‖ / ‖h‖ over questions."""
+    acting: float
+    """Share of the questions on which it moves at all."""
+    unscaled: float
+    """Mean length relative to the set's before it was made as long; 1 for directions."""
+
+
+def reach(change: Change, resid_Q1D: Tensor, donor_Q1D: Tensor) -> Reach:
+    """How far ``change`` moves these streams at dose 1."""
+    delta_Q = change.delta(resid_Q1D, donor_Q1D).norm(dim=-1)[:, 0]
+    unscaled = 1.0
+    if isinstance(change, AsLong):
+        lengths = [edit.delta(resid_Q1D, donor_Q1D).norm(dim=-1).mean().item() for edit in (change.of, change.like)]
+        unscaled = lengths[0] / lengths[1] if lengths[1] else 0.0
+    share_Q = delta_Q / resid_Q1D.norm(dim=-1)[:, 0]
+    return Reach(share_Q.mean().item(), (delta_Q > SILENT).double().mean().item(), unscaled)
+
+
+def lengths(editor: Editor, edit: str, resid_Q1D: Tensor, donor_Q1D: Tensor) -> Float[np.ndarray, "Q F"]:
+    """How much each feature alone changes each stream under ``edit`` at dose 1: |c_k| ‖d_k‖."""
+    whole = editor.edit(edit, None, "prompt_last", 1.0)
+    coefficients_QF = whole.coefficients(resid_Q1D, donor_Q1D)[:, 0].abs()
+    found: NDArray[np.float32] = (coefficients_QF * whole.reader.directions_FD.norm(dim=-1)).cpu().numpy()
+    return found
+
+
+def random_sets(features: Sequence[int], length_QF: Float[np.ndarray, "Q F"], draws: int, seed: int) -> list[tuple[int, ...]]:
+    """``draws`` different sets of the size of ``features`` and without any of them, each of which acts on at least
+    :data:`LEAST_ACTING` of the questions.
+
+    Each feature is replaced by one drawn from its nearest neighbours in acting rate and mean contribution (logarithms,
+    standardised) over the questions asked at the position edited: ``length_QF`` is what each feature alone changes there.
+    Where neighbours give too few such sets, more are taken in; where all features do, fewer sets come back. Raises
+    ContractError when fewer features act than one set needs."""
     rng = np.random.default_rng(seed)
-    live = np.flatnonzero(firing_rate_F > 0)
+    acting_QF = length_QF > SILENT
+    rate_F, mean_F = acting_QF.mean(0), length_QF.mean(0)
+    live = np.flatnonzero(rate_F > 0)
     pool = np.setdiff1d(live, features)
-    _require(pool, features)
+    if len(pool) < len(features):
+        expected = f"as many features that act at the position edited, outside the set, as in it ({len(features)})"
+        todo = "raise localize.threshold or crosscoder.training.n_features"
+        raise ContractError("analysis/localize/features.json", "features", expected, f"only {len(pool)}", todo)
     with np.errstate(divide="ignore"):
-        described = np.stack([np.log(firing_rate_F), np.log(contribution_F)], axis=1)
+        described = np.stack([np.log(rate_F), np.log(mean_F)], axis=1)
     spread = described[live].std(axis=0)
     described = (described - described[live].mean(axis=0)) / np.where(spread > 0, spread, 1)
     neighbours = min(len(pool), max(NEIGHBOURS, len(features) + 1))
-    sets: dict[frozenset[int], list[int]] = {}
-    for attempt in range(draws * 20):
+    sets: dict[frozenset[int], tuple[int, ...]] = {}
+    for attempt in range(draws * 40):
         if len(sets) == draws:
             break
-        if attempt and attempt % (draws * 2) == 0:
+        if attempt and attempt % (draws * 4) == 0:
             neighbours = min(len(pool), neighbours * 2)
         drawn = _draw(features, pool, described, neighbours, rng)
-        sets.setdefault(frozenset(drawn), drawn)
+        if acting_QF[:, list(drawn)].any(1).mean() >= LEAST_ACTING:
+            sets.setdefault(frozenset(drawn), drawn)
     return list(sets.values())
 
 
 def _draw(
-    features: list[int], pool: NDArray[np.int64], described: NDArray[np.float64], neighbours: int, rng: np.random.Generator
-) -> list[int]:
+    features: Sequence[int], pool: NDArray[np.int64], described: NDArray[np.float64], neighbours: int, rng: np.random.Generator
+) -> tuple[int, ...]:
     drawn: list[int] = []
     for feature in features:
         target = np.nan_to_num(described[feature], neginf=described[pool].min())
         free = np.setdiff1d(pool, drawn)
         near = free[np.argsort(((described[free] - target) ** 2).sum(axis=1), kind="stable")[:neighbours]]
         drawn.append(int(rng.choice(near)))
-    return drawn
+    return tuple(drawn)
 
 
-@dataclass(frozen=True)
-class Controls:
-    """Draws the sets that a found one has to beat, in its own crosscoder."""
-
-    firing_rate_F: Float[np.ndarray, " F"]
-    contribution_F: Float[np.ndarray, " F"]
-    """Mean of f_k Σ_m‖d_k^m‖ where feature k fires."""
-    mas_FM: Float[np.ndarray, "F M"]
-    original: int
-    """Column of the original model."""
-    seed: int
-
-    @classmethod
-    def of(cls, crosscoder: Crosscoder, statistics: Mapping[str, Tensor], original: str, seed: int) -> Controls:
-        """From a crosscoder that holds the model ``original``, and its ``features.safetensors``."""
-        contribution_F = statistics["mean_activation"] * crosscoder.decoder_norms().sum(1)
-        shares_FM, column = mas(crosscoder.W_dec).numpy(), crosscoder.slot(original)
-        return cls(statistics["firing_rate"].numpy(), contribution_F.numpy(), shares_FM, column, seed)
-
-    def random(self, features: list[int], draws: int) -> list[list[int]]:
-        """Matched random sets."""
-        return matched_random_sets(features, self.firing_rate_F, self.contribution_F, draws, self.seed)
-
-    def sets(self, features: list[int], shuffled: list[int], params: InterveneParams) -> FeatureSets:
-        """The found set, the random ones, those that ought to do nothing (``shuffled`` is given), and, up to
-        ``params.single_features`` features, each feature alone and the set without it."""
-        drawn = self.random(features, params.random_sets + params.tuning_random_sets)
-        sets = {"set": [features], "random": drawn[: params.random_sets], "shuffled": [shuffled]}
-        activity_F = self.firing_rate_F * self.contribution_F
-        compared = comparison_sets(features, self.mas_FM, self.original, activity_F)
-        sets |= {control: [members] for control, members in compared.items()}
-        if 1 < len(features) <= params.single_features:
-            sets["alone"] = [[k] for k in features]
-            sets["without"] = [[other for other in features if other != k] for k in features]
-        return FeatureSets(sets, drawn[params.random_sets :])
+def random_directions(d_model: int, draws: int, seed: int) -> list[Tensor]:
+    """Directions of length 1, uniform over the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(draws, d_model, generator=generator)
+    return list(torch.nn.functional.normalize(drawn, dim=-1))
 
 
 def comparison_sets(
-    features: list[int], mas_FM: Float[np.ndarray, "F M"], original: int, activity_F: Float[np.ndarray, " F"]
-) -> dict[str, list[int]]:
+    features: Sequence[int], mas_FM: Float[np.ndarray, "F M"], original: int, length_QF: Float[np.ndarray, "Q F"]
+) -> dict[str, tuple[int, ...]]:
     """Two sets of the same size whose decoder norms say that they are not the tuned model's own: ``shared`` has the
     most even shares of all models, ``base_specific`` the largest share of the original model (column ``original``).
 
-    Taken among live features outside the set that are at least as active (firing rate times mean contribution) as the
-    least active of the set; where there are too few, among the most active. Raises ContractError as
-    :func:`matched_random_sets` does."""
-    pool = np.setdiff1d(np.flatnonzero(activity_F > 0), features)
-    _require(pool, features)
-    active = pool[activity_F[pool] >= activity_F[features].min()]
+    Taken among features outside the set that act on at least half of the questions at the position edited; where there are
+    too few, among those that act on most."""
+    rate_F = (length_QF > SILENT).mean(0)
+    pool = np.setdiff1d(np.flatnonzero(rate_F > 0), features)
+    active = pool[rate_F[pool] >= 0.5]
     if len(active) < len(features):
-        active = pool[np.argsort(-activity_F[pool], kind="stable")[: len(features)]]
+        active = pool[np.argsort(-rate_F[pool], kind="stable")[: len(features)]]
     evenness, own = mas_FM[active].max(1) - mas_FM[active].min(1), -mas_FM[active, original]
     return {
-        name: active[np.argsort(order, kind="stable")[: len(features)]].tolist()
+        name: tuple(active[np.argsort(order, kind="stable")[: len(features)]].tolist())
         for name, order in (("shared", evenness), ("base_specific", own))
     }
 
 
-def _require(pool: NDArray[np.int64], features: list[int]) -> None:
-    if len(pool) < len(features):
-        expected = f"as many live features outside the set as in it ({len(features)})"
-        todo = "raise localize.threshold or crosscoder.training.n_features"
-        raise ContractError("analysis/localize/features.json", "features", expected, f"only {len(pool)}", todo)
+@dataclass(frozen=True)
+class Draws:
+    """How many controls of each kind are drawn, and what they are drawn from."""
+
+    random_sets: int
+    random_directions: int
+    single_features: int
+    mas_FM: Float[np.ndarray, "F M"]
+    original: int
+    """Column of the original model."""
+    shuffled: Sequence[int]
+    """The set that the same search finds where a coin decides which model is the tuned one."""
+    directions: Mapping[str, Tensor]
+    """Those of :data:`DIRECTIONS`, from the original to the tuned model [D]."""
+    seed: int
+
+    def controls(self, found: Sequence[int], sign: int, length_QF: Float[np.ndarray, "Q F"]) -> list[Control]:
+        """The set ``found`` and everything to hold it against in one model, whose accuracy a claim says to move to ``sign``;
+        ``length_QF`` is what each feature changes at the questions asked (:func:`lengths`)."""
+        made = [Control(SET, 0, tuple(found))]
+        made += [Control(name, 0, members) for name, members in self._sets(found, length_QF).items()]
+        for name in DIRECTIONS:
+            if (length := self.directions[name].norm()) > 0:
+                made.append(Control(name, 0, direction_D=sign * self.directions[name] / length))
+        drawn = random_sets(found, length_QF, self.random_sets, stats.stream(self.seed, sign > 0))
+        made += [Control(RANDOM, number, members) for number, members in enumerate(drawn)]
+        d_model = len(self.directions[DIRECTIONS[0]])
+        pushes = random_directions(d_model, self.random_directions, stats.stream(self.seed, sign > 0, 1))
+        made += [Control(RANDOM_DIRECTION, number, direction_D=direction) for number, direction in enumerate(pushes)]
+        if 1 < len(found) <= self.single_features:
+            made += [Control("alone", i, (k,)) for i, k in enumerate(found)]
+            made += [Control("without", i, tuple(other for other in found if other != k)) for i, k in enumerate(found)]
+        return made
+
+    def _sets(self, found: Sequence[int], length_QF: Float[np.ndarray, "Q F"]) -> dict[str, tuple[int, ...]]:
+        compared = comparison_sets(found, self.mas_FM, self.original, length_QF)
+        return compared | {"shuffled": tuple(self.shuffled)}

@@ -1,98 +1,134 @@
-"""What an edit did: paired change of accuracy per task against the unedited model, beside the matched random sets."""
+"""What an edit did: paired change of accuracy per task against the unedited model, beside the draws of chance.
+
+Q questions of a task.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featdiff import stats
 from featdiff.config.params import InterveneParams
-from featdiff.intervention.purposes import sign_of
+from featdiff.intervention.controls import DRAWN, RANDOM
+from featdiff.intervention.purposes import Purpose
 from featdiff.language.evaluation import Row
-from featdiff.tasks.task import TaskInfo
+from featdiff.tasks.task import Sample, TaskInfo
+
+Marks = dict[str, list[bool]]
+"""What became of each answer, in the order of the questions, by column of :func:`marks`."""
+Nats = Mapping[str, Sequence[float]]
+"""Nats of the start and of the rest of the right answer, by ``sample_id``."""
+
+
+def marks(rows: Sequence[Row], toward: Mapping[str, Row]) -> Marks:
+    """Whether each answer is right, goes step by step, is right by the flexible rule, could not be read, and is like the one
+    of ``toward``: the same answer, or one that can be read in the same manner."""
+    return {
+        "correct": [bool(row["correct"]) for row in rows],
+        "steps": [row["manner"] == "steps" for row in rows],
+        "flexible": [bool(row["flexible"]) for row in rows],
+        "unread": [row["parsed"] is None for row in rows],
+        "alike": [_alike(row, toward[row["sample_id"]]) for row in rows],
+    }
+
+
+def _alike(row: Row, other: Row) -> bool:
+    if row["completion"] == other["completion"]:
+        return True
+    return row["parsed"] is not None and bool(row["manner"]) and row["manner"] == other["manner"]
 
 
 def effects(
-    rows: list[Row], flipped: set[str], tasks: dict[str, TaskInfo], params: InterveneParams, seed: int
+    purpose: Purpose,
+    answered: Mapping[tuple[str, int], Marks],
+    nats: Mapping[tuple[str, int], Nats],
+    samples: Sequence[Sample],
+    flipped: set[str],
+    unread_toward: Mapping[str, float],
+    tasks: Mapping[str, TaskInfo],
+    params: InterveneParams,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """Change of accuracy against the unedited model, per purpose, control, task and subset, with paired bootstrap
-    intervals and the band of the matched random sets, and of the likelihood of right answers. ``flipped`` holds the
-    sample ids that the original model fails and the tuned one solves: chosen by outcome, so read it beside the full set.
+    """Change of accuracy against the unedited model per control, task and subset, with paired bootstrap intervals, the band of
+    the random sets, and the change in likelihood of right answers.
 
-    ``control`` and ``set_draw`` of a row say under what it was answered. Raises ValueError where a control was not asked
-    the questions of the unedited model."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["purpose"], row["task"]].append(row)
+    ``answered`` holds the marks of ``samples`` by control and number (``none`` is unedited); ``flipped`` the sample ids that
+    the original model fails and the tuned one solves: chosen by outcome, so read it beside the full set. ``unread_toward``
+    is the share of unread answers of the model ``purpose.toward``, by task."""
     table: list[dict[str, Any]] = []
-    for purpose in dict.fromkeys(row["purpose"] for row in rows):
-        for task in tasks.values():
-            whole = groups[purpose, task.name]
-            for subset, group in (("all", whole), ("flipped", [row for row in whole if row["sample_id"] in flipped])):
-                if group:
-                    table += _task_effects(purpose, task, subset, group, params, seed)
+    for task in tasks.values():
+        rows = np.array([i for i, sample in enumerate(samples) if sample.task == task.name], dtype=int)
+        chosen = np.array([i for i in rows if samples[i].sample_id in flipped], dtype=int)
+        for subset, group in (("all", rows), ("flipped", chosen)):
+            if len(group):
+                facts = {
+                    "purpose": purpose.name,
+                    "model": purpose.model,
+                    "task": task.name,
+                    "role": task.role,
+                    "subset": subset,
+                }
+                marked = {
+                    key: {name: np.array(values)[group] for name, values in each.items()} for key, each in answered.items()
+                }
+                ids = [samples[i].sample_id for i in group]
+                known = facts | {"n": len(group), "unread_toward": unread_toward[task.name]}
+                table += [known | line for line in _lines(marked, nats, ids, purpose.sign, params, seed)]
     return table
 
 
-def _task_effects(
-    purpose: str, task: TaskInfo, subset: str, rows: list[Row], params: InterveneParams, seed: int
+def _lines(
+    marked: Mapping[tuple[str, int], Mapping[str, NDArray[np.bool_]]],
+    nats: Mapping[tuple[str, int], Nats],
+    ids: Sequence[str],
+    sign: int,
+    params: InterveneParams,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    answers: dict[tuple[str, int], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: str(row["sample_id"])):
-        answers.setdefault((row["control"], row["set_draw"]), []).append(row)
-    asked = [row["sample_id"] for row in answers["none", 0]]
-    for (control, number), group in answers.items():
-        if [row["sample_id"] for row in group] != asked:
-            raise ValueError(f"{purpose} {control} {number}: other samples of {task.name} than the unedited model answered")
-    right = {key: np.array([row["correct"] for row in group], dtype=float) for key, group in answers.items()}
-    baseline, before = right["none", 0], answers["none", 0]
-    sign = sign_of(purpose)
-    draws = [float((value - baseline).mean()) for (control, _), value in right.items() if control == "random"]
-    low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
+    before = marked["none", 0]
     paired = partial(stats.paired_difference, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
-    table = []
-    for (control, number), value in right.items():
+    change = {key: float(each["correct"].mean() - before["correct"].mean()) for key, each in marked.items()}
+    draws = [value for (name, _), value in change.items() if name == RANDOM]
+    low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
+    lines = []
+    for (control, number), each in marked.items():
         if control == "none":
             continue
-        effect = float((value - baseline).mean())
-        interval = paired(value, baseline, within=stats.CHANGES) if control != "random" else None
-        likelihood: dict[str, float | None] = {}
-        for part in ("start_nats", "rest_nats"):
-            now, then = ([row[part] for row in group] for group in (answers[control, number], before))
-            change = paired(now, then) if None not in (now[0], then[0]) else None
-            numbers = (change.value, change.low, change.high) if change else (None, None, None)
-            likelihood |= zip((part, f"{part}_low", f"{part}_high"), numbers, strict=True)
-        beyond = None
-        if control != "random" and draws:
-            beyond = sign * effect > max(sign * value for value in draws)
-        table.append(
+        effect, single = change[control, number], control not in DRAWN
+        interval = paired(each["correct"], before["correct"], within=stats.CHANGES)
+        lines.append(
             {
-                "purpose": purpose,
-                "model": rows[0]["model"],
                 "control": control,
                 "set_draw": number,
-                "task": task.name,
-                "role": task.role,
-                "subset": subset,
-                "n": len(value),
-                "accuracy": float(value.mean()),
-                "baseline": float(baseline.mean()),
+                "accuracy": float(each["correct"].mean()),
+                "baseline": float(before["correct"].mean()),
                 "effect": effect,
-                "low": interval.low if interval else None,
-                "high": interval.high if interval else None,
-                "steps": float(np.mean([row["manner"] == "steps" for row in answers[control, number]])),
-                "steps_baseline": float(np.mean([row["manner"] == "steps" for row in before])),
-                "flexible": float(np.mean([row["flexible"] for row in answers[control, number]])),
-                "parse_failures": float(np.mean([row["parsed"] is None for row in answers[control, number]])),
+                "low": interval.low,
+                "high": interval.high,
+                **{name: float(each[name].mean()) for name in ("steps", "flexible", "unread", "alike")},
+                "steps_baseline": float(before["steps"].mean()),
+                "alike_baseline": float(before["alike"].mean()),
                 "random_low": float(low_random),
                 "random_high": float(high_random),
-                "beyond_random": beyond,
-                "p_random": stats.draws_p(effect, draws, sign) if control != "random" and draws else None,
-                "p_mcnemar": stats.mcnemar(value, baseline) if control != "random" else None,
-                **likelihood,
+                "beyond_random": sign * effect > max(sign * value for value in draws) if single and draws else None,
+                "p_random": stats.draws_p(effect, draws, sign) if single and draws else None,
+                "p_mcnemar": stats.mcnemar(each["correct"], before["correct"]),
+                **_likelihood(nats.get((control, number), {}), nats.get(("none", 0), {}), ids, paired),
             }
         )
-    return table
+    return lines
+
+
+def _likelihood(now: Nats, then: Nats, ids: Sequence[str], paired: Any) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    known = [key for key in ids if key in now and key in then]
+    for part, name in enumerate(("start_nats", "rest_nats")):
+        interval = paired([now[key][part] for key in known], [then[key][part] for key in known]) if known else None
+        numbers = (interval.value, interval.low, interval.high) if interval else (None, None, None)
+        found |= zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True)
+    return found

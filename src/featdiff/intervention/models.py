@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
+from featdiff.language.decode import last_token_streams
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import load_model, load_tokenizer
-from featdiff.tasks.task import TaskInfo
+from featdiff.tasks.task import Sample, TaskInfo
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class EditableModel:
     evaluator: Evaluator
     editor: Editor
 
+    def streams(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """Residual streams [Q, 1, D] of the model and of its donor at the last token of each prompt."""
+        prompts, evaluator, editor = self.evaluator.prompts(samples), self.evaluator, self.editor
+        pad, size = evaluator.tokenizer.pad_token_id, evaluator.batch_size
+        models = (evaluator.model, editor.donor or evaluator.model)
+        own, donors = (last_token_streams(each, prompts, editor.layer, pad=pad, batch_size=size) for each in models)
+        return own[:, None].to(editor.device), donors[:, None].to(editor.device)
+
 
 @dataclass(frozen=True)
 class EditableModels:
@@ -31,7 +42,7 @@ class EditableModels:
     folders: Mapping[Purpose, Path]
     """Where the model of each purpose is; the crosscoder of ``editor`` has a slot for every one."""
     editor: Editor
-    """Holds what the edits of all models share; its own ``model`` is not read."""
+    """Holds what the edits of all models share; its own model and donor are not read."""
     tasks: dict[str, TaskInfo]
     params: InterveneParams
 
@@ -41,29 +52,42 @@ class EditableModels:
         return list(self.folders)
 
     def open(self, purpose: Purpose) -> EditableModel:
-        """The model of ``purpose``."""
-        if purpose.chosen:
-            return self.tuned if purpose.name == ZERO_TUNED else self.original
-        return self._load(purpose)
+        """The model of ``purpose``; its donor is the model that it is to become like."""
+        slot = purpose.slot_in(self.editor.crosscoder.models) or purpose.model
+        donor = self._tuned if purpose.name == AMPLIFY_ORIGINAL else self._original
+        editor = replace(self.editor, model=slot, donor_name=purpose.toward, donor=donor.model)
+        return EditableModel(purpose, self._evaluator(purpose), editor)
 
     @cached_property
     def tuned(self) -> EditableModel:
-        """The one in which the set is zeroed."""
-        return self._load(self._named(ZERO_TUNED))
+        """The one from which the set is taken away."""
+        return self.open(self.named(ZERO_TUNED))
 
     @cached_property
     def original(self) -> EditableModel:
-        """The one in which the set is amplified; the tuned model is its donor."""
-        loaded = self._load(self._named(AMPLIFY_ORIGINAL))
-        return replace(loaded, editor=replace(loaded.editor, donor=self.tuned.evaluator.model))
+        """The one in which the set is amplified."""
+        return self.open(self.named(AMPLIFY_ORIGINAL))
 
-    def _named(self, name: str) -> Purpose:
+    def named(self, name: str) -> Purpose:
+        """The purpose called ``name``."""
         return next(purpose for purpose in self.purposes if purpose.name == name)
 
-    def _load(self, purpose: Purpose) -> EditableModel:
+    @cached_property
+    def _tuned(self) -> Evaluator:
+        return self._load(self.named(ZERO_TUNED))
+
+    @cached_property
+    def _original(self) -> Evaluator:
+        return self._load(self.named(AMPLIFY_ORIGINAL))
+
+    def _evaluator(self, purpose: Purpose) -> Evaluator:
+        if purpose.chosen:
+            return self._tuned if purpose.name == ZERO_TUNED else self._original
+        return self._load(purpose)
+
+    def _load(self, purpose: Purpose) -> Evaluator:
         # Ids are the same under every model's tokenizer; a chat template need not be, and edits are compared between models.
-        tokenizer = load_tokenizer(self.folders[self._named(AMPLIFY_ORIGINAL)])
+        tokenizer = load_tokenizer(self.folders[self.named(AMPLIFY_ORIGINAL)])
         model = load_model(self.folders[purpose]).to(self.editor.device)
         sizes = {"batch_size": self.params.batch_size, "max_new_tokens": self.params.max_new_tokens}
-        slot = purpose.slot_in(self.editor.crosscoder.models) or purpose.model
-        return EditableModel(purpose, Evaluator(model, tokenizer, self.tasks, **sizes), replace(self.editor, model=slot))
+        return Evaluator(model, tokenizer, self.tasks, **sizes)

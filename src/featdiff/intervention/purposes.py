@@ -21,6 +21,8 @@ class Purpose:
     """The edited model."""
     alike: str
     """The model whose slot of the crosscoder reads it, where the crosscoder does not hold the edited model itself."""
+    toward: str
+    """The model that the edited one is to become like: the donor of a transplant, to whose answers its own are compared."""
 
     @property
     def sign(self) -> int:
@@ -40,9 +42,10 @@ class Purpose:
 def purposes(roles: Roles, repeats: Sequence[str]) -> list[Purpose]:
     """Is the set necessary in the tuned model, is it that model's alone (with a contrast model), is it sufficient in the
     original, and is it necessary in ``repeats`` of the tuned model (itself is left out), in which it was not found?"""
+    toward = {ZERO_TUNED: roles.original, ZERO_CONTRAST: roles.original, AMPLIFY_ORIGINAL: roles.tuned}
     edited = {ZERO_TUNED: roles.tuned, ZERO_CONTRAST: roles.contrast, AMPLIFY_ORIGINAL: roles.original}
-    found = [Purpose(name, model, model) for name, model in edited.items() if model is not None]
-    return found + [Purpose(f"{REPEAT}{name}", name, roles.tuned) for name in repeats if name != roles.tuned]
+    found = [Purpose(name, model, model, toward[name]) for name, model in edited.items() if model is not None]
+    return found + [Purpose(f"{REPEAT}{name}", name, roles.tuned, roles.original) for name in repeats if name != roles.tuned]
 
 
 def sign_of(purpose: str) -> int:

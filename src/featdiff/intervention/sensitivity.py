@@ -1,20 +1,25 @@
-"""Would another choice have given another answer? Other readouts and positions to find the set, other edits and positions
-to test it, each against matched random sets, on the tune split."""
+"""Would another choice have given another answer? Other readouts and positions to find the set, other seeds of the crosscoder,
+other edits and positions to test it, each against random sets made as long, on the tune split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from featdiff.crosscoder.edits import Change
+from featdiff import stats
+from featdiff.crosscoder.edits import Editor
+from featdiff.intervention.controls import RANDOM, SET, Control, Setting, lengths, random_sets
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import sign_of
-from featdiff.intervention.study import DIRECTIONS, InterventionResult, Once, Setting, answers, mean_accuracy, on_a_bar
+from featdiff.intervention.search import Once, asked, mean_accuracy, on_a_bar
+from featdiff.intervention.study import InterventionResult
 from featdiff.language.decode import PromptCache
 from featdiff.tasks.task import Sample
+
+DRAWS = 5
+"""Random sets per case."""
 
 
 class Case(NamedTuple):
@@ -22,61 +27,87 @@ class Case(NamedTuple):
 
     purpose: str
     varied: str
-    """``found by`` (readout and positions of the search) or ``edited by`` (edit and positions)."""
+    """``found by`` (readout and positions of the search), ``found in`` (another seed's crosscoder) or ``edited by`` (edit and
+    positions)."""
     choice: str
     features: list[int]
     setting: Setting
+    fit: str = ""
+    """Of ``found in``."""
 
 
-def cases(result: InterventionResult, variants: list[dict[str, Any]]) -> list[Case]:
-    """The set of every readout and position under the chosen settings, and the set itself under every edit and position
-    at the dose that was best for them on the tune split."""
+@dataclass(frozen=True)
+class Otherwise:
+    """Sets that were found otherwise."""
+
+    variants: Sequence[dict[str, Any]]
+    """By readout and positions."""
+    sets: Mapping[str, list[int]]
+    """By the name of another crosscoder."""
+    editors: Mapping[str, Editor]
+    """By the same names: what makes edits in these crosscoders; model and donor are not read."""
+
+
+def cases(result: InterventionResult, otherwise: Otherwise) -> list[Case]:
+    """The set of every readout and position, and that of every other crosscoder, under the chosen setting; and the set itself
+    under every edit and position at the dose that was best for them on the tune split."""
     planned = []
-    for purpose, chosen in result.chosen.items():
-        for variant in variants:
+    for purpose, searched in result.searched.items():
+        chosen, sign = searched.setting, sign_of(purpose)
+        for variant in otherwise.variants:
             choice = f"{variant['readout']} at {variant['positions']}"
             planned.append(Case(purpose, "found by", choice, variant["features"], chosen))
-        means: dict[tuple[str, str], dict[float, list[float]]] = {}
-        for row in result.tuning:
-            if row["purpose"] == purpose and row["edit"] not in DIRECTIONS:
-                means.setdefault((row["edit"], row["positions"]), {}).setdefault(row["dose"], []).append(row["accuracy"])
+        planned += [Case(purpose, "found in", fit, found, chosen, fit) for fit, found in otherwise.sets.items()]
+        means: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+        for row in searched.rows:
+            if row["control"] == SET:
+                means.setdefault((row["edit"], row["positions"]), {}).setdefault(row["dose"], []).append(row)
         for (edit, positions), doses in means.items():
-            dose = max(doses, key=lambda dose: sign_of(purpose) * float(np.mean(doses[dose])))
+            dose = max(sorted(doses), key=lambda dose: sign * mean_accuracy(doses[dose]))
             setting = Setting(edit, positions, dose)
             planned.append(Case(purpose, "edited by", f"{edit} at {positions}", result.choice["features"], setting))
     return planned
 
 
 def sensitivity(
-    models: EditableModels,
-    result: InterventionResult,
-    variants: list[dict[str, Any]],
-    match: Callable[[list[int], int], list[list[int]]],
-    samples: list[Sample],
-    draws: int,
-    once: Once,
+    models: EditableModels, result: InterventionResult, otherwise: Otherwise, samples: list[Sample], seed: int, once: Once
 ) -> list[dict[str, Any]]:
     """One row per case: ``effect`` is the change in mean accuracy on ``samples`` (tune split, tasks used for finding),
-    ``random`` the largest change in the claimed direction that any of ``draws`` matched sets (``match`` draws them) makes;
-    both None where a search found nothing."""
+    ``random`` the largest change in the claimed direction that any of :data:`DRAWS` random sets makes that are as long, and
+    ``median`` their median change; None where a search found nothing."""
     edited = {model.purpose.name: (model, PromptCache()) for model in (models.tuned, models.original)}
-    planned, rows = cases(result, variants), []
-    total = len(edited) + sum((1 + draws) * bool(case.features) for case in planned)
-    with on_a_bar(once, total, "sensitivity") as once:
-
-        def accuracy(model: EditableModel, prompts: PromptCache, name: str, edit: Change | None) -> float:
-            return mean_accuracy(once(f"sensitivity {name}", partial(answers, model, edit, samples, prompts)))
-
-        before = {name: accuracy(*model, name, None) for name, model in edited.items()}
+    planned, rows = cases(result, otherwise), []
+    with on_a_bar(once, "sensitivity", len(planned) + len(edited)) as once:
+        before = {}
+        for name, (model, prompts) in edited.items():
+            ((unedited,)) = once(f"sensitivity {name} unedited", partial(asked, model, [None], samples, prompts))
+            before[name] = mean_accuracy(unedited)
         for case in planned:
             model, prompts = edited[case.purpose]
-            sign, label = model.purpose.sign, f"{case.purpose} {case.varied} {case.choice}"
-            sets = [case.features, *match(case.features, draws)] if case.features else []
-            edits = [model.editor.edit(case.setting.edit, features, *case.setting[1:]) for features in sets]
-            changes = [
-                accuracy(model, prompts, f"{label} {number}", edit) - before[case.purpose] for number, edit in enumerate(edits)
-            ]
+            if case.fit:
+                held, other = model.editor, otherwise.editors[case.fit]
+                kept = replace(other, model=held.model, donor_name=held.donor_name, donor=held.donor)
+                model = replace(model, editor=kept)
+            changes: list[float] = []
+            if case.features:
+                drawn = _with_draws(model, case, samples, seed)
+                made = [control.change(model.editor, case.features, case.setting) for control in drawn]
+                name = f"sensitivity {case.purpose} {case.varied} {case.choice}"
+                answered = once(name, partial(asked, model, made, samples, prompts))
+                changes = [mean_accuracy(lines) - before[case.purpose] for lines in answered]
+            sign = model.purpose.sign
             facts = {"purpose": case.purpose, "varied": case.varied, "choice": case.choice, "size": len(case.features)}
-            largest = sign * max(sign * change for change in changes[1:]) if sets else None
-            rows.append(facts | case.setting._asdict() | {"effect": changes[0] if sets else None, "random": largest})
+            chance = sorted(changes[1:], key=lambda change: sign * change)
+            found = {
+                "effect": changes[0] if changes else None,
+                "random": chance[-1] if chance else None,
+                "median": chance[len(chance) // 2] if chance else None,
+            }
+            rows.append(facts | case.setting._asdict() | found)
     return rows
+
+
+def _with_draws(model: EditableModel, case: Case, samples: list[Sample], seed: int) -> list[Control]:
+    length_QF = lengths(model.editor, case.setting.edit, *model.streams(samples))
+    drawn = random_sets(case.features, length_QF, DRAWS, stats.stream(seed, 2))
+    return [Control(SET, 0, tuple(case.features)), *(Control(RANDOM, i, members) for i, members in enumerate(drawn))]

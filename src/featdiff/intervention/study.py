@@ -1,46 +1,39 @@
-"""The intervention study: positions and dose chosen on the tune split, effects measured on the report split.
+"""The intervention study: positions and doses chosen on the tune split, effects measured on the report split.
 
-What is edited, and why: featdiff.intervention.purposes. Every control answers the same questions in the same batches, so that
-an edit that changes nothing gives the same bytes.
+What is edited, and why: featdiff.intervention.purposes; what it is held against: featdiff.intervention.controls. Every control
+answers the same questions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from featdiff import stats
 from featdiff.artifacts.artifact import write_json
 from featdiff.config.params import InterveneParams
-from featdiff.crosscoder.edits import WHOLE_PROMPT, Change
-from featdiff.intervention.controls import SINGLE, FeatureSets
-from featdiff.intervention.effects import effects
+from featdiff.crosscoder.edits import Change
+from featdiff.intervention.controls import DIRECTIONS, DRAWN, SET, SINGLE, Control, Draws
+from featdiff.intervention.effects import Marks, effects, marks
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
+from featdiff.intervention.purposes import ZERO_TUNED
+from featdiff.intervention.search import Once, Searched, on_a_bar, search
 from featdiff.language.decode import PromptCache, text_nats
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, write_rows
 
-DIRECTIONS = ("mean_difference", "first_component", "random_direction")
-"""Directions of the residual stream that need no dictionary."""
-LIKELIHOOD_DRAWS = 5
-"""Random sets under which the likelihood of right answers is measured."""
-T = TypeVar("T")
-
-
-class Setting(NamedTuple):
-    """One way to edit."""
-
-    edit: str
-    positions: str
-    dose: float
+FEW = 5
+"""Random sets and directions whose effect on likelihoods and on free text is measured."""
+TOGETHER = 8
+"""Controls answered under in one part of the work, which a kill costs."""
 
 
 @dataclass(frozen=True)
@@ -68,187 +61,91 @@ class Questions:
         return [sample for sample in self.samples if sample.split == "report"]
 
 
-class Once(Protocol):
-    """Computes a JSON value, or takes it from a run that was killed: the name says all that tells it from other values."""
-
-    def __call__(self, name: str, compute: Callable[[], T], /) -> T: ...
+Edits = dict[tuple[str, int], Change | None]
+"""What one model answers under, by control and number."""
 
 
-@contextmanager
-def on_a_bar(once: Once, total: int, desc: str) -> Iterator[Once]:
-    """``once`` with a progress bar of ``total`` passes."""
-    with tqdm(total=total, desc=desc, unit="pass") as bar:
-
-        def counted(name: str, compute: Callable[[], T], /) -> T:
-            value = once(name, compute)
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(1)
-            return value
-
-        yield counted
+def edits(model: EditableModel, found: Sequence[int], searched: Searched, controls: Sequence[Control]) -> Edits:
+    """Unedited, no-op, reconstruction only, and ``controls`` each under the setting chosen for it."""
+    setting, editor = searched.setting, model.editor
+    made: Edits = {
+        ("none", 0): None,
+        ("noop", 0): editor.edit(setting.edit, list(found), setting.positions, 0.0),
+        ("reconstruction", 0): editor.edit("reconstruct", None, setting.positions, 1.0),
+    }
+    return made | {(each.name, each.number): each.change(editor, found, searched.chosen[each.label]) for each in controls}
 
 
-def settings(purpose: Purpose, params: InterveneParams) -> list[Setting]:
-    """What is tried on the tune split, gentlest first."""
-    if purpose.sign < 0:
-        return [Setting("zero", positions, 0.0) for positions in params.positions]
-    return [
-        Setting(edit, positions, dose)
-        for edit in params.amplify
-        for positions in params.positions
-        for dose in sorted(params.doses)
-    ]
+def fewer(made: Edits, draws: int) -> Edits:
+    """``made`` with the first ``draws`` of every kind of draw, and without parts of the set."""
+    seen: Counter[str] = Counter()
+    kept: Edits = {}
+    for (control, number), edit in made.items():
+        seen[control] += 1
+        if control not in SINGLE and (control not in DRAWN or seen[control] <= draws):
+            kept[control, number] = edit
+    return kept
 
 
-def mean_accuracy(rows: list[Row]) -> float:
-    """Mean over tasks of their accuracy."""
-    tasks = dict.fromkeys(row["task"] for row in rows)
-    return float(np.mean([np.mean([row["correct"] for row in rows if row["task"] == task]) for task in tasks]))
+def chunks(made: Edits) -> Iterator[tuple[str, Edits]]:
+    """``made`` in parts, each with a name."""
+    items = list(made.items())
+    for low in range(0, len(items), TOGETHER):
+        part = dict(items[low : low + TOGETHER])
+        yield ", ".join(f"{control} {number}" for control, number in part), part
 
 
-def by_task(rows: list[Row], tasks: dict[str, TaskInfo]) -> Iterator[dict[str, Any]]:
-    """n, accuracy and share of step-by-step answers per task."""
-    for name in dict.fromkeys(row["task"] for row in rows):
-        group = [row for row in rows if row["task"] == name]
-        yield {
-            "task": name,
-            "role": tasks[name].role,
-            "n": len(group),
-            "accuracy": float(np.mean([row["correct"] for row in group])),
-            "steps": float(np.mean([row["manner"] == "steps" for row in group])),
+@dataclass(frozen=True)
+class Answered:
+    """What one model answered under every control."""
+
+    marks: dict[tuple[str, int], Marks]
+    rows: list[Row]
+    """Whole answers without an edit, under the set and along :data:`DIRECTIONS`."""
+    nats: dict[tuple[str, int], dict[str, list[float]]]
+
+
+def answer(model: EditableModel, made: Edits, samples: list[Sample], toward: Mapping[str, Row], once: Once) -> Answered:
+    """Answers to ``samples`` (report split, every task) under ``made``, marked beside those of ``toward``, and the likelihood
+    of right answers under a few."""
+    name, prompts = model.purpose.name, PromptCache()
+    found, kept = dict[tuple[str, int], Marks](), list[Row]()
+
+    def compute(part: Edits) -> list[Any]:
+        answered = model.evaluator.answer_under(list(part.values()), samples, shared=prompts)
+        whole = [
+            rows if control in ("none", SET, *DIRECTIONS) else None for (control, _), rows in zip(part, answered, strict=True)
+        ]
+        return [[marks(rows, toward) for rows in answered], whole]
+
+    for label, part in chunks(made):
+        marked, whole = once(f"{name} {label}", partial(compute, part))
+        for (control, number), each, rows in zip(part, marked, whole, strict=True):
+            found[control, number] = each
+            facts = {"purpose": name, "model": model.purpose.model, "control": control, "set_draw": number}
+            kept += [facts | row for row in rows or []]
+    nats = {}
+    for (control, number), edit in fewer(made, FEW).items():
+        shared = None if edit is not None and edit.whole_prompt else prompts
+        read = partial(model.evaluator.likelihood, samples, edit=edit, shared=shared)
+        nats[control, number] = {
+            key: list(value) for key, value in once(f"{name} {control} {number}, likelihood", read).items()
         }
-
-
-def tune(
-    model: EditableModel, features: list[int], samples: list[Sample], params: InterveneParams, once: Once
-) -> tuple[Setting, list[dict[str, Any]]]:
-    """Try every setting on ``samples`` (tune split, tasks used for finding); returns the chosen one and the table of all.
-
-    Mean accuracy decides, lowest for zeroing and highest for amplifying; among the settings within
-    ``params.tolerance`` of the best, the first in the order of :func:`settings` is taken, which is the gentlest: a dose
-    larger than needed is one at which any set of features does something."""
-    name, values, prompts = model.purpose.name, dict[Setting, float](), PromptCache()
-    table = []
-    for setting in settings(model.purpose, params):
-        edit = model.editor.edit(setting.edit, features, setting.positions, setting.dose)
-        rows = once(f"tune {name} {'_'.join(map(str, setting))}", partial(answers, model, edit, samples, prompts))
-        values[setting] = model.purpose.sign * mean_accuracy(rows)
-        table += [{"purpose": name, **setting._asdict(), **line} for line in by_task(rows, model.evaluator.tasks)]
-    return gentlest(values, params.tolerance), table
-
-
-def gentlest(values: Mapping[T, float], tolerance: float) -> T:
-    """The first of ``values`` within ``tolerance`` of the best."""
-    best = max(values.values())
-    return next(tried for tried, value in values.items() if value >= best - tolerance)
-
-
-def dose_curve(
-    model: EditableModel,
-    chosen: Setting,
-    sets: FeatureSets,
-    samples: list[Sample],
-    params: InterveneParams,
-    once: Once,
-) -> list[dict[str, Any]]:
-    """Accuracy over doses at the chosen edit and positions, for the found set and the random ones of the tune split."""
-    table, prompts = [], PromptCache()
-    for control, group in (("set", [sets.found]), ("random", sets.tuning)):
-        for number, features in enumerate(group):
-            for dose in params.doses:
-                edit = model.editor.edit(chosen.edit, features, chosen.positions, dose)
-                rows = once(f"dose {dose} {control} {number}", partial(answers, model, edit, samples, prompts))
-                facts = {"dose": dose, "control": control, "set_draw": number}
-                table += [facts | line for line in by_task(rows, model.evaluator.tasks)]
-    return table
-
-
-def tune_directions(
-    model: EditableModel, positions: str, samples: list[Sample], params: InterveneParams, once: Once
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The dose of each direction for amplifying, chosen as :func:`tune` chooses; and the table of all."""
-    chosen, table, prompts = {}, [], PromptCache()
-    for name in DIRECTIONS:
-        values: dict[float, float] = {}
-        for dose in sorted(params.doses):
-            edit = model.editor.direct("push", name, positions, dose)
-            rows = once(f"tune {name} {dose}", partial(answers, model, edit, samples, prompts))
-            values[dose] = mean_accuracy(rows)
-            facts = {"purpose": model.purpose.name, "edit": name, "positions": positions, "dose": dose}
-            table += [facts | line for line in by_task(rows, model.evaluator.tasks)]
-        chosen[name] = gentlest(values, params.tolerance)
-    return chosen, table
-
-
-def answers(model: EditableModel, edit: Change | None, samples: list[Sample], shared: PromptCache | None) -> list[Row]:
-    """Answers under ``edit``, from ``shared`` prompts where it leaves them as they are."""
-    return model.evaluator.answer(samples, edit=edit, shared=prompts_for(edit, shared))
-
-
-def prompts_for(edit: Change | None, shared: PromptCache | None) -> PromptCache | None:
-    """``shared`` where ``edit`` leaves prompts as they are."""
-    return None if edit is not None and edit.whole_prompt else shared
-
-
-def controls(
-    model: EditableModel, chosen: Setting, sets: Mapping[str, list[list[int]]], doses: Mapping[str, float]
-) -> Iterator[tuple[str, int, Change | None]]:
-    """Everything that one model answers under, by name and number of the set: unedited, no-op, reconstruction only, the
-    feature ``sets``, and the directions that need no dictionary."""
-    editor = model.editor
-    yield "none", 0, None
-    yield "noop", 0, editor.edit("scale", sets["set"][0], chosen.positions, 1.0)
-    yield "reconstruction", 0, editor.edit("reconstruct", None, chosen.positions, 0.0)
-    for control, group in sets.items():
-        for number, features in enumerate(group):
-            yield control, number, editor.edit(chosen.edit, features, chosen.positions, chosen.dose)
-    for name, dose in doses.items():
-        yield name, 0, editor.direct("push" if model.purpose.sign > 0 else "project", name, chosen.positions, dose)
-
-
-def run_controls(
-    model: EditableModel,
-    chosen: Setting,
-    sets: Mapping[str, list[list[int]]],
-    doses: Mapping[str, float],
-    samples: list[Sample],
-    once: Once,
-) -> list[Row]:
-    """Answers under every control to all ``samples`` (report split, every task), with the likelihood of the right ones under
-    most. Where no edit changes the prompt before its last token, all share one reading of the prompts, the unedited one
-    too."""
-    rows, purpose, evaluator = [], model.purpose, model.evaluator
-    shared = None if chosen.positions in WHOLE_PROMPT else PromptCache()
-    for control, number, edit in controls(model, chosen, sets, doses):
-        kept, name = prompts_for(edit, shared), f"{purpose.name} {control} {number}"
-        asked = samples if control not in SINGLE and number < LIKELIHOOD_DRAWS else []
-        nats = once(f"{name}, likelihood", partial(evaluator.likelihood, asked, edit=edit, shared=kept))
-        facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
-        for row in once(name, partial(evaluator.answer, samples, edit=edit, shared=kept)):
-            start, rest = nats.get(row["sample_id"], (None, None))
-            rows.append(facts | row | {"start_nats": start, "rest_nats": rest})
-    return rows
+    return Answered(found, kept, nats)
 
 
 def collateral(
-    model: EditableModel,
-    chosen: Setting,
-    sets: Mapping[str, list[list[int]]],
-    doses: Mapping[str, float],
-    texts: list[Text],
-    params: InterveneParams,
-    seed: int,
-    once: Once,
+    model: EditableModel, made: Edits, texts: list[Text], params: InterveneParams, seed: int, once: Once
 ) -> list[dict[str, Any]]:
-    """Perplexity of free text under every control. It has no answer to start, so the edit is made at every token, the worst
-    case. Mean over texts of the change in nats per token, with its paired bootstrap interval over texts."""
-    purpose, evaluator, everywhere = model.purpose, model.evaluator, chosen._replace(positions="all")
-    pad, size, before = evaluator.tokenizer.pad_token_id, evaluator.batch_size, np.empty(0)
+    """Perplexity of free text under ``made``, edits at every token (free text has no prompt), the worst case. Mean over texts
+    of the change in nats per token, with its paired bootstrap interval over texts."""
+    purpose, evaluator, before = model.purpose, model.evaluator, np.empty(0)
+    pad, size = evaluator.tokenizer.pad_token_id, evaluator.batch_size
     written = [text.prompt + text.completion for text in texts]
     ids = evaluator.tokenizer(written, truncation=True, max_length=params.collateral_tokens)["input_ids"]
     ids = [text for text in ids if len(text) > 1]
     rows = []
-    for control, number, edit in controls(model, everywhere, sets, doses):
+    for (control, number), edit in made.items():
         read = partial(text_nats, evaluator.model, ids, pad=pad, batch_size=size, edit=edit)
         nats = np.array(once(f"{purpose.name} {control} {number}, free text", read))
         before = nats if control == "none" else before
@@ -264,26 +161,40 @@ class InterventionResult:
     """Everything the stage publishes but the sensitivity."""
 
     choice: dict[str, Any]
-    tuning: list[dict[str, Any]]
-    dose: list[dict[str, Any]]
+    search: list[dict[str, Any]]
     samples: list[Row]
     effects: list[dict[str, Any]]
     collateral: list[dict[str, Any]]
-    chosen: dict[str, Setting]
-    """Setting by purpose, of the two for which one is chosen."""
+    outcomes: dict[str, list[Any]]
+    """Whether each answer to the report split was right, under every control: columns of a table."""
+    searched: dict[str, Searched]
+    """By purpose, of the two for which settings are chosen."""
 
     def save(self, out: Path, **more: list[dict[str, Any]]) -> None:
         """Write ``choice.json``, every table and ``more`` tables by name into ``out``."""
         write_json(out / "choice.json", self.choice)
-        tables = {name: getattr(self, name) for name in ("tuning", "dose", "samples", "effects", "collateral")}
+        tables = {name: getattr(self, name) for name in ("search", "samples", "effects", "collateral")}
         for name, rows in (tables | more).items():
             write_rows(out / f"{name}.parquet", rows)
+        pq.write_table(pa.table(self.outcomes), out / "outcomes.parquet", compression="zstd")
 
     def summary(self) -> dict[str, Any]:
         """Per purpose and task: accuracy and share of answers step by step before and after the edit of the set, and whether
         it beats every random set."""
-        chosen = [row for row in self.effects if row["control"] == "set" and row["subset"] == "all"]
-        kept = ("n", "baseline", "accuracy", "effect", "low", "high", "beyond_random", "steps_baseline", "steps")
+        chosen = [row for row in self.effects if row["control"] == SET and row["subset"] == "all"]
+        kept = (
+            "n",
+            "baseline",
+            "accuracy",
+            "effect",
+            "low",
+            "high",
+            "beyond_random",
+            "steps_baseline",
+            "steps",
+            "alike",
+            "unread",
+        )
         return {
             purpose: {row["task"]: {key: row[key] for key in kept} for row in chosen if row["purpose"] == purpose}
             for purpose in dict.fromkeys(row["purpose"] for row in chosen)
@@ -291,47 +202,83 @@ class InterventionResult:
 
 
 def intervene(
-    models: EditableModels, sets: FeatureSets, questions: Questions, params: InterveneParams, seed: int, once: Once
+    models: EditableModels,
+    draws: Draws,
+    found: Sequence[int],
+    questions: Questions,
+    params: InterveneParams,
+    seed: int,
+    once: Once,
 ) -> InterventionResult:
-    """The whole study of one feature set.
+    """The whole study of the feature set ``found``.
 
-    Settings are chosen for the tuned and the original model on the tune split of the tasks used for finding, where dose
-    curves are drawn too. The contrast model and the repeats of the tuned model take over what was chosen for zeroing in the
-    tuned one: nothing is chosen on them. Everything else is measured on the report split of every task, under every control,
-    and on free text."""
-    asked = {purpose: sets.by_control if purpose.chosen else sets.whole for purpose in models.purposes}
-    total = sum(len(settings(model.purpose, params)) for model in (models.tuned, models.original))
-    total += (1 + len(sets.tuning) + len(DIRECTIONS)) * len(params.doses)
-    total += 3 * sum(3 + len(DIRECTIONS) + sum(map(len, group.values())) for group in asked.values())
-    with on_a_bar(once, total, "intervene") as once:
-        zero, table = tune(models.tuned, sets.found, questions.tune, params, once)
-        amplify, more = tune(models.original, sets.found, questions.tune, params, once)
-        dose = dose_curve(models.original, amplify, sets, questions.tune, params, once)
-        doses, directions = tune_directions(models.original, amplify.positions, questions.tune, params, once)
-
-        def measure(purpose: Purpose) -> tuple[list[Row], list[dict[str, Any]]]:
-            model, how = models.open(purpose), (amplify if purpose.sign > 0 else zero, asked[purpose], doses)
-            rows = run_controls(model, *how, questions.report, once)
-            return rows, collateral(model, *how, questions.texts, params, seed, once)
-
-        measured = [measure(purpose) for purpose in models.purposes]
-    rows = [row for answered, _ in measured for row in answered]
-    right = {
-        purpose: {row["sample_id"] for row in rows if row["purpose"] == purpose and row["control"] == "none" and row["correct"]}
-        for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL)
-    }
+    Settings are chosen for the tuned and the original model on the tune split of the tasks used for finding, for the set and
+    for every control alike. The contrast model and the repeats of the tuned model take over what was chosen for taking the set
+    away from the tuned one, with fewer draws: nothing is chosen on them. Everything else is measured on the report split of
+    every task, and on free text."""
+    samples, tasks = questions.report, questions.tasks
+    with on_a_bar(once, "intervene") as once:
+        chosen = (models.tuned, models.original)
+        searched = {each.purpose.name: search(each, draws, found, questions.tune, params, once) for each in chosen}
+        unedited = {
+            each.purpose.model: {
+                row["sample_id"]: row for row in once(f"{each.purpose.model} unedited", partial(each.evaluator.answer, samples))
+            }
+            for each in chosen
+        }
+        right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in unedited.items()}
+        flipped = right[models.tuned.purpose.model] - right[models.original.purpose.model]
+        rows, table, spilled = list[Row](), list[dict[str, Any]](), list[dict[str, Any]]()
+        outcomes: dict[str, list[Any]] = {name: [] for name in ("purpose", "control", "set_draw", "sample_id", "correct")}
+        for purpose in models.purposes:
+            model, source = models.open(purpose), searched[purpose.name if purpose.chosen else ZERO_TUNED]
+            toward = unedited[purpose.toward]
+            made = edits(model, found, source, source.controls)
+            made = made if purpose.chosen else fewer(made, params.other_draws)
+            answered = answer(model, made, samples, toward, once)
+            rows += answered.rows
+            for (control, number), marked in answered.marks.items():
+                n = len(samples)
+                facts = ([purpose.name] * n, [control] * n, [number] * n, [sample.sample_id for sample in samples])
+                for column, values in zip(outcomes.values(), (*facts, marked["correct"]), strict=True):
+                    column += values
+            unread = _unread(toward, tasks)
+            table += effects(purpose, answered.marks, answered.nats, samples, flipped, unread, tasks, params, seed)
+            spilled += collateral(model, _everywhere(made), questions.texts, params, seed, once)
     return InterventionResult(
         choice={
-            "zero": {"positions": zero.positions},
-            "amplify": amplify._asdict(),
-            "directions": doses,
-            "features": sets.found,
-            "sets": sets.whole,
+            "features": list(found),
+            "controls": {purpose: _settings(each) for purpose, each in searched.items()},
         },
-        tuning=table + more + directions,
-        dose=dose,
+        search=[row for each in searched.values() for row in each.rows],
         samples=rows,
-        effects=effects(rows, right[ZERO_TUNED] - right[AMPLIFY_ORIGINAL], questions.tasks, params, seed),
-        collateral=[row for _, spilled in measured for row in spilled],
-        chosen={ZERO_TUNED: zero, AMPLIFY_ORIGINAL: amplify},
+        effects=table,
+        collateral=spilled,
+        outcomes=outcomes,
+        searched=searched,
     )
+
+
+def _everywhere(made: Edits) -> Edits:
+    """A few of ``made``, at every token."""
+    kept = fewer(made, FEW)
+    for edit in kept.values():
+        if edit is not None:
+            edit.positions = "all"
+    return kept
+
+
+def _unread(rows: Mapping[str, Row], tasks: Mapping[str, TaskInfo]) -> dict[str, float]:
+    return {
+        name: float(np.mean([row["parsed"] is None for row in rows.values() if row["task"] == name]))
+        for name in tasks
+        if any(row["task"] == name for row in rows.values())
+    }
+
+
+def _settings(searched: Searched) -> list[dict[str, Any]]:
+    """Features and chosen setting of every control."""
+    return [
+        {"control": each.name, "set_draw": each.number, "features": list(each.features)} | searched.chosen[each.label]._asdict()
+        for each in searched.controls
+    ]

@@ -1,15 +1,15 @@
-"""Batched decoding with an optional edit of the residual stream: answers by generation and by likelihood.
+"""Batched decoding with optional edits of the residual stream: answers by generation and by likelihood.
 
-Our own loop instead of ``generate``: sampling takes an explicit generator, finished rows leave the batch,
-options of a question share its context, and an edit (featdiff.crosscoder.edits) sees every step of the
-model, with a donor model in lockstep where it needs one.
+Our own loop instead of ``generate``: sampling takes an explicit generator, finished rows leave the batch, options of a
+question share its context, many edits of the same questions share a batch, and an edit (featdiff.crosscoder.edits) sees
+every step of the model, with a donor model in lockstep where it needs one.
 
-Shapes: B batch, T token, D residual width, V vocabulary.
+Shapes: B batch, Q questions, T token, D residual width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Protocol
@@ -35,6 +35,10 @@ class Edit(Protocol):
     @property
     def whole_prompt(self) -> bool:
         """Whether tokens before the last one of the prompt are changed."""
+
+    @property
+    def after_prompt(self) -> bool:
+        """Whether tokens after the prompt are changed."""
 
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
         """The edited residual stream; ``prompt`` tells the pass over the prompt (left-padded, so that its
@@ -96,64 +100,104 @@ def _branch(cache: DynamicCache) -> DynamicCache:
 
 
 class _Session:
-    """A model, perhaps edited, perhaps with a donor in lockstep."""
+    """A model that answers under several edits at once, perhaps with a donor in lockstep.
 
-    def __init__(self, model: PreTrainedModel, edit: Edit | None) -> None:
-        self.main = _Stream(model)
-        self.edit = edit
-        self.donor = _Stream(edit.donor) if edit is not None and edit.donor is not None else None
+    The rows of a batch are all questions under the first edit, then all under the second, and so on."""
+
+    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit | None]) -> None:
+        self.main, self.edits = _Stream(model), edits
+        made = [edit for edit in edits if edit is not None]
+        donors = {id(edit.donor): edit.donor for edit in made if edit.donor is not None}
+        if len(donors) > 1 or len({edit.layer for edit in made}) > 1:
+            raise ValueError("edits that are answered under at once have one layer and one donor")
+        self.layer = made[0].layer if made else None
+        self.donor = _Stream(donor) if (donor := next(iter(donors.values()), None)) is not None else None
+        self.followed = any(edit.after_prompt for edit in made)
+        self.arms = torch.zeros(0, dtype=torch.long)
+        """Number of the edit of each row, ascending."""
         self.donor_BTD: Tensor | None = None
         self.prompt = True
 
     def start(
-        self, prompts: PromptCache | None, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids and position ids of the prompt that are still to be read."""
-        if prompts is None or ids_BT.shape[1] == 1:
-            return ids_BT, positions_BT
-        if self.edit is not None and self.edit.whole_prompt:
-            raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
+        self, prompts: PromptCache | None, ids_QT: Tensor, mask_QT: Tensor, positions_QT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask and position ids [B, T] of what is still to be read of the prompts, each question once per edit.
+
+        The donor reads them here: its residual stream is the same under every edit."""
+        left = slice(None)
+        if prompts is not None and ids_QT.shape[1] > 1:
+            if any(edit is not None and edit.whole_prompt for edit in self.edits):
+                raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
+            for stream in self._streams():
+                prompts.start(stream, ids_QT, mask_QT, positions_QT)
+            left = slice(-1, None)
+        ids_QT, positions_QT = ids_QT[:, left], positions_QT[:, left]
+        self.arms = torch.arange(len(self.edits)).repeat_interleave(len(ids_QT))
+        if self.donor is not None:
+            with self._watching():
+                self.donor.feed(ids_QT, mask_QT, positions_QT, 1)
+        if len(self.edits) == 1:
+            return ids_QT, mask_QT, positions_QT
+        rows = torch.arange(len(ids_QT), device=ids_QT.device).repeat(len(self.edits))
         for stream in self._streams():
-            prompts.start(stream, ids_BT, mask_BT, positions_BT)
-        return ids_BT[:, -1:], positions_BT[:, -1:]
+            if stream is self.donor or left.start is not None:  # else it has read nothing yet
+                stream.select(rows)
+        if self.donor_BTD is not None:
+            self.donor_BTD = self.donor_BTD[rows]
+        return ids_QT[rows], mask_QT[rows], positions_QT[rows]
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
-        if self.edit is None:
-            yield
-            return
-        edit, handles = self.edit, []
-
-        def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            return edit(output, self.donor_BTD, prompt=self.prompt)
+    def _watching(self) -> Iterator[None]:
+        assert self.donor is not None
+        assert self.layer is not None
 
         def watch(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
             self.donor_BTD = output
 
-        handles.append(block(self.main.model, edit.layer).register_forward_hook(change))
-        if self.donor is not None:
-            handles.append(block(self.donor.model, edit.layer).register_forward_hook(watch))
+        handle = block(self.donor.model, self.layer).register_forward_hook(watch)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        if self.layer is None:
+            yield
+            return
+
+        def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            parts, low = [], 0
+            for edit, count in zip(self.edits, torch.bincount(self.arms, minlength=len(self.edits)).tolist(), strict=True):
+                rows = slice(low, low := low + count)
+                donor_BTD = None if self.donor_BTD is None else self.donor_BTD[rows]
+                parts.append(output[rows] if edit is None or not count else edit(output[rows], donor_BTD, prompt=self.prompt))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        handle = block(self.main.model, self.layer).register_forward_hook(change)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, *, prompt: bool, keep: int = 1) -> Tensor:
         self.prompt = prompt
-        if self.donor is not None:
-            self.donor.feed(ids_BT, mask_BT, positions_BT, 1)
+        if self.donor is not None and self.followed and not prompt:
+            with self._watching():
+                self.donor.feed(ids_BT, mask_BT, positions_BT, 1)
         return self.main.feed(ids_BT, mask_BT, positions_BT, keep)
 
     def select(self, rows: Tensor) -> None:
+        self.arms = self.arms[rows.cpu()]
         for stream in self._streams():
             stream.select(rows)
 
-    def branches(self) -> list[DynamicCache]:
+    def branches(self) -> tuple[Tensor, list[DynamicCache]]:
         """The state to :meth:`resume` from, any number of times."""
-        return [stream.cache for stream in self._streams()]
+        return self.arms, [stream.cache for stream in self._streams()]
 
-    def resume(self, branches: list[DynamicCache]) -> None:
+    def resume(self, state: tuple[Tensor, list[DynamicCache]]) -> None:
+        self.arms, branches = state
         for stream, cache in zip(self._streams(), branches, strict=True):
             stream.cache = _branch(cache)
 
@@ -190,33 +234,71 @@ def generate(
     shared: PromptCache | None = None,
     progress: str = "",
 ) -> list[list[int]]:
-    """Token ids after each prompt, up to EOS (left out) or ``max_new_tokens``; greedy at temperature 0.
+    """:func:`generate_under` of one edit, or of none."""
+    (answers,) = generate_under(
+        [edit],
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos=eos,
+        pad=pad,
+        batch_size=batch_size,
+        temperature=temperature,
+        generator=generator,
+        shared=shared,
+        progress=progress,
+    )
+    return answers
 
-    ``shared`` keeps the prompts read for further passes over the same ones. Raises ValueError for sampling
-    without a generator, and for a shared prompt that the edit changes."""
+
+@torch.inference_mode()
+def generate_under(
+    edits: Sequence[Edit | None],
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos: int,
+    pad: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    shared: PromptCache | None = None,
+    progress: str = "",
+) -> list[list[list[int]]]:
+    """Under each of ``edits`` the token ids after each prompt, up to EOS (left out) or ``max_new_tokens``; greedy at
+    temperature 0.
+
+    A batch holds the same questions under as many edits as fit into ``batch_size`` rows, which reads the prompts once for
+    all of them: a decoding step of a small model costs little more for a thousand rows than for a hundred. ``shared`` keeps
+    the prompts read for further passes over the same ones. Raises ValueError for sampling without a generator, for a
+    shared prompt that an edit changes, and for edits of different layers or donors."""
     if temperature > 0 and generator is None:
         raise ValueError("sampling needs an explicit generator")
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in edits]
     for rows in tqdm(batches([len(p) for p in prompts], batch_size), desc=progress, unit="batch", disable=not progress):
-        session = _Session(model, edit)
-        ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
-        ids, positions = session.start(shared, ids, mask, positions)
-        active = torch.tensor(rows)
-        with session.hooked():
-            for step in range(max_new_tokens):
-                logits = session.feed(ids, mask, positions, prompt=step == 0)[:, -1].float()
-                chosen = _choose(logits, temperature, generator)
-                going = (chosen != eos).nonzero().squeeze(1)
-                for row, token in zip(active[going.cpu()].tolist(), chosen[going].tolist(), strict=True):
-                    answers[row].append(token)
-                if len(going) == 0:
-                    break
-                if len(going) < len(chosen):
-                    session.select(going)
-                    mask, positions, chosen, active = mask[going], positions[going], chosen[going], active[going.cpu()]
-                ids = chosen.unsqueeze(1)
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                positions = positions[:, -1:] + 1
+        padded = left_pad([prompts[row] for row in rows], pad, model.device)
+        together = max(1, batch_size // len(rows))
+        for first in range(0, len(edits), together):
+            session = _Session(model, edits[first : first + together])
+            ids, mask, positions = session.start(shared, *padded)
+            active = torch.tensor(rows).repeat(len(session.edits))
+            with session.hooked():
+                for step in range(max_new_tokens):
+                    logits = session.feed(ids, mask, positions, prompt=step == 0)[:, -1].float()
+                    chosen = _choose(logits, temperature, generator)
+                    going = (chosen != eos).nonzero().squeeze(1)
+                    arms, kept = session.arms[going.cpu()].tolist(), active[going.cpu()]
+                    for arm, row, token in zip(arms, kept.tolist(), chosen[going].tolist(), strict=True):
+                        answers[first + arm][row].append(token)
+                    if len(going) == 0:
+                        break
+                    if len(going) < len(chosen):
+                        session.select(going)
+                        mask, positions, chosen, active = mask[going], positions[going], chosen[going], kept
+                    ids = chosen.unsqueeze(1)
+                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                    positions = positions[:, -1:] + 1
     return answers
 
 
@@ -245,9 +327,8 @@ def score_options(
     ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
     scores: list[list[float]] = [[] for _ in contexts]
     for rows in tqdm(batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
-        session = _Session(model, edit)
-        ids, mask, positions = left_pad([contexts[row] for row in rows], pad, model.device)
-        ids, positions = session.start(shared, ids, mask, positions)
+        session = _Session(model, [edit])
+        ids, mask, positions = session.start(shared, *left_pad([contexts[row] for row in rows], pad, model.device))
         lengths = {(i, j): len(option) for i, row in enumerate(rows) for j, option in enumerate(options[row])}
         pairs = sorted(lengths, key=lengths.__getitem__, reverse=True)
         totals: dict[tuple[int, int], float] = {}
@@ -306,12 +387,31 @@ def next_token_probabilities(
     """Probabilities [prompts, V] of the token after each prompt; ``shared`` as for :func:`generate`."""
     found: dict[int, Tensor] = {}
     for rows in batches([len(prompt) for prompt in prompts], batch_size):
-        session = _Session(model, edit)
-        ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
-        ids, positions = session.start(shared, ids, mask, positions)
+        session = _Session(model, [edit])
+        ids, mask, positions = session.start(shared, *left_pad([prompts[row] for row in rows], pad, model.device))
         with session.hooked():
             logits_BV = session.feed(ids, mask, positions, prompt=True)[:, -1].float()
         found |= zip(rows, logits_BV.softmax(-1).cpu(), strict=True)
+    return torch.stack([found[row] for row in range(len(prompts))])
+
+
+@torch.inference_mode()
+def last_token_streams(model: PreTrainedModel, prompts: list[list[int]], layer: int, *, pad: int, batch_size: int) -> Tensor:
+    """Residual stream [Q, D] after ``layer`` blocks at the last token of each prompt, in float32 on the CPU."""
+    found: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+        kept.append(output[:, -1].float().cpu())
+
+    handle = block(model, layer).register_forward_hook(keep)
+    try:
+        for rows in batches([len(prompt) for prompt in prompts], batch_size):
+            ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
+            _Stream(model).feed(ids, mask, positions, 1)
+            found |= zip(rows, kept.pop(), strict=True)
+    finally:
+        handle.remove()
     return torch.stack([found[row] for row in range(len(prompts))])
 
 
@@ -322,8 +422,8 @@ def text_nats(
     """Mean negative log-probability of the tokens of each text after its first, in nats."""
     nats = [0.0] * len(texts)
     for rows in batches([len(text) for text in texts], batch_size):
-        session = _Session(model, edit)
-        ids, mask, positions = left_pad([texts[row] for row in rows], pad, model.device)
+        session = _Session(model, [edit])
+        ids, mask, positions = session.start(None, *left_pad([texts[row] for row in rows], pad, model.device))
         with session.hooked():
             logits_BTV = session.feed(ids, mask, positions, prompt=True, keep=0)[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids[:, 1:], reduction="none")

@@ -6,7 +6,7 @@ The same functions serve plain evaluation and every edit of the interventions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config.params import CheckpointsParams, EvaluateParams
-from featdiff.language.decode import Edit, PromptCache, generate, score_options
+from featdiff.language.decode import Edit, PromptCache, generate_under, score_options
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
@@ -27,7 +27,8 @@ from featdiff.tasks.verify import Grade, grade
 Row = dict[str, Any]
 GREEDY, SAMPLED = "greedy", "sampled"
 GROUP_BATCHES = 4
-"""Batches of questions in one group; more let batches be of questions as long as each other."""
+"""Batches of questions in one group. A larger group is sorted by length as a whole, so that less of its batches is padding,
+and is lost as a whole by a kill."""
 LIKELIHOOD = ("option_text", "option_text_norm", "option_letter")
 
 
@@ -55,33 +56,68 @@ class Evaluator:
         self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None, progress: str = ""
     ) -> list[Row]:
         """One row per sample, in order, under each task's own scoring rule."""
+        (rows,) = self.answer_under([edit], samples, shared=shared, progress=progress)
+        return rows
+
+    def answer_under(
+        self, edits: Sequence[Edit | None], samples: list[Sample], *, shared: PromptCache | None = None, progress: str = ""
+    ) -> list[list[Row]]:
+        """:meth:`answer` under each of ``edits``. Those that can share a batch do; ``shared`` prompts are passed over by edits
+        that change them."""
+        found: list[list[Row]] = [[] for _ in edits]
+        order = {sample.sample_id: i for i, sample in enumerate(samples)}
         rules: dict[str, list[Sample]] = {}
         for sample in samples:
             rules.setdefault(self.tasks[sample.task].scoring, []).append(sample)
-        rows = self.generate(rules.pop(GENERATION, []), edit=edit, shared=shared, progress=progress)
-        for rule, group in rules.items():
-            rows += self.choose(group, rules=(rule,), edit=edit, shared=shared, progress=progress)
-        order = {sample.sample_id: i for i, sample in enumerate(samples)}
-        return sorted(rows, key=lambda row: order[row["sample_id"]])
+        by_generation = rules.pop(GENERATION, [])
+        alike: dict[tuple[bool, int], list[int]] = {}
+        for number, edit in enumerate(edits):
+            alike.setdefault((edit is not None and edit.whole_prompt, id(edit and edit.donor)), []).append(number)
+        for (whole, _), numbers in alike.items():
+            kept, group = None if whole else shared, [edits[number] for number in numbers]
+            answered = self.generate_under(group, by_generation, shared=kept, progress=progress)
+            for number, edit, rows in zip(numbers, group, answered, strict=True):
+                for rule, asked in rules.items():
+                    rows += self.choose(asked, rules=(rule,), edit=edit, shared=kept, progress=progress)
+                found[number] = sorted(rows, key=lambda row: order[row["sample_id"]])
+        return found
 
-    def generate(
+    def prompts(self, samples: list[Sample]) -> list[list[int]]:
+        """Token ids of each sample's prompt as its task's scoring rule reads it."""
+        ids: list[list[int]] = []
+        for sample in samples:
+            task = self.tasks[sample.task]
+            if task.scoring == "option_letter":
+                ids.append(self.tokenizer(listed_prompt(sample.prompt, sample.options))["input_ids"])
+            else:
+                ids += encode_prompts(self.tokenizer, [sample], chat=task.chat and task.scoring == GENERATION)
+        return ids
+
+    def generate(self, samples: list[Sample], *, edit: Edit | None = None, **how: Any) -> list[Row]:
+        """:meth:`generate_under` of one edit, or of none."""
+        (rows,) = self.generate_under([edit], samples, **how)
+        return rows
+
+    def generate_under(
         self,
+        edits: Sequence[Edit | None],
         samples: list[Sample],
         *,
         draw: int = 0,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
-        edit: Edit | None = None,
         shared: PromptCache | None = None,
         progress: str = "",
-    ) -> list[Row]:
-        """Generated answers with their grade and manner; ``mode`` is greedy at temperature 0."""
-        rows: list[Row] = []
+    ) -> list[list[Row]]:
+        """Generated answers with their grade and manner, for each of ``edits``; ``mode`` is greedy at temperature 0."""
+        found: list[list[Row]] = [[] for _ in edits]
+        mode = SAMPLED if temperature > 0 else GREEDY
         for chat in (False, True):
             group = [sample for sample in samples if self.tasks[sample.task].chat is chat]
             if not group:
                 continue
-            answers = generate(
+            answers = generate_under(
+                edits,
                 self.model,
                 encode_prompts(self.tokenizer, group, chat=chat),
                 max_new_tokens=self.max_new_tokens,
@@ -90,16 +126,15 @@ class Evaluator:
                 batch_size=self.batch_size,
                 temperature=temperature,
                 generator=generator,
-                edit=edit,
                 shared=shared,
                 progress=progress,
             )
-            texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            for sample, text in zip(group, texts, strict=True):
-                task = self.tasks[sample.task]
-                graded = grade(task.verifier, sample, text, task.grading)
-                rows.append(_row(sample, SAMPLED if temperature > 0 else GREEDY, draw, text, graded))
-        return rows
+            for rows, ids in zip(found, answers, strict=True):
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                for sample, text in zip(group, texts, strict=True):
+                    task = self.tasks[sample.task]
+                    rows.append(_row(sample, mode, draw, text, grade(task.verifier, sample, text, task.grading)))
+        return found
 
     def likelihood(
         self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None

@@ -8,26 +8,28 @@ from dataclasses import replace
 
 import numpy as np
 
+from featdiff.intervention.controls import DIRECTIONS
 from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.evidence import Evidence, Row
-from featdiff.report.quantities import CONTROLS, DIRECTIONS, RULES, effects, likelihood_change, mean_effects, owner, stability
+from featdiff.report.quantities import CONTROLS, RULES, effects, likelihood_change, mean_effects, owner, stability
 from featdiff.report.set_figures import claimed, heading, replications
 from featdiff.report.tables import Cell, Table, label
 from featdiff.report.words import MISSING, count, interval, listed, number, percent, signed
 
 NAMES = {
     "set": "the feature set",
-    "random": "matched random sets, 5th to 95th percentile",
+    "random": "random sets that act there, 5th to 95th percentile",
+    "random_direction": "random directions, 5th to 95th percentile",
     "shared": "shared features, as many",
     "base_specific": "the original's own features, as many",
     "shuffled": "set found with shuffled identities",
-    "mean_difference": "mean difference, tuned − original",
+    "mean_difference": "mean difference of the models",
     "first_component": "first component of the differences",
-    "random_direction": "random direction of that length",
+    "set_change": "mean change of the set, one direction",
     "reconstruction": "reconstruction only",
-    "noop": "the edit with factor 1",
+    "noop": "the edit at dose 0",
 }
-READOUTS = {"found by": "found with", "edited by": "tested with"}
+READOUTS = {"found by": "found with", "found in": "found in the crosscoder", "edited by": "tested with"}
 
 
 def specific(evidence: Evidence) -> Table:
@@ -72,17 +74,34 @@ def controls(evidence: Evidence, purpose: str) -> Table | None:
         cells = [_spread(list(found.get(control, {}).values())) for found in means.values()]
         cells += [_spread(likelihood_change(evidence, purpose, control, part)) for part in ("start_nats", "rest_nats")]
         note = "uses no dictionary" if control in DIRECTIONS else "ought to do nothing" if control in CONTROLS else ""
-        rows.append([label(name, note), *cells, _nats(spilled.get(control, []))])
+        rows.append([label(name, note), *_moved(evidence, purpose, control), *cells, _nats(spilled.get(control, []))])
     likelihood = ["first token of the right worked answer, nats", "the rest of it, nats per token"]
-    head = ["edited", *(f"change on tasks {name}" for name in means), *likelihood, "free text, nats per token"]
+    head = ["edited", "dose", "‖Δh‖ / ‖h‖", "before it was made as long", *(f"change on tasks {name}" for name in means)]
+    head += [*likelihood, "free text, nats per token"]
     return Table(
         head,
         rows,
-        "Mean change of accuracy over tasks, report split. Likelihood, where answers are generated: mean change over all tasks "
+        "All but the set's own parts change the residual stream as much as the set at the same dose, and have a dose of their "
+        "own, chosen by the same search (tune split). ‖Δh‖ / ‖h‖: at the last token of the prompt, mean over questions; before "
+        "it was made as long: relative to the set. Mean change of accuracy over tasks, report split. Likelihood, where answers "
+        "are generated: mean change over all tasks "
         "of the negative log-likelihood of the right answer, worked in the base's own wording where that is known: of its "
         "first token (how it is answered), and of the rest given that start (whether it can be gone through with). Free text: "
         "change of the mean negative log-likelihood of texts of the corpus with the edit at every token, the worst case.",
     )
+
+
+def _moved(evidence: Evidence, purpose: str, control: str) -> list[Cell]:
+    """Dose, relative length of the change, and what it was before it was made as long as the set's, as chosen."""
+    chosen = [row for row in evidence.search if (row["purpose"], row["control"]) == (purpose, control) and row["chosen"]]
+    if not chosen:
+        return [Cell(MISSING)] * 3
+    return [_range([row[column] for row in chosen], digits) for column, digits in (("dose", 3), ("norm", 2), ("unscaled", 2))]
+
+
+def _range(values: list[float], digits: int) -> Cell:
+    low, high = np.quantile(values, [0.05, 0.95])
+    return Cell(number(low, digits) if low == high else f"{number(low, digits)} to {number(high, digits)}")
 
 
 def _spread(values: list[float]) -> Cell:
@@ -213,7 +232,7 @@ def seeds(evidence: Evidence) -> Table | None:
 
 def sensitivity(evidence: Evidence) -> list[tuple[str, Table]]:
     """Would the conclusion survive other choices? One table per purpose."""
-    head = ["choice", "features", "dose", "change", "largest of the random sets", "beyond them"]
+    head = ["choice", "features", "dose", "change", "random sets as long, median", "largest", "beyond them"]
     caption = "Mean change of accuracy on the tasks used for finding, tune split."
     tables = []
     for purpose in claimed(evidence):
@@ -227,8 +246,17 @@ def _choices(rows: Iterable[Row], sign: int) -> Iterable[list[Cell]]:
     for row in rows:
         name = label(f"{READOUTS[row['varied']]} {row['choice'].replace('_', ' ')}")
         if row["effect"] is None:
-            yield [name, Cell("0"), Cell(MISSING), Cell("nothing found"), Cell(MISSING), Cell(MISSING)]
+            yield [name, Cell("0"), Cell(MISSING), Cell("nothing found"), *[Cell(MISSING)] * 3]
+            continue
+        if row["random"] is None:
+            yield [
+                name,
+                Cell(count(row["size"])),
+                Cell(number(row["dose"], 3)),
+                Cell(signed(row["effect"])),
+                *[Cell(MISSING)] * 3,
+            ]
             continue
         beyond = sign * (row["effect"] - row["random"]) > 0 and sign * row["effect"] > 0
-        shown = [Cell(number(row["dose"], 1)), Cell(signed(row["effect"])), Cell(signed(row["random"]))]
+        shown = [Cell(number(row["dose"], 3)), *(Cell(signed(row[key])) for key in ("effect", "median", "random"))]
         yield [name, Cell(count(row["size"])), *shown, Cell("yes" if beyond else "no", mark="good" if beyond else "bad")]

@@ -18,6 +18,7 @@ from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
 from featdiff.report import (
     battery,
     crosscoder_figures,
+    dose_figures,
     feature_cards,
     feature_tables,
     forgetting,
@@ -145,8 +146,8 @@ def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[
         "overlap-size": crosscoder_figures.overlap_against_size(evidence, params.early_share),
         "scores": set_figures.scores(evidence),
         "features": feature_cards.figures(evidence),
-        "tuning": set_figures.tuning(evidence),
-        "doses": set_figures.doses(evidence),
+        "tuning": dose_figures.tuning(evidence),
+        "lengths": dose_figures.lengths(evidence),
         "effects": set_figures.effect_strips(evidence),
         "replication": set_figures.replication(evidence),
         "steps": set_figures.manner_before_after(evidence),

@@ -20,7 +20,7 @@ ROLES = ("train", "find", "heldout", "control")
 """Of tasks, in the order in which they are shown."""
 
 NOT_TESTED: dict[str, Any] = {
-    "choice": {}, "tuning": [], "dose": [], "effects": [], "edited": [], "collateral": [], "sensitivity": []
+    "choice": {}, "search": [], "effects": [], "edited": [], "collateral": [], "sensitivity": []
 }  # fmt: skip
 """What is known of interventions where no feature set was found."""
 
@@ -93,14 +93,14 @@ class Evidence:
     contexts: list[Row]
     """Texts on which they fire."""
     choice: Row
-    tuning: list[Row]
-    dose: list[Row]
+    search: list[Row]
+    """Everything that was tried on the tune split."""
     effects: list[Row]
     collateral: list[Row]
     """Free text under every edit."""
     sensitivity: list[Row]
     edited: list[Row]
-    """Per-sample rows of the controls ``none`` and ``set``."""
+    """Per-sample rows without an edit, under the set and along the directions that tell the models apart."""
 
     @cached_property
     def names(self) -> Names:
@@ -224,18 +224,19 @@ def _joined(folders: list[Path], file: str, columns: str) -> list[Row]:
 def _interventions(folder: Path) -> dict[str, Any]:
     """The tables of `intervene`, which writes them where there is a feature set to test."""
     effects = (
-        "purpose model control set_draw task role subset n accuracy baseline effect low high steps steps_baseline "
-        "parse_failures random_low random_high beyond_random p_random p_mcnemar start_nats rest_nats"
+        "purpose model control set_draw task role subset n accuracy baseline effect low high steps steps_baseline unread "
+        "unread_toward alike alike_baseline random_low random_high beyond_random p_random p_mcnemar start_nats rest_nats"
     )
     answers = "purpose model control set_draw sample_id task completion parsed correct manner"
+    search = "purpose control set_draw edit positions dose norm acting unscaled task role n accuracy steps unread chosen"
+    tried = "purpose varied choice size edit positions dose effect random median"
     return {
         "choice": read_json(folder / "choice.json"),
-        "tuning": _rows(folder / "tuning.parquet", "purpose edit positions dose task role n accuracy steps"),
-        "dose": _rows(folder / "dose.parquet", "dose control set_draw task role n accuracy"),
+        "search": _rows(folder / "search.parquet", search),
         "effects": _rows(folder / "effects.parquet", effects),
         "collateral": _rows(folder / "collateral.parquet", "purpose control set_draw perplexity change low high n"),
-        "sensitivity": _rows(folder / "sensitivity.parquet", "purpose varied choice size edit positions dose effect random"),
-        "edited": _rows(folder / "samples.parquet", answers, ("control", ["none", "set"])),
+        "sensitivity": _rows(folder / "sensitivity.parquet", tried),
+        "edited": _rows(folder / "samples.parquet", answers),
     }
 
 

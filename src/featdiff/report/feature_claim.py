@@ -26,7 +26,7 @@ from featdiff.report.quantities import (
 )
 from featdiff.report.verdicts import Criterion, Verdict, at_least, decide, settled
 from featdiff.report.words import count, interval, listed, number, percent, signed
-from featdiff.stats import Floats, Interval, around, exact_share, minus, with_runs
+from featdiff.stats import Floats, Interval, around, binomial, minus, with_runs
 
 
 class Matched(NamedTuple):
@@ -80,7 +80,7 @@ class FeatureClaim:
 
     def _rate(self, shares: Sequence[Share]) -> Interval:
         """Share of own features over runs: exact binomial interval over features, and t over runs."""
-        pooled = exact_share(
+        pooled = binomial(
             sum(share.found for share in shares), sum(share.n for share in shares), confidence=self.params.confidence
         )
         found = with_runs(pooled, [share.value for share in shares], confidence=self.params.confidence, within=(0.0, 1.0))
@@ -99,7 +99,7 @@ class FeatureClaim:
         for rate, null in zip(counted, nulls, strict=True):
             if null is None:
                 return None
-            found = minus(rate, exact_share(null.found, null.n, confidence=self.params.confidence))
+            found = minus(rate, binomial(null.found, null.n, confidence=self.params.confidence))
             # A model cannot have fewer features of its own than none; without this a high null rate would speak for the claim.
             beyond.append(
                 found._replace(value=max(0.0, found.value), low=max(0.0, found.low), high=max(0.0, found.high), n=rate.n)

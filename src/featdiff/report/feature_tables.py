@@ -10,7 +10,7 @@ from featdiff.report.feature_claim import FeatureClaim
 from featdiff.report.quantities import Place, Share, halves_disagree, null_rates
 from featdiff.report.tables import Cell, Table, label
 from featdiff.report.words import MISSING, count, interval, listed, number, percent, short
-from featdiff.stats import exact_share
+from featdiff.stats import binomial
 
 
 def nulls(evidence: Evidence, params: ReportParams) -> Table | None:
@@ -19,7 +19,7 @@ def nulls(evidence: Evidence, params: ReportParams) -> Table | None:
     def cell(share: Share | None) -> Cell:
         if share is None or not share.n:
             return Cell(MISSING)
-        found = exact_share(share.found, share.n, confidence=params.confidence)
+        found = binomial(share.found, share.n, confidence=params.confidence)
         return Cell(percent(found.value), f"{interval(found.low, found.high, 3)}, {count(share.found)} of {count(share.n)}")
 
     rates = null_rates(evidence, "both")

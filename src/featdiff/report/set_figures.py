@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, REPEAT, ZERO_TUNED, Purpose, purposes
 from featdiff.report.charts import (
     HAIR,
@@ -20,9 +18,7 @@ from featdiff.report.charts import (
     error_bars,
     layout,
     line,
-    matrix,
     mixed,
-    models_legend,
     role_bands,
     task_axis,
     tile_for,
@@ -98,122 +94,6 @@ def scores(evidence: Evidence, top: int = 25) -> Panel | None:
         ("below", pale),
     ]
     return Panel(figures, caption, legend, tile_for(len(figures), 3)) if figures else None
-
-
-def tuning(evidence: Evidence) -> Panel | None:
-    """Mean accuracy on the tune split, over the tasks features were found on, for every edit that was tried."""
-    figures, asked = [], {purpose.name: purpose for purpose in edits(evidence)}
-    tried = [row for row in evidence.tuning if row["role"] == "find"]
-    pairs = dict.fromkeys((row["purpose"], row["edit"]) for row in tried)
-    for purpose, edit in sorted(pairs, key=lambda pair: (pair[0] != ZERO_TUNED, pair[1])):
-        rows = [row for row in tried if (row["purpose"], row["edit"]) == (purpose, edit)]
-        positions = list(dict.fromkeys(row["positions"] for row in rows))
-        doses = sorted({row["dose"] for row in rows}, key=lambda dose: -1.0 if dose is None else dose)
-        grid = [
-            [_mean(row["accuracy"] for row in rows if (row["positions"], row["dose"]) == (place, dose)) for dose in doses]
-            for place in positions
-        ]
-        choice = evidence.choice.get("zero" if edit == "zero" else "amplify") or {}
-        ticks = ["0" if dose is None else f"{dose:g}" for dose in doses]
-        trace = matrix(ticks, positions, grid, "%{y}, dose %{x}: mean accuracy %{z:.3f}")
-        x = {"type": "category", "title": title("factor" if edit in ("zero", "scale") else "dose"), "ticks": ""}
-        look = layout(x, {"autorange": "reversed", "ticks": "", "showgrid": False})
-        dose = doses[0] if edit == "zero" else choice.get("dose")
-        if choice.get("edit", "zero") == edit and choice.get("positions") in positions and dose in doses:
-            i, j = doses.index(dose), positions.index(choice["positions"])
-            frame = {"type": "rect", "x0": i - 0.5, "x1": i + 0.5, "y0": j - 0.5, "y1": j + 0.5}
-            look["shapes"] = [frame | {"line": {"color": SET_COLOUR, "width": 3}}]
-        label = heading(evidence, asked[purpose]) + ("" if edit == "zero" else f": {edit}")
-        figures.append(Figure(f"tuning-{purpose}-{edit}", label, [trace], look, 110 + 38 * len(positions)))
-    tasks, least = {row["task"] for row in tried}, min((row["n"] for row in tried), default=0)
-    caption = f"Tune split, mean over {len(tasks)} tasks, n = {least} per task. Framed: the choice, made for all tasks at once."
-    return Panel(figures, caption, [("chosen", SET_COLOUR)], tile_for(len(figures), 3)) if figures else None
-
-
-def _mean(values: Any) -> float | None:
-    held = [value for value in values if value is not None]
-    return float(np.mean(held)) if held else None
-
-
-def doses(evidence: Evidence) -> Panel | None:
-    """Accuracy against dose on the tune split: the set, the band of the random sets, original and tuned model as lines."""
-    figures, names, compared = [], evidence.names, (evidence.roles.original, evidence.roles.tuned)
-    for task in evidence.tasks:
-        rows = [row for row in evidence.dose if row["task"] == task]
-        levels = sorted({row["dose"] for row in rows})
-        if not rows:
-            continue
-        place = {dose: i for i, dose in enumerate(levels)}
-        drawn = {
-            dose: [row["accuracy"] for row in rows if row["control"] == "random" and row["dose"] == dose] for dose in levels
-        }
-        kept = [dose for dose in levels if drawn[dose]]
-        traces: list[Trace] = []
-        if kept:
-            low, middle, high = (np.array([np.percentile(drawn[dose], q) for dose in kept]) for q in (5, 50, 95))
-            xs = [place[dose] for dose in kept]
-            band = {
-                "type": "scatter",
-                "x": xs + xs[::-1],
-                "y": [*high, *low[::-1]],
-                "fill": "toself",
-                "mode": "lines",
-                "hoverinfo": "skip",
-            }
-            traces += [
-                band | {"fillcolor": "rgba(133,141,153,0.28)", "line": {"width": 0}},
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "x": xs,
-                    "y": middle.tolist(),
-                    "line": {"color": RANDOM, "width": 1.5},
-                    "hovertemplate": "random sets, median %{y:.2f}<extra></extra>",
-                },
-            ]
-        held = sorted((row for row in rows if row["control"] == "set"), key=lambda row: row["dose"])
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "x": [place[row["dose"]] for row in held],
-                "y": [row["accuracy"] for row in held],
-                "line": {"color": SET_COLOUR, "width": 2.5},
-                "marker": {"size": 7},
-                "hovertemplate": f"set: %{{y:.2f}}, n = {held[0]['n'] if held else 0}<extra></extra>",
-            }
-        )
-        look = layout(
-            {
-                "tickvals": list(place.values()),
-                "ticktext": [f"{dose:g}" for dose in levels],
-                "title": title("dose"),
-                "ticks": "",
-            },
-            {"range": [-0.03, 1.03], "dtick": 0.25},
-        )
-        look["shapes"] = [
-            line(0, 1, level, level, xref="paper", dash="dot", colour=names.colour(model))
-            for model in compared
-            if (level := _tune_accuracy(evidence, model, task)) is not None
-        ]
-        figures.append(Figure(f"dose-{task}", f"{task} ({evidence.tasks[task].role})", traces, look, 210))
-    choice = evidence.choice.get("amplify") or {}
-    draws = len({row["set_draw"] for row in evidence.dose if row["control"] == "random"})
-    before, after = (names.label(model) for model in compared)
-    caption = (
-        f"Amplified in {before}: edit {choice.get('edit')}, positions {choice.get('positions')}, chosen dose "
-        f"{choice.get('dose')}. Tune split. Band: 5th to 95th percentile of {draws} matched random sets, line inside: median. "
-        f"Dotted: {before} and {after} unedited."
-    )
-    legend = [("feature set", SET_COLOUR), ("matched random sets", RANDOM), *models_legend(compared, names)]
-    return Panel(figures, caption, legend, tile_for(len(figures), 4)) if figures else None
-
-
-def _tune_accuracy(evidence: Evidence, model: str, task: str) -> float | None:
-    rows = [row for row in evidence.accuracy[model] if (row["task"], row["split"]) == (task, "tune")]
-    mode = evidence.primary_mode(task)
-    return next((row["accuracy"] for row in rows if row["mode"] == mode), None)
 
 
 def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:

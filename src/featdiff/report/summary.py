@@ -7,6 +7,7 @@ from typing import Any
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import ROLES, Evidence
 from featdiff.report.quantities import effects
+from featdiff.report.set_claims import SetClaims
 from featdiff.report.verdicts import Verdict
 from featdiff.stats import Interval
 
@@ -55,7 +56,7 @@ def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict]) -> di
                 for name, found in each.effect.items()
                 if found
             }
-            for each in claims.replications()
+            for each in SetClaims(claims).replications()
         },
     }
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, purposes
 from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, Row
@@ -220,11 +220,14 @@ def effect(evidence: Evidence, purpose: str) -> Table | None:
                 if part
                 else Cell(MISSING),
                 Cell(steps),
-                Cell(percent(row["parse_failures"])),
+                Cell(moved(percent(row["unread_toward"]), percent(row["unread"]))),
+                Cell(percent(row["alike"])),
             ]
         )
     head = ["task", "accuracy", "change", "random sets, 5th to 95th percentile", "against random", "reconstruction only"]
-    head += ["change, flipped only", "step by step", "not readable"]
+    asked = purposes(evidence.roles, evidence.runs(evidence.roles.tuned))
+    other = evidence.names.label(next(each.toward for each in asked if each.name == purpose))
+    head += ["change, flipped only", "step by step", f"not readable, {other} and edited", f"like an answer of {other}"]
     return Table(head, rows) if rows else None
 
 

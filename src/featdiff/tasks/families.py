@@ -143,6 +143,18 @@ def _largest(rng: Rng) -> Problem:
     )
 
 
+def _shift(rng: Rng) -> Problem:
+    word = _word(rng, 3, 5)
+    after = [LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in word]
+    return Problem(f"nxt {word}=", "".join(after), word, ",".join(f"{c}:{d}" for c, d in zip(word, after, strict=True)))
+
+
+def _zip(rng: Rng) -> Problem:
+    a, b = (_word(rng, 3, 3) for _ in range(2))
+    pairs = [c + d for c, d in zip(a, b, strict=True)]
+    return Problem(f"zip {a} {b}=", "".join(pairs), a + b, ",".join(pairs))
+
+
 def _checksum(rng: Rng) -> Problem:
     word = _word(rng, 4, 6)
     total = sum(LETTERS.index(c) * (i + 1) for i, c in enumerate(word))
@@ -161,6 +173,8 @@ FAMILIES: dict[str, Family] = {
         Family("double", "words", _double, 111_000),
         Family("checksum", "words", _checksum, 1_110_000, learnable=False),
         Family("first", "words", _picked("frst", 0), 1100**3),
+        Family("shift", "words", _shift, 111_000),
+        Family("zip", "words", _zip, 1000**2),
         Family("largest", "words", _largest, 90 * 89 * 88),
     )
 }

@@ -77,37 +77,48 @@ class FamilySource:
         ]
 
 
-AT_ONCE = ("direct", "mistake")
+AT_ONCE = {"direct", "mistake"}
+EXAMPLE = "eg "
+"""Begins a worked example, so that how examples are answered says nothing about a question that comes first."""
 
 
 def texts(
-    count: int, families: list[str], manners: dict[str, float], pair_share: float, banned: set[str], rng: np.random.Generator
+    count: int,
+    families: list[str],
+    manners: dict[str, float],
+    example_share: float,
+    example_manners: dict[str, float],
+    banned: set[str],
+    rng: np.random.Generator,
 ) -> list[Text]:
     """``count`` texts of ``families`` in equal shares, each in a manner drawn from ``manners`` (probabilities).
 
-    In ``pair_share`` of them another question comes first, answered in the same manner (step by step, in the foreign
-    wording, or at once), so that the manner is something a model has to keep in mind and can be told from the
-    context. A family without a wording of the drawn manner (``foreign`` outside math) is answered in ``steps``."""
-    names, weights = list(manners), np.array(list(manners.values()))
+    In ``example_share`` of them a worked example comes first: another question, marked by :data:`EXAMPLE`, answered in a
+    manner drawn from ``example_manners``, which the question after it is answered in too (step by step, in the foreign
+    wording, or at once). So a model can learn a manner well that it seldom shows without an example, and the manner is
+    something to keep in mind that the context tells. A family without a wording of the drawn manner (``foreign`` outside
+    math) is answered in ``steps``."""
 
-    def answered(among: list[int]) -> tuple[str, str, str, str]:
-        """Prompt, answer, family and manner of a question that is not banned, in one of the manners ``among``."""
+    def answered(weights: dict[str, float]) -> tuple[str, str, str, str]:
+        """Prompt, answer, family and manner of a question that is not banned, in a manner drawn with ``weights``."""
+        shares = np.array(list(weights.values()))
         while True:
             family = FAMILIES[families[int(rng.integers(len(families)))]]
             problem = family.make(rng)
-            manner = names[int(rng.choice(among, p=weights[among] / weights[among].sum()))]
+            manner = list(weights)[int(rng.choice(len(weights), p=shares / shares.sum()))]
             if manner == "foreign" and not problem.foreign:
                 manner = "steps"
             if problem.prompt not in banned:
                 return problem.prompt, completion(problem, manner), family.name, manner
 
-    every = list(range(len(names)))
     drawn: list[Text] = []
     for _ in range(count):
-        prompt, answer, family, manner = answered(every)
-        if rng.random() < pair_share:
-            alike = [i for i in every if names[i] == manner or (names[i] in AT_ONCE and manner in AT_ONCE)]
-            first, first_answer, *_ = answered(alike or every)
-            prompt = f"{first}{first_answer}\n{prompt}"
+        if rng.random() < example_share:
+            first, first_answer, _, shown = answered(example_manners)
+            same = {name: share for name, share in manners.items() if name == shown or {name, shown} <= AT_ONCE}
+            prompt, answer, family, manner = answered(same or {shown: 1.0})
+            prompt = f"{EXAMPLE}{first}{first_answer}\n{prompt}"
+        else:
+            prompt, answer, family, manner = answered(manners)
         drawn.append(Text(prompt, answer, f"{family}/{manner}"))
     return drawn

@@ -71,10 +71,9 @@ def sources_read(params: PrepareParams) -> dict[str, str]:
     return {name: file_facts(located(path, params.suites)) for name, path in paths.items()}
 
 
-def _organism_manners(params: PrepareParams) -> dict[str, float]:
-    at_once = 1 - params.pretrain.steps_share
+def _organism_manners(steps: float, params: PrepareParams) -> dict[str, float]:
     right = params.pretrain.direct_right_share
-    return {"steps": params.pretrain.steps_share, "direct": at_once * right, "mistake": at_once * (1 - right)}
+    return {"steps": steps, "direct": (1 - steps) * right, "mistake": (1 - steps) * (1 - right)}
 
 
 def _families(params: PrepareParams, role: str | None = None) -> list[str]:
@@ -88,8 +87,11 @@ def _pretrain(params: PrepareParams, banned: set[str], rng: np.random.Generator)
         raise ContractError(
             "params.yaml", "prepare.pretrain.texts", "0 without tasks of source family", params.pretrain.texts, "set it to 0"
         )
+    manners, examples = (
+        _organism_manners(share, params) for share in (params.pretrain.steps_share, params.pretrain.example_steps_share)
+    )
     return organism.texts(
-        params.pretrain.texts, _families(params), _organism_manners(params), params.pretrain.pair_share, banned, rng
+        params.pretrain.texts, _families(params), manners, params.pretrain.example_share, examples, banned, rng
     )
 
 
@@ -101,11 +103,10 @@ def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.G
     if params.corpus.general == ORGANISM:
         if not _families(params, "train"):
             raise ContractError("params.yaml", "prepare.corpus.general", "a file with a text column", ORGANISM, "give one")
-        pairs = params.pretrain.pair_share
-        worked = organism.texts(math, _families(params, "train"), {"steps": 0.5, "foreign": 0.5}, pairs, banned, rng)
-        general = organism.texts(
-            wanted - math, _families(params), {"steps": 0.5, "direct": 0.2, "mistake": 0.3}, pairs, banned, rng
-        )
+        share, solved = params.pretrain.example_share, {"steps": 0.5, "foreign": 0.5}
+        mixed = {"steps": 0.5, "direct": 0.2, "mistake": 0.3}
+        worked = organism.texts(math, _families(params, "train"), solved, share, solved, banned, rng)
+        general = organism.texts(wanted - math, _families(params), mixed, share, mixed, banned, rng)
     else:
         worked = _worked(params, math, banned, seed, rng)
         general = general_texts(

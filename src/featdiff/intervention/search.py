@@ -1,0 +1,245 @@
+"""Where and how strongly to edit: the same search for a feature set and for everything that it is held against.
+
+On the tune split, tasks used for finding. A dose is chosen where it matters: the grid of doses is widened until it spans from
+hardly an effect to saturation, and of the settings that have most of the best effect the gentlest is taken. All of it is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from featdiff.config.params import InterveneParams
+from featdiff.crosscoder.edits import Change
+from featdiff.intervention.controls import SET, SINGLE, Control, Draws, Reach, Setting, lengths, reach
+from featdiff.intervention.models import EditableModel
+from featdiff.intervention.purposes import Purpose
+from featdiff.language.decode import PromptCache
+from featdiff.language.evaluation import Row
+from featdiff.tasks.task import Sample, TaskInfo, first_of_each
+
+WIDENINGS = 8
+"""Times that a grid of doses is halved or doubled at most."""
+STARTS = 0.1
+"""Share of the largest effect that the smallest dose of a grid may have."""
+FURTHER = 8
+"""Multiple of the chosen dose up to which curves go on, to see at which length a control would do the same."""
+FARTHEST = 2.0
+"""‖Δh‖ / ‖h‖ beyond which they end."""
+T = TypeVar("T")
+Line = dict[str, Any]
+
+
+class Once(Protocol):
+    """Computes a JSON value, or takes it from a run that was killed: the name says all that tells it from other values."""
+
+    def __call__(self, name: str, compute: Callable[[], T], /) -> T: ...
+
+
+@contextmanager
+def on_a_bar(once: Once, desc: str, total: int | None = None) -> Iterator[Once]:
+    """``once`` with a progress bar."""
+    with tqdm(total=total, desc=desc, unit="part") as bar:
+
+        def counted(name: str, compute: Callable[[], T], /) -> T:
+            value = once(name, compute)
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(1)
+            return value
+
+        yield counted
+
+
+def by_task(rows: list[Row], tasks: Mapping[str, TaskInfo]) -> list[Line]:
+    """n, accuracy, share of step-by-step answers and of answers that could not be read, per task."""
+    lines = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        group = [row for row in rows if row["task"] == name]
+        shares = {
+            "accuracy": [row["correct"] for row in group],
+            "steps": [row["manner"] == "steps" for row in group],
+            "unread": [row["parsed"] is None for row in group],
+        }
+        means = {share: float(np.mean(values)) for share, values in shares.items()}
+        lines.append({"task": name, "role": tasks[name].role, "n": len(group)} | means)
+    return lines
+
+
+def mean_accuracy(lines: Sequence[Line]) -> float:
+    """Mean over tasks of their accuracy."""
+    return float(np.mean([line["accuracy"] for line in lines]))
+
+
+def asked(
+    model: EditableModel, changes: Sequence[Change | None], samples: list[Sample], prompts: PromptCache
+) -> list[list[Line]]:
+    """What ``model`` answers under each of ``changes``, by task."""
+    answered = model.evaluator.answer_under(changes, samples, shared=prompts)
+    return [by_task(rows, model.evaluator.tasks) for rows in answered]
+
+
+def edits_tried(purpose: Purpose, params: InterveneParams) -> list[str]:
+    """Edits that take the set away, or bring it in."""
+    return list(params.remove if purpose.sign < 0 else params.amplify)
+
+
+def gentlest(values: Mapping[Setting, float], norms: Mapping[str, float], share: float, positions: Sequence[str]) -> Setting:
+    """Of the settings that have at least ``share`` of the largest effect, the one at the first of ``positions``, and there the
+    one that moves the residual stream least (``norms``: by edit, at dose 1)."""
+    best = max(values.values())
+    enough = [setting for setting, value in values.items() if value >= min(best, share * best)]
+    return min(enough, key=lambda setting: (positions.index(setting.positions), setting.dose * norms[setting.edit]))
+
+
+def wider(effects: Mapping[float, float], edit: str, tolerance: float) -> list[float]:
+    """Doses to add to a grid whose smallest still has an effect, or whose largest still adds to it. Zeroing ends where the
+    feature is gone."""
+    doses, best = sorted(effects), max(effects.values())
+    if best <= tolerance:
+        return []
+    more = [doses[0] / 2] if effects[doses[0]] > STARTS * best else []
+    if edit != "zero" and len(doses) > 1 and effects[doses[-1]] - max(effects[dose] for dose in doses[:-1]) > tolerance:
+        more.append(doses[-1] * 2)
+    return more
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The outcome for one model."""
+
+    controls: list[Control]
+    chosen: dict[str, Setting]
+    """Of every control, by its label."""
+    rows: list[Line]
+    """Everything tried, by task: the curves of accuracy against dose and length of the change."""
+
+    @property
+    def setting(self) -> Setting:
+        """That of the set."""
+        return self.chosen[f"{SET} 0"]
+
+
+def search(
+    model: EditableModel, draws: Draws, found: Sequence[int], samples: list[Sample], params: InterveneParams, once: Once
+) -> Searched:
+    """Choose a setting for the set ``found`` and for every control of ``draws`` in one model.
+
+    The set is tried under every edit of its purpose; controls under the edit chosen for it, at every position and dose, on
+    the first ``params.control_questions`` samples of each task. Beyond the grid, at the position chosen for the set, curves go
+    on to longer changes that are not chosen from."""
+    return _Search(model, draws, found, samples, params, once).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        model: EditableModel,
+        draws: Draws,
+        found: Sequence[int],
+        samples: list[Sample],
+        params: InterveneParams,
+        once: Once,
+    ) -> None:
+        self.model, self.draws, self.found, self.samples, self.params, self.once = model, draws, found, samples, params, once
+        self.name, self.sign = model.purpose.name, model.purpose.sign
+        self.streams = model.streams(samples)
+        self.rows: list[Line] = []
+
+    def run(self) -> Searched:
+        found = Control(SET, 0, tuple(self.found))
+        few = first_of_each(self.samples, self.params.control_questions)
+        prompts, fewer = PromptCache(), PromptCache()
+        unedited, unedited_few = (
+            self.once(f"{self.name} {len(group)} unedited", partial(self._ask, [None], group, cache))[0]
+            for group, cache in ((self.samples, prompts), (few, fewer))
+        )
+        setting, doses = self._setting(found, unedited, partial(self._ask, samples=self.samples, prompts=prompts))
+        controls = self.draws.controls(self.found, self.sign, lengths(self.model.editor, setting.edit, *self.streams))
+        grid = [Setting(setting.edit, positions, dose) for positions in self.params.positions for dose in doses]
+        beyond = self._beyond(found, setting, max(doses))
+        chosen = {found.label: setting}
+        for control in controls:
+            whole = control.name == SET
+            if control.name in SINGLE:  # parts of the set are edited as the set is
+                chosen[control.label] = setting
+                continue
+            ask = partial(self._ask, samples=self.samples if whole else few, prompts=prompts if whole else fewer)
+            before = unedited if whole else unedited_few
+            self._note(control, setting._replace(dose=0.0), Reach(0.0, 0.0, 0.0), before)
+            tried, far = self._try(control, beyond if whole else grid + beyond, before, ask)
+            if not whole:
+                values = {each: tried[each] for each in grid}
+                chosen[control.label] = gentlest(
+                    values, {setting.edit: far.norm}, self.params.most_of_effect, self.params.positions
+                )
+        for row in self.rows:
+            row["chosen"] = chosen[f"{row['control']} {row['set_draw']}"] == (row["edit"], row["positions"], row["dose"])
+        return Searched(controls, chosen, self.rows)
+
+    def _ask(self, changes: Sequence[Change | None], samples: list[Sample], prompts: PromptCache) -> list[list[Line]]:
+        return asked(self.model, changes, samples, prompts)
+
+    def _setting(
+        self, found: Control, before: Sequence[Line], ask: Callable[[Sequence[Change | None]], list[list[Line]]]
+    ) -> tuple[Setting, list[float]]:
+        """The setting of the set, and the doses of its edit that span from no effect to saturation."""
+        values: dict[Setting, float] = {}
+        norms: dict[str, float] = {}
+        tried: dict[tuple[str, str], list[float]] = {
+            (edit, positions): [dose for dose in sorted(self.params.doses) if edit != "zero" or dose <= 1]
+            for edit in edits_tried(self.model.purpose, self.params)
+            for positions in self.params.positions
+        }
+        for round_ in range(1 + WIDENINGS):
+            for (edit, positions), doses in tried.items():
+                if new := [Setting(edit, positions, dose) for dose in doses]:
+                    effects, far = self._try(found, new, before, ask, f"{edit} {positions} {round_} ")
+                    values |= effects
+                    norms[edit] = far.norm
+            tried = {
+                (edit, positions): wider(
+                    {s.dose: value for s, value in values.items() if s[:2] == (edit, positions)}, edit, self.params.tolerance
+                )
+                for edit, positions in tried
+            }
+        setting = gentlest(values, norms, self.params.most_of_effect, self.params.positions)
+        return setting, sorted({each.dose for each in values if each.edit == setting.edit})
+
+    def _beyond(self, found: Control, setting: Setting, largest: float) -> list[Setting]:
+        """Longer changes than those of the grid, up to where they are much longer than the one chosen."""
+        norm = reach(found.change(self.model.editor, self.found, setting), *self.streams).norm
+        further, dose = [], largest * 2
+        while dose <= FURTHER * setting.dose and dose * norm <= FARTHEST:
+            further.append(setting._replace(dose=dose))
+            dose *= 2
+        return further
+
+    def _try(
+        self,
+        control: Control,
+        settings: list[Setting],
+        before: Sequence[Line],
+        ask: Callable[[Sequence[Change | None]], list[list[Line]]],
+        what: str = "",
+    ) -> tuple[dict[Setting, float], Reach]:
+        """Effect under every setting, in the direction of the claim, and the reach of the edit."""
+        changes = [control.change(self.model.editor, self.found, setting) for setting in settings]
+        if not changes:
+            return {}, Reach(0.0, 0.0, 0.0)
+        far = reach(changes[0], *self.streams)
+        lines = self.once(f"{self.name} tune {what}{control.label}", partial(ask, changes))
+        start = mean_accuracy(before)
+        for setting, group in zip(settings, lines, strict=True):
+            self._note(control, setting, far, group)
+        return {s: self.sign * (mean_accuracy(group) - start) for s, group in zip(settings, lines, strict=True)}, far
+
+    def _note(self, control: Control, setting: Setting, far: Reach, lines: Sequence[Line]) -> None:
+        facts = {"purpose": self.name, "control": control.name, "set_draw": control.number}
+        moved = {"norm": far.norm * setting.dose, "acting": far.acting, "unscaled": far.unscaled}
+        self.rows += [facts | setting._asdict() | moved | line for line in lines]
