@@ -4,6 +4,7 @@ from pathlib import Path
 
 from featdiff.pipeline.stage import stage
 from featdiff.report.build import render
+from featdiff.report.calibration import error_rates, false_sets
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import load
 from featdiff.report.summary import curated, summarise
@@ -13,11 +14,12 @@ SUMMARY = Path("metrics/summary.json")
 with stage("report", out="report") as run:
     evidence = load(run.read, run.study)
     claims = Claims(evidence, run.params, run.seed)
-    verdicts = claims.verdicts()
-    for name, page in render(evidence, claims, verdicts, run.params, run.study.profile, run.parents).items():
+    verdicts, rates = claims.verdicts(), error_rates(false_sets(claims), run.params.confidence)
+    pages = render(evidence, claims, verdicts, rates, run.params, run.study.profile, run.parents)
+    for name, page in pages.items():
         (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)
-    summary = summarise(evidence, claims, verdicts)
+    summary = summarise(evidence, claims, verdicts, rates)
     run.beside[SUMMARY] = summary
     run.metrics(curated(summary))

@@ -675,8 +675,8 @@ class ReportParams(Params):
     """What the set must do beyond the best single direction for the dictionary to be needed."""
     control_share: Fraction
     """Share of the set's effect that a set which ought to do nothing may have."""
-    stable_jaccard: Fraction
-    """Mean agreement of crosscoder seeds from which the set counts as stable."""
+    stable_effect: Fraction
+    """Mean cosine, over pairs of crosscoder seeds, of the changes that their sets make, from which the set counts as stable."""
 
 
 class Study(Params):

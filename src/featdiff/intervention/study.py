@@ -32,6 +32,8 @@ from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks
 
 FEW = 5
 """Random sets and directions whose effect on likelihoods and on free text is measured."""
+OUTCOMES = ("purpose", "control", "set_draw", "sample_id", "correct")
+"""Columns of the table of outcomes."""
 TOGETHER = 8
 """Controls answered under in one part of the work, which a kill costs."""
 
@@ -229,7 +231,7 @@ def intervene(
         right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in unedited.items()}
         flipped = right[models.tuned.purpose.model] - right[models.original.purpose.model]
         rows, table, spilled = list[Row](), list[dict[str, Any]](), list[dict[str, Any]]()
-        outcomes: dict[str, list[Any]] = {name: [] for name in ("purpose", "control", "set_draw", "sample_id", "correct")}
+        columns: tuple[list[Any], ...] = tuple([] for _ in OUTCOMES)
         for purpose in models.purposes:
             model, source = models.open(purpose), searched[purpose.name if purpose.chosen else ZERO_TUNED]
             toward = unedited[purpose.toward]
@@ -240,8 +242,9 @@ def intervene(
             for (control, number), marked in answered.marks.items():
                 n = len(samples)
                 facts = ([purpose.name] * n, [control] * n, [number] * n, [sample.sample_id for sample in samples])
-                for column, values in zip(outcomes.values(), (*facts, marked["correct"]), strict=True):
-                    column += values
+                each: tuple[list[Any], ...] = (*facts, marked["correct"])
+                for column, values in zip(columns, each, strict=True):
+                    column.extend(values)
             unread = _unread(toward, tasks)
             table += effects(purpose, answered.marks, answered.nats, samples, flipped, unread, tasks, params, seed)
             spilled += collateral(model, _everywhere(made), questions.texts, params, seed, once)
@@ -254,7 +257,7 @@ def intervene(
         samples=rows,
         effects=table,
         collateral=spilled,
-        outcomes=outcomes,
+        outcomes=dict(zip(OUTCOMES, columns, strict=True)),
         searched=searched,
     )
 

@@ -230,6 +230,26 @@ def seeds(evidence: Evidence) -> Table | None:
     )  # fmt: skip
 
 
+def errors(rates: list[Row]) -> Table | None:
+    """What the rules make of sets that are false by construction (featdiff.report.calibration)."""
+    rows = [
+        [
+            label(NAMES[row["control"]].split(",")[0], row["claim"]),
+            Cell(count(row["n"])),
+            Cell(count(row["supported"]), f"at most {percent(row['high'])}", "bad" if row["supported"] else "good"),
+            Cell(count(row["undecided"])),
+            Cell(count(row["not supported"])),
+        ]
+        for row in rates
+    ]
+    head = ["in place of the set", "how many", "supported", "undecided", "not supported"]
+    caption = (
+        "Every control takes the place of the set under all rules, with the setting that the search chose for it, held against "
+        "the remaining draws. Supported is an error of the rules; beside it the upper end of the exact binomial interval."
+    )
+    return Table(head, rows, caption) if rows else None
+
+
 def sensitivity(evidence: Evidence) -> list[tuple[str, Table]]:
     """Would the conclusion survive other choices? One table per purpose."""
     head = ["choice", "features", "dose", "change", "random sets as long, median", "largest", "beyond them"]

@@ -28,7 +28,7 @@ from featdiff.report import (
 )
 from featdiff.report.charts import MANNER_NAMES, SET_COLOUR, Panel
 from featdiff.report.claims import Claims
-from featdiff.report.evidence import Evidence
+from featdiff.report.evidence import Evidence, Row
 from featdiff.report.verdicts import Verdict
 from featdiff.report.words import compact, count, interval, listed, number, percent, signed, things
 from featdiff.stats import Interval
@@ -77,10 +77,16 @@ class Example:
 
 
 def render(
-    evidence: Evidence, claims: Claims, verdicts: list[Verdict], params: ReportParams, profile: str, parents: Mapping[str, str]
+    evidence: Evidence,
+    claims: Claims,
+    verdicts: list[Verdict],
+    rates: list[Row],
+    params: ReportParams,
+    profile: str,
+    parents: Mapping[str, str],
 ) -> dict[str, str]:
     """The report as HTML documents by file name: ``index.html`` with everything, and every figure once more by itself
-    under ``figures/``. ``parents`` are the hashes of the artifacts it was made from."""
+    under ``figures/``. ``rates``: how often the rules are wrong. ``parents`` are the hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
     panels, cards = figures(evidence, params), feature_cards.cards(evidence)
@@ -117,6 +123,7 @@ def render(
             "singles": battery.singles(evidence),
             "sweep": battery.sweep(evidence),
             "seeds": battery.seeds(evidence),
+            "errors": battery.errors(rates),
         },
         sensitivity_tables=battery.sensitivity(evidence),
         cards={"open": cards[: feature_cards.MOST_OPEN], "folded": cards[feature_cards.MOST_OPEN :]},

@@ -8,14 +8,13 @@ the remaining draws under all rules. A control that comes out as supported is an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from featdiff import stats
-from featdiff.config.params import ReportParams
 from featdiff.intervention.controls import RANDOM, RANDOM_DIRECTION, SET
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, sign_of
 from featdiff.report.claims import Claims
@@ -26,18 +25,14 @@ FALSE = (RANDOM, RANDOM_DIRECTION, "shared", "base_specific", "shuffled")
 """Controls that no rule should take for the set."""
 PURPOSES = {"necessary": ZERO_TUNED, "sufficient": AMPLIFY_ORIGINAL}
 
-Outcomes = Callable[[str, int], list[Row]]
-"""Per-sample rows (``purpose sample_id task correct``) of a control."""
 
-
-def false_sets(evidence: Evidence, outcomes: Outcomes, params: ReportParams, seed: int) -> list[Row]:
-    """One row per false set and claim: ``control set_draw claim status failed``, the last being the first criterion that did not
-    hold."""
-    rows = []
+def false_sets(claims: Claims) -> list[Row]:
+    """One row per false set and claim: ``control set_draw claim status failed``, the last being the first criterion that did
+    not hold. Empty where no set was tested."""
+    evidence, rows = claims.evidence, []
     for control, number in _controls(evidence):
-        swapped = as_set(evidence, control, number, outcomes(control, number))
-        claims = SetClaims(Claims(swapped, params, seed))
-        for verdict in (claims.necessary(), claims.sufficient()):
+        judged = SetClaims(claims.of(as_set(evidence, control, number)))
+        for verdict in (judged.necessary(), judged.sufficient()):
             failed = next((criterion.text for criterion in verdict.criteria if not criterion.holds), "")
             facts = {"control": control, "set_draw": number, "claim": verdict.key}
             rows.append(facts | {"status": verdict.status, "failed": failed})
@@ -46,11 +41,13 @@ def false_sets(evidence: Evidence, outcomes: Outcomes, params: ReportParams, see
 
 def _controls(evidence: Evidence) -> Iterator[tuple[str, int]]:
     """Every false set that was tried in both models."""
+    if not evidence.effects:
+        return
     tried = [{(r["control"], r["set_draw"]) for r in evidence.effects if r["purpose"] == name} for name in PURPOSES.values()]
     yield from sorted(key for key in set.intersection(*tried) if key[0] in FALSE)
 
 
-def as_set(evidence: Evidence, control: str, number: int, outcomes: list[Row]) -> Evidence:
+def as_set(evidence: Evidence, control: str, number: int) -> Evidence:
     """``evidence`` as if the search had found this control."""
 
     def moved(rows: list[Row]) -> list[Row]:
@@ -74,15 +71,15 @@ def as_set(evidence: Evidence, control: str, number: int, outcomes: list[Row]) -
             p = stats.draws_p(row["effect"], draws, sign)
             effects[i] = row | {"random_low": low, "random_high": high, "beyond_random": beyond, "p_random": p}
     chosen = {purpose: moved(listed) for purpose, listed in evidence.choice["controls"].items()}
-    edited = [row for row in evidence.edited if row["control"] != SET]
-    edited += [row | {"control": SET, "set_draw": 0} for row in outcomes]
+    edited = [row for row in evidence.edited if row["control"] == "none"]
+    edited += [row | {"control": SET, "set_draw": 0} for row in evidence.outcomes(control, number)]
     choice = evidence.choice | {"controls": chosen}
     return replace(evidence, effects=effects, search=moved(evidence.search), choice=choice, edited=edited)
 
 
 def error_rates(rows: list[Row], confidence: float) -> list[Row]:
-    """By claim and kind of control: how many came out ``supported``, ``undecided`` and ``not supported``, and up to which share of
-    such sets could be supported (exact binomial)."""
+    """By claim and kind of control: how many came out ``supported``, ``undecided`` and ``not supported``, and up to which share
+    of such sets could be supported (exact binomial)."""
     counted: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
         counted.setdefault((row["claim"], row["control"]), Counter())[row["status"]] += 1

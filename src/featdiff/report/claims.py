@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -32,6 +33,12 @@ class Claims:
             evidence.names.label(role) if role else "the contrast"
             for role in (self.roles.original, self.roles.tuned, self.roles.contrast)
         )
+
+    def of(self, evidence: Evidence) -> Claims:
+        """The same rules on the same models under other edits."""
+        found = copy(self)
+        found.evidence, found.outcomes = evidence, self.outcomes.under(evidence)
+        return found
 
     def estimate(
         self, tasks: Sequence[str], after: dict[str, float], before: dict[str, float] | None = None
@@ -66,10 +73,6 @@ class Claims:
             return " One training run per arm."
         label = self.evidence.names.label(after)
         return f" {len(each)} training runs of {label}, one by one: {listed([*map(signed, each.values())])}."
-
-    def edit_effect(self, purpose: str, tasks: Sequence[str]) -> Interval | None:
-        """Mean paired change under the feature set, all samples of the report split."""
-        return self.estimate(tasks, self.outcomes.edited(purpose, "set"), self.outcomes.edited(purpose, "none"))
 
     def verdicts(self) -> list[Verdict]:
         """Of every claim, in the order of the study."""

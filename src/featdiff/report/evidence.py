@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ ROLES = ("train", "find", "heldout", "control")
 """Of tasks, in the order in which they are shown."""
 
 NOT_TESTED: dict[str, Any] = {
-    "choice": {}, "search": [], "effects": [], "edited": [], "collateral": [], "sensitivity": []
+    "choice": {}, "search": [], "effects": [], "edited": [], "collateral": [], "sensitivity": [],
+    "outcomes": lambda _control, _number: [],
 }  # fmt: skip
 """What is known of interventions where no feature set was found."""
 
@@ -101,6 +102,8 @@ class Evidence:
     sensitivity: list[Row]
     edited: list[Row]
     """Per-sample rows without an edit, under the set and along the directions that tell the models apart."""
+    outcomes: Callable[[str, int], list[Row]]
+    """Reads ``purpose sample_id correct`` of every answer under a control."""
 
     @cached_property
     def names(self) -> Names:
@@ -237,7 +240,14 @@ def _interventions(folder: Path) -> dict[str, Any]:
         "collateral": _rows(folder / "collateral.parquet", "purpose control set_draw perplexity change low high n"),
         "sensitivity": _rows(folder / "sensitivity.parquet", tried),
         "edited": _rows(folder / "samples.parquet", answers),
+        "outcomes": partial(_outcomes, folder / "outcomes.parquet"),
     }
+
+
+def _outcomes(path: Path, control: str, number: int) -> list[Row]:
+    wanted = [("control", "=", control), ("set_draw", "=", number)]
+    rows: list[Row] = pq.read_table(path, columns=["purpose", "sample_id", "correct"], filters=wanted).to_pylist()
+    return rows
 
 
 def _rows(path: Path, columns: str, only: tuple[str, list[str]] | None = None) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,12 @@ class Outcomes:
             self._models[model, None] = own
         self._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
         self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
+
+    def under(self, evidence: Evidence) -> Outcomes:
+        """The same models under the edits of ``evidence``."""
+        found = copy(self)
+        found._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
+        return found
 
     def model(self, model: str, mode: str | None = None) -> dict[str, float]:
         """Share right by sample under ``mode``, or under each task's own rule."""

@@ -12,7 +12,7 @@ import numpy as np
 from featdiff.intervention.controls import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, REPEAT, ZERO_TUNED
 from featdiff.report.evidence import Evidence, Row
-from featdiff.report.quantities import CONTROLS, clear, effects, mean_effects, past_percentile
+from featdiff.report.quantities import CONTROLS, clear, effects, mean_effects, past_percentile, stability
 from featdiff.report.selectivity import choice, selectivity
 from featdiff.report.verdicts import Criterion, Verdict, at_least, decide, reversed_sign, settled, told
 from featdiff.report.words import change, interval, listed, number, percent, signed, things
@@ -311,7 +311,14 @@ class SetClaims:
     def _weakest(self, criteria: Sequence[Criterion], *, alone: bool) -> str:
         if open_one := next((criterion for criterion in criteria if not criterion.holds), None):
             return f"It fails or stays open at this: {open_one.text}."
-        return f"The set was tested in one training run of {self.tuned} only." if alone else ""
+        links = [f"The set was tested in one training run of {self.tuned} only."] if alone else []
+        stable = stability(self.evidence)
+        if stable.effect is not None and stable.effect < self.params.stable_effect:
+            links.append(
+                f"Sets that other crosscoder seeds find change something else: mean cosine of their changes {number(stable.effect)}, "
+                f"of the spanned subspaces {number(stable.subspace)}."
+            )
+        return " ".join(links)
 
 
 def nothing_to_edit(evidence: Evidence, rows: dict[str, Any]) -> str:

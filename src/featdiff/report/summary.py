@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
 from featdiff.report.claims import Claims
-from featdiff.report.evidence import ROLES, Evidence
+from featdiff.report.evidence import ROLES, Evidence, Row
 from featdiff.report.quantities import effects
+from featdiff.report.selectivity import selectivity
 from featdiff.report.set_claims import SetClaims
 from featdiff.report.verdicts import Verdict
 from featdiff.stats import Interval
@@ -14,7 +16,7 @@ from featdiff.stats import Interval
 DIGITS = 4
 
 
-def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict]) -> dict[str, Any]:
+def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict], rates: list[Row]) -> dict[str, Any]:
     """Claims with verdicts and the numbers that decide them, mean accuracy per model and role of task, crosscoder quality, the
     feature set, effects with interval and n, and what the set does in repeats."""
     groups = {role: evidence.named(role) for role in ROLES if evidence.named(role)} | {"away_from_math": evidence.far}
@@ -50,6 +52,12 @@ def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict]) -> di
             for purpose, model in {row["purpose"]: row["model"] for row in evidence.effects}.items()
             if model in evidence.roles.models
         },
+        "selectivity": {
+            purpose: {name: {"ratio": _round(each.ratio), "reached": each.reached} for name, each in found.items()}
+            for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL)
+            if (found := selectivity(evidence, purpose))
+        },
+        "errors": [{key: _round(value) if key == "high" else value for key, value in row.items()} for row in rates],
         "replication": {
             each.model: {
                 name: {"beyond": each.beyond[name], "draws": each.draws, **_interval(found)}
