@@ -17,7 +17,7 @@ from math import radians
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -120,10 +120,8 @@ class GoldenParams(Params):
 
     @property
     def own(self) -> list[str]:
-        """Kinds that the last model has alone: of no strength in any other, along directions that no other kind has."""
-        twins = {kind.along for kind in self.kinds.values()}
-        absent = {name: max(top for _, top in list(kind.strength.values())[:-1]) == 0 for name, kind in self.kinds.items()}
-        return [name for name, kind in self.kinds.items() if absent[name] and not kind.along and name not in twins]
+        """Kinds that no model but the last has when it has them."""
+        return [name for name, kind in self.kinds.items() if all(high == 0 for _, high in list(kind.strength.values())[:-1])]
 
     @model_validator(mode="after")
     def _twins_fit(self) -> GoldenParams:
@@ -220,8 +218,8 @@ def examine(params: GoldenParams, name: str, loss: LossName, seed: int) -> list[
     tuned model's own.
 
     Of the ``planted`` features of each kind ``matched`` have a learned feature, and that of ``called`` was called. In all
-    ``features`` of the ``alive`` learned ones were called, and ``own`` of them are nearest to a feature that the last model has
-    alone."""
+    ``features`` of the ``alive`` learned ones were called, and ``own`` of them are nearest to a feature of the last model's own
+    (``GoldenParams.own``)."""
     case = params.cases[name]
     truth = synthesise(params, case, torch.Generator().manual_seed(seed))
     source = ActivationTensor(params.models, truth.acts_NMD)
@@ -324,14 +322,19 @@ def _markdown(head: list[str], body: Iterable[list[str]]) -> str:
 
 
 def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
-    """The summary as Markdown: the case of ``reach`` by loss and method, what its crosscoders hold, then the other cases."""
-    reach, kinds = params.reach, list(params.kinds)
+    """The summary as Markdown: the case of ``reach`` by loss and method, what its crosscoders hold, the cases of one kind, and
+    the rest."""
+    reach, kinds, methods = params.reach, list(params.kinds), get_args(Method)
     main = [row for row in summary if row["case"] == reach.case]
-    fits = [row for row in main if row["method"] == reach.method]
-    others = [row for row in summary if row["case"] != reach.case]
+    rest: dict[tuple[str, str], dict[str, Any]] = {}  # by case and loss, then by method
+    for row in summary:
+        if row["case"] != reach.case:
+            rest.setdefault((row["case"], row["loss"]), {})[row["method"]] = row
+    single = {(name, loss): rows for (name, loss), rows in rest.items() if params.cases[name].only}
+    mixed = {(name, loss): rows for (name, loss), rows in rest.items() if not params.cases[name].only}
     parts = [
-        f"Case `{reach.case}`: percent of the planted features of each kind that were called the tuned model's own, and of all "
-        f"learned features called, percent that are.",
+        f"Case `{reach.case}`, seeds: {main[0]['seeds']}. Percent of the planted features of each kind that were called the "
+        f"tuned model's own, with {100 * params.confidence:g} % interval; of all learned features called, percent that are.",
         _markdown(
             ["loss", "method", *(f"{kind} ({params.kinds[kind].count})" for kind in kinds), "right of all called"],
             (
@@ -344,18 +347,27 @@ def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
             ["loss", "FVE", "L0", *kinds],
             (
                 [row["loss"], f"{row['fve']:.3f}", f"{row['l0']:.1f}", *(_cell(row["matched"][kind]) for kind in kinds)]
-                for row in fits
+                for row in main
+                if row["method"] == reach.method
             ),
         ),
-        "The other cases: percent called of the planted features that belong to the tuned model, of the shared ones, of all "
-        "living features; and of the called ones, percent that are its own.",
+        "Cases whose features are all of one kind: percent of all living learned features that each method calls.",
         _markdown(
-            ["case", "seeds", "loss", "method", OWN, SHARED, "of all living", "right of all called"],
+            ["case", "kind", "seeds", "loss", *methods],
             (
-                [row["case"], str(row["seeds"]), row["loss"], row["method"]]
-                + [_cell(row["called"].get(kind)) for kind in (OWN, SHARED)]
-                + [_cell(row["named"]), _cell(row["right"])]
-                for row in others
+                [name, str(params.cases[name].only), str(rows[reach.method]["seeds"]), loss]
+                + [_cell(rows[method]["named"]) for method in methods]
+                for (name, loss), rows in single.items()
+            ),
+        ),
+        f"Other cases: percent of {OWN} and {SHARED} that {reach.method} calls; for each method percent right of all called.",
+        _markdown(
+            ["case", "seeds", "loss", OWN, SHARED, *(f"right: {method}" for method in methods)],
+            (
+                [name, str(rows[reach.method]["seeds"]), loss]
+                + [_cell(rows[reach.method]["called"][kind]) for kind in (OWN, SHARED)]
+                + [_cell(rows[method]["right"]) for method in methods]
+                for (name, loss), rows in mixed.items()
             ),
         ),
         missed(summary, params) or f"Reached: {_figures(summary, params)}.",
