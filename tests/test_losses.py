@@ -14,13 +14,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from featdiff.activations.tensor import ActivationTensor
+from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import CrosscoderTraining, LossName
+from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses import batchtopk, loss
 from featdiff.crosscoder.losses.batchtopk import BatchTopK, batch_top_k, batchtopk_loss
+from featdiff.crosscoder.losses.dedicated import Dedicated, foreign
+from featdiff.crosscoder.losses.delta import Delta, delta_loss
 from featdiff.crosscoder.losses.l1 import L1, l1_loss
 from featdiff.crosscoder.losses.loss import Loss
 from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.readout import Reader
+from featdiff.pipeline.checkpoint import Scratch
 from tiny import ROOT, params_of, random_crosscoder
 
 MODELS = ("base", "sft", "grpo")
@@ -261,6 +268,130 @@ def test_the_l1_weight_ramps_up_over_its_share_of_the_steps_and_sets_no_threshol
     assert totals[3] == totals[4] == totals[5]
     torch.testing.assert_close(torch.tensor(totals[3]), l1_loss(crosscoder, x, 3.0).total.detach())
     assert crosscoder.threshold == 0
+
+
+def trained(
+    kind: str, scratch: Scratch | None = None, log: Callable[[int, dict[str, float]], None] = lambda *_: None, **changes: object
+) -> Crosscoder:
+    """A short fit of three models, in which features die and are trained by the auxiliary loss."""
+    small = {"n_features": 20, "batch_tokens": 32, "steps": 40, "lr": 0.01, "k": 2, "aux_k": 4, "dead_after_tokens": 96}
+    small |= {"log_every": 1, "heldout_share": 0.1, "dedicated_share": 0.15}
+    params = params_of(CrosscoderTraining, "crosscoder", "training", **small | changes)
+    source = ActivationTensor(list(MODELS), inputs(rows=400))
+    return fit(source, kind, params, 0, log, kind, scratch=scratch or Scratch()).crosscoder
+
+
+def test_each_model_has_its_own_part_of_the_dictionary_and_the_rest_is_shared() -> None:
+    found = foreign(3, 20, 0.15)
+    assert found[:9].tolist() == [[m != owner for m in range(3)] for owner in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    assert not found[9:].any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.35])
+def test_a_share_that_leaves_no_part_to_a_model_or_to_all_is_refused(share: float) -> None:
+    with pytest.raises(ContractError, match="dedicated_share"):
+        foreign(3, 20, share)
+
+
+def test_foreign_rows_stay_exactly_zero_and_all_others_learn() -> None:
+    dead: list[float] = []
+    before, after = (trained("dedicated", log=lambda _, point: dead.append(point["dead"]), steps=steps) for steps in (1, 40))
+    assert max(dead) > 0  # the auxiliary loss was at work, too
+    mask = foreign(3, 20, 0.15)
+    for weight, earlier in ((after.W_dec, before.W_dec), (after.W_enc.permute(2, 0, 1), before.W_enc.permute(2, 0, 1))):
+        assert (weight[mask] == 0).all()
+        assert ((weight - earlier)[~mask].abs().amax(1) > 0).all()
+
+
+def test_an_exclusive_feature_reads_every_stream_with_the_encoder_of_its_own_model() -> None:
+    crosscoder = trained("dedicated", steps=3)
+    for model in MODELS:
+        reader = Reader(crosscoder, model)
+        assert torch.equal(reader.W_DF[:, 3:6], crosscoder.W_enc[1, :, 3:6])
+        assert (reader.directions_FD[3:6] != 0).any() == (model == MODELS[1])
+
+
+def test_dedicated_selects_and_weighs_as_batchtopk_does() -> None:
+    crosscoder, x, dead = random_crosscoder(MODELS), inputs(rows=10), torch.arange(12) < 4
+    dedicated = running(Dedicated, crosscoder, batch_tokens=10, k=6, dedicated_share=0.2)(x, 1, dead)
+    masked = random_crosscoder(MODELS)
+    mask = foreign(3, 12, 0.2)
+    masked.W_dec.data[mask] = 0
+    masked.W_enc.data.permute(2, 0, 1)[mask] = 0
+    plain = running(BatchTopK, masked, batch_tokens=10, k=6)(x, 1, dead)
+    assert torch.equal(dedicated.total, plain.total)
+    assert torch.equal(dedicated.fired, plain.fired)
+    assert (dedicated.fired[:, :6] > 0).any()
+
+
+def test_the_delta_term_is_its_formula_sample_by_sample() -> None:
+    crosscoder, x, dead = random_crosscoder(MODELS), inputs(rows=10), torch.arange(12) < 4
+    changes = {"batch_tokens": 10, "k": 2, "delta_share": 0.5, "delta_weight": 0.7}
+    plain = running(BatchTopK, crosscoder, **changes)(x, 1, dead)
+    found = running(Delta, crosscoder, **changes)(x, 1, dead)
+    assert torch.equal(found.fired, plain.fired)
+    total = 0.0
+    for b in range(10):
+        for m in (1, 2):
+            rebuilt = crosscoder.b_dec[m] - crosscoder.b_dec[0]
+            for k in range(6):  # of the delta features those that the batch kept
+                rebuilt = rebuilt + found.fired[b, k] * (crosscoder.W_dec[k, m] - crosscoder.W_dec[k, 0])
+            total += (x[b, m] - x[b, 0] - rebuilt).square().sum().item()
+    assert 0 < (found.fired[:, :6] > 0).sum() < 20
+    assert found.total.item() == pytest.approx(plain.total.item() + 0.7 * total / 10, rel=1e-5)
+
+
+def test_the_gradient_of_the_delta_term_is_that_of_finite_differences_and_spares_the_shared_features() -> None:
+    crosscoder, x = random_crosscoder(MODELS).double(), inputs(rows=4).double()
+    code = torch.rand(4, 5, dtype=torch.double, requires_grad=True)
+
+    delta_loss(crosscoder, x, code).backward()
+    assert (crosscoder.W_dec.grad[5:] == 0).all()
+    for weight in (code, crosscoder.W_dec, crosscoder.b_dec):
+        numeric = torch.zeros_like(weight)
+        flat, slope = weight.data.view(-1), numeric.view(-1)
+        for i in range(len(flat)):
+            ends = []
+            for step in (1e-5, -2e-5):
+                flat[i] += step
+                ends.append(delta_loss(crosscoder, x, code).item())
+            flat[i] += 1e-5
+            slope[i] = (ends[0] - ends[1]) / 2e-5
+        torch.testing.assert_close(weight.grad, numeric, rtol=1e-5, atol=1e-5)
+
+
+def test_the_delta_gradient_reaches_the_encoder_of_delta_features_alone() -> None:
+    gradients = []
+    for delta_weight in (1e-12, 1.0):
+        crosscoder = random_crosscoder(MODELS)
+        take = running(Delta, crosscoder, batch_tokens=10, k=2, delta_share=0.5, delta_weight=delta_weight)
+        take(inputs(rows=10), 1, NO_DEAD).total.backward()
+        gradients.append(crosscoder.W_enc.grad)
+    changed = (gradients[1] - gradients[0]).abs().sum((0, 1)) > 1e-5
+    assert changed[:6].any()
+    assert not changed[6:].any()
+
+
+def test_without_delta_features_the_loss_is_refused() -> None:
+    with pytest.raises(ContractError, match="delta_share"):
+        running(Delta, random_crosscoder(MODELS), delta_share=0.05)
+
+
+@pytest.mark.parametrize("kind", ["dedicated", "delta"])
+def test_a_killed_fit_goes_on_and_ends_in_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    whole, steps = trained(kind), []
+
+    def log(step: int, _: dict[str, float]) -> None:
+        steps.append(step)
+        if step == 25 and steps.count(25) == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trained(kind, Scratch(tmp_path, 0.0), log)
+    resumed = trained(kind, Scratch(tmp_path, 0.0), log)
+    assert steps == [*range(1, 26), *range(25, 41)]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 def test_params_know_the_losses_of_the_table() -> None:

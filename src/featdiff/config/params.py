@@ -1,7 +1,8 @@
 """Parameters: one frozen class per section of params.yaml.
 
-No class here holds a default: every number in force stands in params.yaml, where DVC can see it. A key
-that no class knows is an error that names it. Importing this module must stay cheap (no torch).
+No class here holds a default: every number in force stands in params.yaml, where DVC can see it. The exception are the numbers
+of losses that no profile uses (``CrosscoderTraining``). A key that no class knows is an error that names it. Importing this
+module must stay cheap (no torch).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
 Readout = Literal["swap", "slot", "contribution"]
 """What "the value of a feature in one model" means (featdiff.crosscoder.readout)."""
-LossName = Literal["batchtopk", "l1"]
+LossName = Literal["batchtopk", "l1", "dedicated", "delta"]
 """Keys of ``featdiff.crosscoder.losses.table.LOSSES``, which cannot be asked here: it imports torch."""
 
 
@@ -479,6 +480,12 @@ class CrosscoderTraining(Params):
     """Share of the tokens kept out of the fit, on which FVE and L0 are measured."""
     log_every: Positive
     """Steps from one point of the curves to the next."""
+    dedicated_share: Fraction = 0.05
+    """Dedicated features: share of the dictionary that each model has to itself."""
+    delta_share: Fraction = 0.25
+    """Delta features: share of the dictionary that must explain the difference between the models."""
+    delta_weight: Rate = 1.0
+    """Delta features: weight of that difference in the loss."""
 
     def train_rows(self, rows: int) -> int:
         """How many of ``rows`` are fitted on; the rest is held out."""

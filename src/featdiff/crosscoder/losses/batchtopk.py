@@ -75,15 +75,22 @@ class BatchTopK(Loss):
     take the mean of the cutoffs; this is a running mean, which forgets early training. L0 is then about k on average."""
 
     def __call__(self, x_BMD: Float[Tensor, "B M D"], step: int, dead_F: Bool[Tensor, " F"]) -> Step:
-        params, threshold = self.params, self.crosscoder.threshold
+        threshold = self.crosscoder.threshold
         f_BF = self.crosscoder.preactivations(x_BMD)
         cutoff = self._cutoff(f_BF.detach(), threshold * GUESS if step > 1 else None)
-        result = batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance, f_BF)
+        result = self._step(x_BMD, f_BF, cutoff, dead_F)
         # The first cutoff replaces what was there, be it the 0 of a new crosscoder or the threshold of the one that this fit
         # started from, whose inputs were others. A mean that started from 0 would stay too low for hundreds of steps.
         memory = THRESHOLD_MEMORY if step > 1 else 0.0
         threshold.mul_(memory).add_(cutoff, alpha=1 - memory)
         return result
+
+    def _step(
+        self, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], cutoff: Float[Tensor, ""], dead_F: Bool[Tensor, " F"]
+    ) -> Step:
+        """The loss at the batch's cutoff, from its preactivations ``f_BF``."""
+        params = self.params
+        return batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance, f_BF)
 
     @torch.no_grad()
     def _cutoff(self, f_BF: Float[Tensor, "B F"], guess: Tensor | None) -> Float[Tensor, ""]:

@@ -1,0 +1,50 @@
+"""Delta features: a part of the dictionary must explain, alone, how the other models differ from the first.
+
+After Delta-Crosscoder (arXiv 2603.04426), from its abstract and public descriptions: BatchTopK, delta features beside shared
+ones, and a loss on the difference between the models. Ours: one k for both parts, where the source gives each its own (one
+threshold says what is active at inference); the difference in the units of the reconstruction; no contrastive pairs of texts.
+B batch, M models, the first of which is the original, D residual width, F features, C delta features.
+"""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from featdiff.artifacts.artifact import ContractError
+from featdiff.config.params import CrosscoderTraining
+from featdiff.crosscoder.losses.batchtopk import BatchTopK
+from featdiff.crosscoder.losses.loss import Step
+from featdiff.crosscoder.model import Crosscoder
+
+
+def delta_loss(crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], code_BC: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
+    """Mean over tokens of Σ_{m>0} ‖(x^m − x^0) − (x̂^m − x̂^0)‖², where x̂ is rebuilt from ``code_BC``, the values of the
+    dictionary's first C features, and the decoder's bias."""
+    W_CMD = crosscoder.W_dec[: code_BC.shape[1]]
+    rebuilt = (code_BC @ (W_CMD[:, 1:] - W_CMD[:, :1]).flatten(1)).unflatten(1, (-1, crosscoder.d_model))
+    rebuilt = rebuilt + crosscoder.b_dec[1:] - crosscoder.b_dec[:1]
+    return (x_BMD[:, 1:] - x_BMD[:, :1] - rebuilt).square().sum((1, 2)).mean()
+
+
+class Delta(BatchTopK):
+    """BatchTopK, and ``delta_weight`` times :func:`delta_loss` of the first ``delta_share`` of the features as the batch's
+    cutoff left them, divided by the same variance as the error.
+
+    Delta features take part in the reconstruction as all others do. Raises ContractError where there would be none."""
+
+    def __init__(self, crosscoder: Crosscoder, params: CrosscoderTraining, variance: float, accelerator: Accelerator) -> None:
+        super().__init__(crosscoder, params, variance, accelerator)
+        self.features = int(params.delta_share * crosscoder.n_features)
+        if not self.features:
+            expected = f"a share of at least one of {crosscoder.n_features} features"
+            raise ContractError("params.yaml", "crosscoder.training.delta_share", expected, params.delta_share, "change it")
+
+    def _step(
+        self, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], cutoff: Float[Tensor, ""], dead_F: Bool[Tensor, " F"]
+    ) -> Step:
+        step = super()._step(x_BMD, f_BF, cutoff, dead_F)
+        code_BC = f_BF[:, : self.features] * (step.fired[:, : self.features] > 0)
+        difference = delta_loss(self.crosscoder, x_BMD, code_BC) / self.variance
+        return step._replace(total=step.total + self.params.delta_weight * difference)
