@@ -86,7 +86,7 @@ def render(
     parents: Mapping[str, str],
 ) -> dict[str, str]:
     """The report as HTML documents by file name: ``index.html`` with everything, and every figure once more by itself
-    under ``figures/``. ``rates``: how often the rules are wrong. ``parents`` are the hashes of the artifacts it was made from."""
+    under ``figures/``. ``rates``: how often the rules are wrong. ``parents``: hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
     panels, cards = figures(evidence, params), feature_cards.cards(evidence)

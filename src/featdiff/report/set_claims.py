@@ -315,8 +315,8 @@ class SetClaims:
         stable = stability(self.evidence)
         if stable.effect is not None and stable.effect < self.params.stable_effect:
             links.append(
-                f"Sets that other crosscoder seeds find change something else: mean cosine of their changes {number(stable.effect)}, "
-                f"of the spanned subspaces {number(stable.subspace)}."
+                "Sets that other crosscoder seeds find change something else: mean cosine of their changes "
+                f"{number(stable.effect)}, of the spanned subspaces {number(stable.subspace)}."
             )
         return " ".join(links)
 

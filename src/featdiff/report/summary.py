@@ -53,9 +53,9 @@ def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict], rates
             if model in evidence.roles.models
         },
         "selectivity": {
-            purpose: {name: {"ratio": _round(each.ratio), "reached": each.reached} for name, each in found.items()}
+            purpose: {name: {"ratio": _round(each.ratio), "reached": each.reached} for name, each in ratios.items()}
             for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL)
-            if (found := selectivity(evidence, purpose))
+            if (ratios := selectivity(evidence, purpose))
         },
         "errors": [{key: _round(value) if key == "high" else value for key, value in row.items()} for row in rates],
         "replication": {
