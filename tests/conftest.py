@@ -67,3 +67,20 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """The evidence of the synthetic study of a ``Plan``, whose fields are the arguments; written once."""
+    from functools import cache
+
+    from featdiff.report.evidence import load
+    from synthetic_study import Plan, write_study
+
+    @cache
+    def made(**changes: Any) -> Any:
+        plan, folder = Plan(**changes), tmp_path_factory.mktemp("study")
+        write_study(folder, plan)
+        return load(lambda name, *_: folder / name, plan.study)
+
+    return made

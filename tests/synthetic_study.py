@@ -539,7 +539,7 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
         for source in ("corpus", *plan.roles):
             for rank in (1, 2):
                 tokens = [*"sort ab=", "</script>", "<i>", "x"]
-                values = [0.0] * 7 + [float(rng.uniform(2, 9)) / rank, 0.5, 0.0, 0.0]
+                values = [0.0] * 7 + [float(rng.uniform(4, 9)) / rank, 0.5, 0.0, 0.0]
                 contexts.append(
                     {
                         "feature_id": k, "source": source, "rank": rank, "text": f"{source}-{rank}", "peak": 7,

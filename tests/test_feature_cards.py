@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
-from pathlib import Path
 
 import pytest
 
 from featdiff.report.build import render
 from featdiff.report.claims import Claims
-from featdiff.report.evidence import Evidence, load
+from featdiff.report.evidence import Evidence
 from featdiff.report.feature_cards import cards, figures, manner_tables, token_table, visible
-from synthetic_study import SET, STUDY, Plan, write_study
+from synthetic_study import SET, STUDY
 
-
-def evidence_of(folder: Path, **plan: object) -> Evidence:
-    written = Plan(n=20, **plan)  # type: ignore[arg-type]
-    write_study(folder, written)
-    return load(lambda name, *_: folder / name, written.study)
+Studied = Callable[..., Evidence]
 
 
 def page_of(evidence: Evidence) -> str:
     claims = Claims(evidence, STUDY.report, STUDY.seed)
-    return render(evidence, claims, claims.verdicts(), STUDY.report, "organism", {})["index.html"]
+    return render(evidence, claims, claims.verdicts(), [], STUDY.report, "organism", {})["index.html"]
 
 
 @pytest.fixture(scope="module")
-def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    return evidence_of(tmp_path_factory.mktemp("study"))
+def evidence(studied: Studied) -> Evidence:
+    return studied(n=20)
 
 
 def test_one_card_per_feature_with_its_class_and_verdict(evidence: Evidence) -> None:
@@ -98,7 +95,7 @@ def test_figures_show_the_measured_values(evidence: Evidence) -> None:
     assert all(figure in panel.figures for card in cards(evidence) for figure in card.panel.figures)
 
 
-def test_tables_over_all_features(evidence: Evidence, tmp_path: Path) -> None:
+def test_tables_over_all_features(evidence: Evidence) -> None:
     tokens = token_table(evidence)
     assert tokens is not None
     assert [row[-1].text for row in tokens.rows] == ["needs its context", "detects the token"]
@@ -111,20 +108,19 @@ def test_tables_over_all_features(evidence: Evidence, tmp_path: Path) -> None:
     assert (texts.rows[0][5].text, own.rows[0][5].text) == ("0.95", "0.50")
 
 
-def test_likelihood_tasks_have_no_manner_and_a_study_without_a_set_no_cards(tmp_path: Path) -> None:
-    suites = evidence_of(tmp_path / "suites", likelihood=True, train=("products",), find=("sciq",), heldout=(), control=())
+def test_likelihood_tasks_have_no_manner_and_a_study_without_a_set_no_cards(studied: Studied) -> None:
+    suites = studied(n=20, likelihood=True, train=("products",), find=("sciq",), heldout=(), control=())
     assert manner_tables(suites) == []
     assert "Does it tell the manner" not in page_of(suites)
-    none = evidence_of(tmp_path / "none", status="empty_intersection")
+    none = studied(n=20, status="empty_intersection")
     assert (cards(none), figures(none), token_table(none), manner_tables(none)) == ([], None, None, [])
     assert "What the features are" not in page_of(none)
 
 
-def test_of_many_features_the_first_are_open(tmp_path: Path) -> None:
-    evidence = evidence_of(tmp_path)
+def test_of_many_features_the_first_are_open(evidence: Evidence) -> None:
     feature = evidence.described["features"][0]
-    evidence.described["features"] = [feature | {"feature_id": k} for k in range(11)]
-    page = page_of(evidence)
+    many = evidence.described | {"features": [feature | {"feature_id": k} for k in range(11)]}
+    page = page_of(replace(evidence, described=many))
     assert page.count('class="card feature"') == 11
     assert "3 further features" in page
     assert page.index('id="feature-7"') < page.index("3 further features") < page.index('id="feature-8"')

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 from featdiff.artifacts.artifact import ContractError
 from featdiff.report import battery, build, crosscoder_figures, tables, words
 from featdiff.report.build import examples, render
+from featdiff.report.calibration import error_rates
 from featdiff.report.charts import CLASS_COLOURS, SET_COLOUR, mixed, tile_for
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
@@ -41,12 +43,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "too_few_flipped": {"status": "too_few_flipped", "rl_transfers": False},
     "empty_intersection": {"status": "empty_intersection"},
-    "one_task_pairs_only": {"find": ("reverse",), "heldout": (), "control": (), "joint": False, "set_works": False},
+    "one_task_pairs_only": {"find": ("reverse",), "heldout": (), "control": (), "joint": False, "works": ()},
     "suites": SUITES,
     "no_contrast": {"contrast": None},
     "no_repeats": {"arms": ("sft", "grpo", "rft")},
 }
 PAGES = (*VARIANTS, "no_checkpoints")
+WRONG = {"claim": "sufficient", "status": "supported", "failed": ""}
+RATES = error_rates([WRONG | {"control": "shuffled"}, WRONG | {"control": "random", "status": "undecided"}], 0.95)
 
 
 @dataclass
@@ -63,23 +67,17 @@ class Page:
         return re.sub(PACKED, "", self.html, flags=re.S)
 
 
-def make(folder: Path, plan: Plan) -> Page:
-    write_study(folder, plan)
-    return page_of(load(lambda name, *_: folder / name, plan.study))
-
-
 def page_of(evidence: Evidence) -> Page:
     claims = Claims(evidence, STUDY.report, STUDY.seed)
     verdicts = claims.verdicts()
-    written = render(evidence, claims, verdicts, STUDY.report, "organism", {"data": "0" * 64})
-    return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts))
+    rates = RATES if evidence.effects else []
+    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", {"data": "0" * 64})
+    return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts, rates))
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    found = {
-        name: make(tmp_path_factory.mktemp(name), Plan(n=60, n_features=700, **changes)) for name, changes in VARIANTS.items()
-    }
+def pages(studied: Callable[..., Evidence]) -> dict[str, Page]:
+    found = {name: page_of(studied(n=60, n_features=700, **changes)) for name, changes in VARIANTS.items()}
     whole = found["full"].evidence
     emptied: dict[str, list[dict[str, Any]]] = {name: [] for name in whole.checkpoints}
     found["no_checkpoints"] = page_of(replace(whole, checkpoints=emptied, overlap=[], trajectories=[]))
@@ -160,8 +158,8 @@ def test_model_text_is_shown_as_text(pages: dict[str, Page]) -> None:
     assert "&lt;script&gt;alert(" in html
 
 
-def test_json_in_the_page_cannot_end_its_script(tmp_path: Path) -> None:
-    html = make(tmp_path, Plan(n=20, find=("</script><b>", "sort"), heldout=())).html
+def test_json_in_the_page_cannot_end_its_script(studied: Callable[..., Evidence]) -> None:
+    html = page_of(studied(n=20, find=("</script><b>", "sort"), heldout=())).html
     assert "</script><b>" not in html
     assert any("</script><b>" in json.dumps(content) for content in figures(html).values())
 
@@ -176,7 +174,7 @@ def test_a_study_without_a_set_says_so_and_leaves_out_what_was_not_measured(page
     page = pages["too_few_flipped"]
     assert "No features could be sought" in page.own
     keys = figures(page.html)
-    assert not any(key.startswith(("effect-", "dose-", "tuning-", "score-", "steps-")) for key in keys)
+    assert not any(key.startswith(("effect-", "lengths-", "tuning-", "score-", "steps-")) for key in keys)
     assert "nothing was zeroed or amplified" in page.own
     assert "accuracy-greedy" in keys
     assert page.summary["feature_set"] == {"status": "too_few_flipped", "size": 0, "share": 0.0, "expected_by_chance": 0.0021}
@@ -392,5 +390,5 @@ def test_the_stage_writes_page_and_summary_the_same_each_time(tmp_path: Path) ->
         )
     assert written[0] == written[1]
     assert b"analysis/intervene" in written[0][0], "the page names the artifacts it was made from"
-    numbers = {"estimates", "runs", "accuracy", "crosscoders", "feature_set", "effects", "replication"}
+    numbers = {"estimates", "runs", "accuracy", "crosscoders", "feature_set", "effects", "selectivity", "errors", "replication"}
     assert set(json.loads(written[0][1])) == {"verdicts", "claims"} | numbers

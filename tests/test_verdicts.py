@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from featdiff.report.claims import Claims
-from featdiff.report.evidence import Evidence, load
+from featdiff.report.evidence import Evidence, Row
+from featdiff.report.selectivity import selectivity
+from featdiff.report.set_claims import SetClaims
 from featdiff.report.verdicts import Criterion, Verdict, at_least, decide
 from featdiff.stats import Interval
-from synthetic_study import STUDY, Plan, write_study
+from synthetic_study import STUDY
 
+Studied = Callable[..., Evidence]
 PARAMS, SEED = STUDY.report, STUDY.seed
 ALONE = ("sft", "grpo")
 """One training run per arm."""
-
-
-def study(folder: Path, plan: Plan) -> Evidence:
-    write_study(folder, plan)
-    return load(lambda name, *_: folder / name, plan.study)
 
 
 def judged(evidence: Evidence) -> dict[str, Verdict]:
     return {verdict.key: verdict for verdict in Claims(evidence, PARAMS, SEED).verdicts()}
 
 
+def of_set(evidence: Evidence) -> dict[str, Verdict]:
+    """The three claims about the set."""
+    return {verdict.key: verdict for verdict in SetClaims(Claims(evidence, PARAMS, SEED)).verdicts()}
+
+
+def criterion(evidence: Evidence, key: str, words: str) -> Criterion:
+    """The one criterion of a claim about the set that ``words`` are in."""
+    (found,) = [each for each in of_set(evidence)[key].criteria if words in each.text]
+    return found
+
+
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    return study(tmp_path_factory.mktemp("full"), Plan())
+def full(studied: Studied) -> Evidence:
+    return studied()
+
+
+def table_of(evidence: Evidence, table: str, rows: list[Row]) -> Evidence:
+    """The same study with another table."""
+    fields: dict[str, Any] = {table: rows}
+    return replace(evidence, **fields)
+
+
+def changed(evidence: Evidence, control: str, purpose: str = "", table: str = "effects", **changes: Any) -> Evidence:
+    """The same study with other numbers under one control, of one purpose or all."""
+    rows = [
+        row | (changes if row["control"] == control and purpose in ("", row["purpose"]) else {})
+        for row in getattr(evidence, table)
+    ]
+    return table_of(evidence, table, rows)
+
+
+def without(evidence: Evidence, table: str, *controls: str) -> Evidence:
+    """The same study without the rows of some controls."""
+    return table_of(evidence, table, [row for row in getattr(evidence, table) if row["control"] not in controls])
+
+
+def barely_asked(evidence: Evidence, purpose: str) -> Evidence:
+    """As if eight questions of each task had been asked, and the set had changed no answer: nothing is told."""
+    rows = [row for row in answered(evidence, "set", "none", purpose=purpose).edited if int(row["sample_id"][-5:]) < 8]
+    return replace(evidence, edited=rows)
+
+
+def answered(evidence: Evidence, control: str, like: str, share: float = 1.0, purpose: str = "") -> Evidence:
+    """As if that share of the questions had been answered under ``control`` as they were under ``like``, the first ones of each
+    task."""
+    held = {(row["purpose"], row["sample_id"]): row["correct"] for row in evidence.edited if row["control"] == like}
+
+    def moved(row: Row) -> Row:
+        wanted = row["control"] == control and purpose in ("", row["purpose"])
+        early = int(row["sample_id"][-5:]) < share * len(evidence.questions) / len(evidence.tasks)
+        return row | {"correct": held[row["purpose"], row["sample_id"]]} if wanted and early else row
+
+    return replace(evidence, edited=[moved(row) for row in evidence.edited])
 
 
 def test_a_claim_is_the_conjunction_of_its_criteria() -> None:
@@ -57,89 +106,243 @@ def test_at_least_needs_size_and_interval(value: float, low: float, high: float,
 
 def test_a_study_with_every_part_of_the_pattern_supports_every_claim(full: Evidence) -> None:
     verdicts = judged(full)
-    assert {key: verdict.status for key, verdict in verdicts.items()} == dict.fromkeys(
-        ("transfer", "forgetting", "features", "necessary", "sufficient"), "supported"
-    )
+    keys = ("transfer", "forgetting", "features", "necessary", "sufficient", "dictionary")
+    assert {key: verdict.status for key, verdict in verdicts.items()} == dict.fromkeys(keys, "supported")
     assert "n\u00a0=\u00a0720" in verdicts["transfer"].evidence
     assert "sampled answers" in verdicts["forgetting"].evidence, "greedily this base has nothing to lose"
-    assert "causal" in verdicts["necessary"].evidence
-    assert verdicts["necessary"].weakest_link.startswith("Smallest on largest")
+    for key in ("necessary", "sufficient"):
+        assert "causal" in verdicts[key].evidence
+        assert verdicts[key].weakest_link.startswith("Smallest on largest")
+    assert all(each.holds for verdict in verdicts.values() for each in verdict.criteria)
 
 
 def test_same_seed_same_intervals(full: Evidence) -> None:
     assert judged(full) == judged(full)
 
 
-def test_rl_without_transfer_is_not_supported(tmp_path: Path) -> None:
-    verdict = judged(study(tmp_path, Plan(arms=ALONE, n=60, rl_transfers=False, status="too_few_flipped")))["transfer"]
-    assert verdict.status == "not supported"
+def test_rl_without_transfer_is_not_supported(studied: Studied) -> None:
+    verdicts = judged(studied(arms=ALONE, n=60, rl_transfers=False, status="too_few_flipped"))
+    assert verdicts["transfer"].status == "not supported"
 
 
 @pytest.mark.parametrize(
     ("status", "words"), [("too_few_flipped", "4 flipped samples"), ("empty_intersection", "No feature reaches")]
 )
-def test_without_a_feature_set_both_interventions_are_undecided(tmp_path: Path, status: str, words: str) -> None:
-    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, status=status)))
-    for key in ("necessary", "sufficient"):
-        assert verdicts[key].status == "undecided"
-        assert words in verdicts[key].evidence
-        assert "causal" not in verdicts[key].evidence
+def test_without_a_feature_set_its_claims_are_undecided(studied: Studied, status: str, words: str) -> None:
+    for verdict in of_set(studied(arms=ALONE, n=60, status=status)).values():
+        assert verdict.status == "undecided"
+        assert words in verdict.evidence
+        assert "causal" not in verdict.evidence
 
 
-def test_a_set_that_does_nothing_is_not_supported_and_never_called_causal(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, set_works=False)))
-    for key in ("necessary", "sufficient"):
-        assert verdicts[key].status == "not supported"
-        assert "causal" not in verdicts[key].evidence
+def test_a_set_that_does_nothing_is_not_supported_and_never_called_causal(studied: Studied) -> None:
+    for verdict in of_set(studied(arms=ALONE, n=60, works=())).values():
+        assert verdict.status == "not supported"
+        assert "causal" not in verdict.evidence
 
 
-def test_a_set_that_changes_none_of_a_few_answers_is_undecided(tmp_path: Path) -> None:
+def test_a_set_that_changes_none_of_a_few_answers_is_undecided(studied: Studied) -> None:
     """Ten questions a task of which none changed leave an effect that counts possible; enough of them exclude it."""
-    found = {}
-    for n in (10, 60):
-        made = study(tmp_path / str(n), Plan(arms=ALONE, n=n, set_works=False))
-        plain = {(row["purpose"], row["sample_id"]): row["correct"] for row in made.edited if row["control"] == "none"}
-        edited = [row | {"correct": plain[row["purpose"], row["sample_id"]]} for row in made.edited]
-        found[n] = judged(replace(made, edited=edited))["necessary"]
+    inert = {n: answered(studied(arms=ALONE, n=n, works=()), "set", "none") for n in (10, 60)}
+    found = {n: of_set(replace(each, effects=_unmoved(each)))["necessary"] for n, each in inert.items()}
     assert {n: verdict.status for n, verdict in found.items()} == {10: "undecided", 60: "not supported"}
-    assert not any(criterion.holds is False for criterion in found[10].criteria)
     words = found[10].evidence.replace("\u00a0", " ").replace("\u202f", " ")
     assert "No answer changed; 72 questions of which none changed would exclude a change of 0.05" in words
 
 
-def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(arms=ALONE, n=60, find=("reverse",))))
-    assert verdicts["necessary"].status == "undecided"
-    assert "more than one task" in verdicts["necessary"].weakest_link
+def _unmoved(evidence: Evidence) -> list[Row]:
+    """Effects of a set that changes no answer, and brings none of the other model's."""
+    same: dict[str, Any] = {"effect": 0.0, "low": 0.0, "high": 0.0, "beyond_random": False, "p_mcnemar": 1.0, "alike": 1.0}
+    return changed(evidence, "set", **same).effects
 
 
-def test_one_random_set_as_good_as_the_set_takes_the_verdict_away(full: Evidence) -> None:
-    """Beyond most random sets is not beyond all: with every found task matched by a draw, the claim falls."""
-    effects = [
-        row | {"beyond_random": False}
-        if row["control"] == "set" and row["role"] == "find" and row["purpose"] == "zero_tuned"
-        else row
-        for row in full.effects
-    ]
-    verdicts = judged(replace(full, effects=effects))
-    assert verdicts["necessary"].status == "not supported"
-    assert verdicts["sufficient"].status == "supported"
+def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(studied: Studied) -> None:
+    verdict = of_set(studied(arms=ALONE, n=60, find=("reverse",)))["necessary"]
+    assert verdict.status == "undecided"
+    assert "more than one task" in verdict.weakest_link
 
 
-def test_the_word_causal_needs_the_percentile_of_the_random_sets(full: Evidence) -> None:
-    effects = [row | {"random_low": -1.0} for row in full.effects]
-    verdict = judged(replace(full, effects=effects))["necessary"]
-    assert "causal" not in verdict.evidence
+SIGNS = pytest.mark.parametrize(
+    ("key", "purpose", "sign"), [("necessary", "zero_tuned", -1), ("sufficient", "amplify_original", 1)]
+)
+FEW: list[tuple[str, float, bool | None]] = [("", 1.0, True), ("none", 1.0, False), ("none", 0.95, None)]
+"""An effect as it is, none at all, and one that may be of the size that counts or less."""
 
 
-def test_an_edit_of_factor_one_that_changes_something_leaves_the_claim_open(full: Evidence) -> None:
-    effects = [row | {"effect": 0.01} if row["control"] == "noop" else row for row in full.effects]
-    assert judged(replace(full, effects=effects))["necessary"].status == "undecided"
+@SIGNS
+@pytest.mark.parametrize(("like", "share", "holds"), FEW)
+def test_the_effect_has_to_be_of_a_size(
+    full: Evidence, key: str, purpose: str, sign: int, like: str, share: float, holds: bool | None
+) -> None:
+    study = answered(full, "set", like, share, purpose) if like else full
+    assert criterion(study, key, "mean effect on the tasks it was found on").holds is holds
+    assert of_set(full)[key].estimates["found_on"].value * sign > 0.8
+
+
+@SIGNS
+def test_random_sets_as_long_must_not_do_as_much(full: Evidence, key: str, purpose: str, sign: int) -> None:
+    alike = changed(full, "random", purpose, effect=sign * 0.97)
+    found = criterion(alike, key, "mean effect against")
+    assert found.holds is False
+    assert "p = 1.000" in found.text
+    assert of_set(alike)[key].status == "not supported"
+    assert criterion(barely_asked(alike, purpose), key, "mean effect against").holds is None, (
+        "where no effect is told, losing to chance is noise"
+    )
+    few = replace(full, effects=[row for row in full.effects if row["control"] != "random" or row["set_draw"] < 19])
+    assert criterion(few, key, "at least 20 random sets").holds is None
+
+
+@SIGNS
+def test_random_sets_that_do_not_act_tell_nothing(full: Evidence, key: str, purpose: str, sign: int) -> None:
+    assert criterion(full, key, "random sets act").holds is True
+    silent = changed(full, "random", purpose, "search", acting=0.5)
+    assert criterion(silent, key, "random sets act").holds is None
+    assert of_set(silent)[key].status == "undecided"
+    assert criterion(without(full, "search", "random"), key, "random sets act").holds is None
+
+
+@SIGNS
+def test_it_has_to_act_on_a_task_held_out(full: Evidence, key: str, purpose: str, sign: int) -> None:
+    within = changed(full, "set", purpose, beyond_random=False)
+    assert criterion(within, key, "held out from the selection").holds is False
+    assert criterion(barely_asked(within, purpose), key, "held out from the selection").holds is None
+
+
+@SIGNS
+def test_sets_that_ought_to_do_nothing_must_do_little(full: Evidence, key: str, purpose: str, sign: int) -> None:
+    shared = changed(full, "shared", purpose, effect=sign * 0.6)
+    assert criterion(shared, key, "shared features").holds is False
+    assert [of_set(shared)[each].status == "supported" for each in ("necessary", "sufficient")].count(True) == 1
+    assert criterion(without(full, "effects", "shared", "base_specific"), key, "shared features").holds is None
+
+
+@SIGNS
+def test_tests_of_single_tasks_are_corrected_for_their_number(full: Evidence, key: str, purpose: str, sign: int) -> None:
+    unsure = changed(full, "set", purpose, p_mcnemar=0.02)
+    assert criterion(unsure, key, "McNemar").holds is None
+    assert "is found with 80%" in of_set(unsure)[key].evidence.replace("\u202f", "").replace("\u00a0", "")
+    assert criterion(changed(full, "set", purpose, p_mcnemar=0.012), key, "McNemar").holds is True
+
+
+@SIGNS
+def test_an_edit_of_dose_0_that_changes_something_leaves_the_claim_open(
+    full: Evidence, key: str, purpose: str, sign: int
+) -> None:
+    assert criterion(changed(full, "noop", purpose, effect=0.01), key, "dose 0").holds is None
 
 
 def test_a_large_set_is_not_a_small_one(full: Evidence) -> None:
-    many = full.localize | {"features": list(range(100))}
-    assert judged(replace(full, localize=many))["necessary"].status == "not supported"
+    many = replace(full, localize=full.localize | {"features": list(range(100))})
+    assert criterion(many, "necessary", "small").holds is False
+
+
+def unmeasured(evidence: Evidence) -> Evidence:
+    """As if the set had been taken away on held-out tasks only."""
+    rows = [row for row in evidence.effects if row["role"] != "find" or row["purpose"] != "zero_tuned"]
+    return replace(evidence, effects=rows)
+
+
+def test_answers_have_to_return_to_those_of_the_original(full: Evidence) -> None:
+    broken = changed(full, "set", "zero_tuned", alike=0.79)
+    assert criterion(broken, "necessary", "return").holds is False
+    assert of_set(broken)["necessary"].status == "not supported"
+    assert of_set(broken)["sufficient"].status == "supported", "nothing is taken away there"
+    assert criterion(unmeasured(full), "necessary", "return").holds is None
+
+
+def test_a_drop_that_is_made_of_broken_answers_is_called_damage(full: Evidence) -> None:
+    broken = changed(full, "set", "zero_tuned", unread=0.3)
+    found = criterion(broken, "necessary", "damage:")
+    assert found.holds is False
+    assert "made of damage" in found.text
+    assert of_set(broken)["necessary"].status == "not supported"
+    assert "no damage" in of_set(broken)["necessary"].weakest_link
+    assert criterion(changed(broken, "set", unread_toward=0.26), "necessary", "damage:").holds is True
+    assert criterion(unmeasured(full), "necessary", "damage:").holds is None
+
+
+def gaining(evidence: Evidence, norm: float | None, far: float = 1.0) -> Evidence:
+    """As if random sets came to the gain of the set at a length ``norm`` of their change, or never, tried up to ``far``."""
+    key = ("task", "purpose", "dose")
+    own = {tuple(row[k] for k in key): row["accuracy"] for row in evidence.search if row["control"] == "set"}
+
+    def moved(row: Row) -> Row:
+        start, best = (own[row["task"], row["purpose"], dose] for dose in (0.0, 2.0))
+        reached = norm is not None and row["norm"] >= norm
+        return row | {"accuracy": best if reached else start, "norm": row["norm"] * far}
+
+    rows = [moved(row) if row["control"].startswith("random") else row for row in evidence.search]
+    return replace(evidence, search=rows)
+
+
+def test_controls_have_to_need_a_longer_change(full: Evidence) -> None:
+    """The set has half of its gain at a length of about 0.1; random sets and directions at 0.2, never up to 1.6, never up to
+    0.16."""
+    words = "selective"
+    assert criterion(full, "sufficient", words).holds is True
+    soon = gaining(full, 0.2)
+    assert {each.reached for each in selectivity(soon, "amplify_original").values()} == {True}
+    assert criterion(soon, "sufficient", words).holds is False
+    assert of_set(soon)["sufficient"].status == "not supported"
+    late = criterion(gaining(full, None), "sufficient", words)
+    assert late.holds is True
+    assert "more than" in late.text
+    assert criterion(gaining(full, None, far=0.1), "sufficient", words).holds is None, "they were not tried any further"
+    assert criterion(without(full, "search", "random", "random_direction"), "sufficient", words).holds is None
+
+
+def test_a_model_that_pushes_of_no_meaning_tip_shows_nothing(full: Evidence) -> None:
+    words = "random directions as long"
+    tipped = changed(full, "random_direction", "amplify_original", effect=0.6)
+    assert criterion(tipped, "sufficient", words).holds is False
+    assert of_set(tipped)["sufficient"].status == "not supported"
+    assert of_set(tipped)["necessary"].status == "supported"
+    assert criterion(without(full, "effects", "random_direction"), "sufficient", words).holds is None
+
+
+@pytest.mark.parametrize(("purpose", "where"), [("zero_tuned", "taken away"), ("amplify_original", "amplified")])
+def test_the_set_has_to_do_more_than_the_best_direction(full: Evidence, purpose: str, where: str) -> None:
+    best = changed(full, "mean_difference", purpose, effect=0.88 if where == "amplified" else -0.88)
+    assert "mean difference" in criterion(best, "dictionary", where).text
+    as_good = answered(best, "mean_difference", "set", purpose=purpose)
+    assert criterion(as_good, "dictionary", where).holds is False
+    assert of_set(as_good)["dictionary"].status == "not supported"
+    assert "mean difference" in of_set(as_good)["dictionary"].weakest_link
+    nearly = answered(best, "mean_difference", "set", 0.92, purpose)
+    assert criterion(nearly, "dictionary", where).holds is None
+    untried = without(full, "effects", "mean_difference", "first_component", "set_change")
+    assert [each.holds for each in of_set(untried)["dictionary"].criteria] == [None, None]
+
+
+def test_the_set_has_to_act_in_the_repeats_of_the_tuned_model(full: Evidence) -> None:
+    words = "acts in other training runs of GRPO"
+    (found,) = SetClaims(Claims(full, PARAMS, SEED)).replications()
+    assert (found.model, found.beyond, found.draws) == ("grpo_1", {"found_on": 20, "heldout": 20}, 20)
+    assert "Taken away from other training runs of GRPO: GRPO, seed 1 −0." in of_set(full)["necessary"].evidence
+    inert = answered(full, "set", "none", purpose="repeat_grpo_1")
+    assert criterion(inert, "necessary", words).holds is False
+    assert of_set(inert)["necessary"].status == "not supported", "a set of one run only is no property of the method"
+    matched = changed(full, "random", "repeat_grpo_1", effect=-0.97)
+    assert criterion(matched, "necessary", words).holds is None
+    assert "beyond 0 and" in of_set(matched)["necessary"].evidence
+    never = replace(full, effects=[row for row in full.effects if not row["purpose"].startswith("repeat_")])
+    verdicts = of_set(never)
+    assert {verdict.status for verdict in verdicts.values()} == {"supported"}
+    assert "in one training run of GRPO only" in verdicts["necessary"].weakest_link
+    assert not any(words in each.text for each in verdicts["necessary"].criteria)
+
+
+def test_the_word_causal_needs_the_percentile_of_the_random_sets(full: Evidence) -> None:
+    verdict = of_set(replace(full, effects=[row | {"random_low": -1.0} for row in full.effects]))["necessary"]
+    assert verdict.status == "supported"
+    assert "causal" not in verdict.evidence
+
+
+def test_the_weakest_link_names_sets_of_other_seeds_that_change_something_else(full: Evidence) -> None:
+    seeds = full.localize["seeds"] | {"mean_effect": 0.5}
+    unstable = replace(full, localize=full.localize | {"seeds": seeds})
+    assert "change something else: mean cosine of their changes 0.50" in of_set(unstable)["necessary"].weakest_link
 
 
 def test_forgetting_is_undecided_where_the_base_never_knew(full: Evidence) -> None:
@@ -153,46 +356,6 @@ def test_a_contrast_that_answers_like_the_tuned_model_did_not_forget(full: Evide
     answers = full.answers | {"sft": full.answers["grpo"], "sft_1": full.answers["grpo_1"]}
     verdict = judged(replace(full, answers=answers))["forgetting"]
     assert verdict.status == "not supported"
-
-
-def edited(evidence: Evidence, control: str, purpose: str = "", **changes: object) -> Evidence:
-    """The same study with other numbers under one control, of one purpose or all."""
-    effects = [
-        row | (changes if row["control"] == control and purpose in ("", row["purpose"]) else {}) for row in evidence.effects
-    ]
-    return replace(evidence, effects=effects)
-
-
-def test_a_set_that_ought_to_do_nothing_must_do_little(full: Evidence) -> None:
-    assert judged(full)["sufficient"].status == "supported"
-    shared = edited(full, "shared", effect=0.6)
-    assert judged(shared)["sufficient"].status == "not supported"
-    assert judged(shared)["necessary"].status == "supported"
-
-
-def test_a_mean_effect_like_those_of_random_sets_is_not_supported(full: Evidence) -> None:
-    verdict = judged(edited(full, "random", effect=-0.95))["necessary"]
-    assert verdict.status == "not supported"
-    assert any("p = 1.000" in criterion.text for criterion in verdict.criteria)
-
-
-def test_tests_of_single_tasks_are_corrected_for_their_number(full: Evidence) -> None:
-    verdict = judged(edited(full, "set", p_mcnemar=0.02))["necessary"]
-    assert any("McNemar" in criterion.text and criterion.holds is None for criterion in verdict.criteria)
-    assert verdict.status == "undecided"
-    assert "is found with 80%" in verdict.evidence.replace("\u202f", "").replace("\u00a0", "")
-    verdict = judged(edited(full, "set", p_mcnemar=0.012))["necessary"]
-    assert verdict.status == "supported"
-
-
-def test_the_weakest_link_names_an_unstable_set_and_a_simple_direction_that_does_as_much(tmp_path: Path) -> None:
-    unstable = study(tmp_path / "unstable", Plan(n=40, jaccard=0.2))
-    assert "not stable" in judged(unstable)["necessary"].weakest_link
-    stable = study(tmp_path / "stable", Plan(n=40))
-    assert "direction" not in judged(stable)["necessary"].weakest_link
-    assert "mean difference -0.95" in judged(edited(stable, "mean_difference", effect=-0.95))["necessary"].weakest_link.replace(
-        "−", "-"
-    )
 
 
 def right(evidence: Evidence, model: str, share: float) -> dict[str, list[dict[str, object]]]:
@@ -226,36 +389,12 @@ def test_a_difference_holds_every_run_and_one_run_is_the_paired_bootstrap(full: 
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low), abs=0.01)
 
 
-def test_the_set_has_to_act_in_the_repeats_of_the_tuned_model(full: Evidence) -> None:
-    (found,) = Claims(full, PARAMS, SEED).replications()
-    assert (found.model, found.beyond, found.draws) == ("grpo_1", {"found_on": 20, "heldout": 20}, 20)
-    assert "Zeroed in other training runs of GRPO: GRPO, seed 1 −0.9" in judged(full)["necessary"].evidence
-
-    plain = {
-        row["sample_id"]: row["correct"] for row in full.edited if (row["purpose"], row["control"]) == ("repeat_grpo_1", "none")
-    }
-    inert = [row | {"correct": plain[row["sample_id"]]} if row["purpose"] == "repeat_grpo_1" else row for row in full.edited]
-    verdict = judged(replace(full, edited=inert))["necessary"]
-    assert verdict.status == "not supported", "a set of one run only is no property of the method"
-    assert "acts in other training runs of GRPO" in verdict.weakest_link
-
-    verdict = judged(edited(full, "random", "repeat_grpo_1", effect=-0.97))["necessary"]
-    assert verdict.status == "undecided"
-    assert "beyond 0 and" in verdict.evidence
-
-    never = [row for row in full.effects if not row["purpose"].startswith("repeat_")]
-    verdict = judged(replace(full, effects=never))["necessary"]
-    assert verdict.status == "supported"
-    assert "in one training run of GRPO only" in verdict.weakest_link
-    assert judged(replace(full, effects=never))["sufficient"].status == "supported"
-
-
-def test_without_a_contrast_its_claims_are_open_and_the_others_decided(tmp_path: Path) -> None:
-    verdicts = judged(study(tmp_path, Plan(arms=("sft", "grpo", "grpo_1"), n=60, contrast=None)))
+def test_without_a_contrast_its_claims_are_open_and_the_others_decided(studied: Studied) -> None:
+    verdicts = judged(studied(arms=("sft", "grpo", "grpo_1"), n=60, contrast=None))
     for key in ("forgetting", "features"):
         assert verdicts[key].status == "undecided"
         assert "no contrast model" in verdicts[key].evidence
-    assert {verdicts[key].status for key in ("transfer", "necessary", "sufficient")} == {"supported"}
+    assert {verdicts[key].status for key in ("transfer", "necessary", "sufficient", "dictionary")} == {"supported"}
 
 
 def test_roles_decide_who_is_meant(full: Evidence) -> None:
