@@ -100,7 +100,7 @@ def _lines(
         if control == "none":
             continue
         effect, single = change[control, number], control not in DRAWN
-        interval = paired(each["correct"], before["correct"], within=stats.CHANGES) if single else None
+        interval = paired(each["correct"], before["correct"], within=stats.CHANGES)
         lines.append(
             {
                 "control": control,
@@ -108,8 +108,8 @@ def _lines(
                 "accuracy": float(each["correct"].mean()),
                 "baseline": float(before["correct"].mean()),
                 "effect": effect,
-                "low": interval.low if interval else None,
-                "high": interval.high if interval else None,
+                "low": interval.low,
+                "high": interval.high,
                 **{name: float(each[name].mean()) for name in ("steps", "flexible", "unread", "alike")},
                 "steps_baseline": float(before["steps"].mean()),
                 "alike_baseline": float(before["alike"].mean()),
@@ -117,7 +117,7 @@ def _lines(
                 "random_high": float(high_random),
                 "beyond_random": sign * effect > max(sign * value for value in draws) if single and draws else None,
                 "p_random": stats.draws_p(effect, draws, sign) if single and draws else None,
-                "p_mcnemar": stats.mcnemar(each["correct"], before["correct"]) if single else None,
+                "p_mcnemar": stats.mcnemar(each["correct"], before["correct"]),
                 **_likelihood(nats.get((control, number), {}), nats.get(("none", 0), {}), ids, paired),
             }
         )

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from featdiff import stats
 from featdiff.artifacts.artifact import write_json
@@ -163,6 +165,8 @@ class InterventionResult:
     samples: list[Row]
     effects: list[dict[str, Any]]
     collateral: list[dict[str, Any]]
+    outcomes: dict[str, list[Any]]
+    """Whether each answer to the report split was right, under every control: columns of a table."""
     searched: dict[str, Searched]
     """By purpose, of the two for which settings are chosen."""
 
@@ -172,6 +176,7 @@ class InterventionResult:
         tables = {name: getattr(self, name) for name in ("search", "samples", "effects", "collateral")}
         for name, rows in (tables | more).items():
             write_rows(out / f"{name}.parquet", rows)
+        pq.write_table(pa.table(self.outcomes), out / "outcomes.parquet", compression="zstd")
 
     def summary(self) -> dict[str, Any]:
         """Per purpose and task: accuracy and share of answers step by step before and after the edit of the set, and whether
@@ -224,6 +229,7 @@ def intervene(
         right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in unedited.items()}
         flipped = right[models.tuned.purpose.model] - right[models.original.purpose.model]
         rows, table, spilled = list[Row](), list[dict[str, Any]](), list[dict[str, Any]]()
+        outcomes: dict[str, list[Any]] = {name: [] for name in ("purpose", "control", "set_draw", "sample_id", "correct")}
         for purpose in models.purposes:
             model, source = models.open(purpose), searched[purpose.name if purpose.chosen else ZERO_TUNED]
             toward = unedited[purpose.toward]
@@ -231,6 +237,11 @@ def intervene(
             made = made if purpose.chosen else fewer(made, params.other_draws)
             answered = answer(model, made, samples, toward, once)
             rows += answered.rows
+            for (control, number), marked in answered.marks.items():
+                n = len(samples)
+                facts = ([purpose.name] * n, [control] * n, [number] * n, [sample.sample_id for sample in samples])
+                for column, values in zip(outcomes.values(), (*facts, marked["correct"]), strict=True):
+                    column += values
             unread = _unread(toward, tasks)
             table += effects(purpose, answered.marks, answered.nats, samples, flipped, unread, tasks, params, seed)
             spilled += collateral(model, _everywhere(made), questions.texts, params, seed, once)
@@ -243,6 +254,7 @@ def intervene(
         samples=rows,
         effects=table,
         collateral=spilled,
+        outcomes=outcomes,
         searched=searched,
     )
 
