@@ -89,7 +89,7 @@ def _sentence(evidence: Evidence, rows: list[Row], margin: float) -> str:
     dense = held[DENSE]
     said = f"the whole residual stream reads it with AUC {number(dense['auc'])} {interval(dense['auc_low'], dense['auc_high'])}"
     if dense["auc_low"] <= 0.5:
-        return f"{said}, not better than chance, so there is nothing to read that a dictionary could be needed for."
+        return f"{said}, not better than chance, so this says nothing of the dictionary."
     most = max(int(probe.partition("_")[2]) for probe in held if probe.startswith("features_"))
     asked = [f"features_{most}", f"random_{most}", *(probe for probe in (SET, DIRECTION) if probe in held)]
     stands = {probe: _standing(held[probe], margin) for probe in asked}
