@@ -22,8 +22,8 @@ def probes(evidence: Evidence) -> Panel | None:
     figures = [_figure(evidence, rows, key) for rows, key in groups]
     caption = (
         "AUC at the last token of the prompt, find split, of logistic regressions asked about a task that they were not fitted "
-        "on (features, direction and coefficients come from the other tasks): mean over tasks, with Student's t interval over them. "
-        "Dotted: chance, and the whole residual stream. Random dictionary: never trained, each feature as often silent."
+        "on (features, direction and coefficients come from the other tasks): mean over tasks, with Student's t interval over "
+        "them. Dotted: chance, and the whole residual stream. Random dictionary: never trained, each feature as often silent."
     )
     return Panel(figures, caption, [("the feature set", SET_COLOUR)], tile_for(len(figures), 3)) if figures else None
 
