@@ -9,22 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from featdiff.artifacts import artifact
 from featdiff.artifacts.artifact import write_json
 from featdiff.config.params import Study, load_study
-from featdiff.intervention.effects import effects
-from featdiff.intervention.purposes import purposes
+from featdiff.intervention.controls import DIRECTIONS, SINGLE, Control, Draws, Setting
+from featdiff.intervention.effects import effects, marks
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_CONTRAST, ZERO_TUNED, Purpose, purposes
+from featdiff.intervention.search import Searched, edits_tried, gentlest
+from featdiff.intervention.study import FEW, OUTCOMES, Edits, InterventionResult, fewer
 from featdiff.tasks.task import Sample, TaskInfo, write_rows
 
 STUDY = load_study(Path(__file__).parents[1] / "params.yaml")
 SET = (118, 311, 640)
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Plan:
     """What the synthetic study looks like."""
 
     find: tuple[str, ...] = ("reverse", "sort", "last", "double")
-    heldout: tuple[str, ...] = ("first", "largest")
+    heldout: tuple[str, ...] = ("largest", "shift")
     control: tuple[str, ...] = ("checksum",)
     train: tuple[str, ...] = ("add", "sub", "mul")
     likelihood: bool = False
@@ -43,8 +48,8 @@ class Plan:
     """Whether a three-model crosscoder was fitted."""
     arms: tuple[str, ...] = ("sft", "grpo", "rft", "sft_1", "grpo_1")
     contrast: str | None = "sft"
-    set_works: bool = True
-    """Whether zeroing and amplifying the set do anything."""
+    works: tuple[str, ...] = ("set",)
+    """Controls that do what the claims say of the set: bring the answers of the other model."""
     rl_transfers: bool = True
     n: int = 120
     n_features: int = 768
@@ -53,11 +58,10 @@ class Plan:
     """Agreement of crosscoder seeds on the set."""
     checkpoints: int = 5
     seed: int = 0
-    roles: dict[str, str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        roles = {name: role for role in ("train", "find", "control", "heldout") for name in getattr(self, role)}
-        object.__setattr__(self, "roles", roles)
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        return {name: role for role in ("train", "find", "control", "heldout") for name in getattr(self, role)}
 
     @cached_property
     def study(self) -> Study:
@@ -138,9 +142,7 @@ def _text(sample: Sample, manner: str, right: bool) -> str:
     }[manner]
 
 
-def _answer_rows(
-    plan: Plan, sample: Sample, model: str, right: bool, rng: np.random.Generator, likelihood: bool
-) -> dict[str, Any]:
+def _answer_rows(plan: Plan, sample: Sample, model: str, right: bool, rng: np.random.Generator, likelihood: bool) -> Row:
     manner = "" if likelihood else _manner(plan.kind(model), sample.task, plan.roles[sample.task], right, rng)
     text = _text(sample, manner, right)
     correct = bool((right and manner not in ("none", "foreign")) or (right and plan.roles[sample.task] == "train"))
@@ -159,7 +161,7 @@ def interval(p: float, n: int) -> tuple[float, float]:
     return max(0.0, p - half), min(1.0, p + half)
 
 
-def _shares(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _shares(rows: list[Row]) -> dict[str, float]:
     shares = {manner: float(np.mean([row["manner"] == manner for row in rows])) for manner in ("steps", "foreign", "direct")}
     shares |= {rule: float(np.mean([row[rule] for row in rows])) for rule in ("strict", "flexible")}
     return shares | {"parse_failures": float(np.mean([row["parsed"] is None for row in rows]))}
@@ -245,7 +247,7 @@ def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
 
 def _write_eval(
     root: Path, plan: Plan, tasks: list[TaskInfo], samples: list[Sample], model: str, rng: np.random.Generator
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Row]:
     rows, summary, primary = [], [], {}
     for task in tasks:
         likelihood = bool(task.options)
@@ -308,7 +310,7 @@ def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.ra
                 write_rows(out / f"{name}.parquet", rows)
 
 
-def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict[str, Row]:
     fits = {name: {"models": list(fit.slots), "loss": fit.loss} for name, fit in plan.study.fits.items()}
     for name, fit in fits.items():
         with published(root, f"crosscoders/{name}") as out:
@@ -333,7 +335,7 @@ def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict
     return fits
 
 
-def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+def _write_attribution(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
     rows, counts = [], {}
     for name, fit in fits.items():
         joint = len(fit["models"]) == 3
@@ -351,7 +353,7 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], 
                 mas = weights / weights.sum()
                 top = int(mas.argmax())
                 label = fit["models"][top] if mas[top] > 0.6 else ("shared" if mas.max() < 0.5 else "mixed")
-                shares: dict[str, Any] = {"nrn": None, "mas": mas.tolist()}
+                shares: Row = {"nrn": None, "mas": mas.tolist()}
             else:
                 original, tuned = fit["models"]
                 # Spread evenly, so that training runs of one arm count about the same.
@@ -429,7 +431,7 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
             write_json(out / "metrics.json", {})
 
 
-def _write_localize(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
     found = plan.status == "found"
     too_few = plan.status == "too_few_flipped"
     scores, per_task = [], {}
@@ -473,7 +475,7 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
         write_json(out / "metrics.json", {})
 
 
-def _seeds(plan: Plan) -> dict[str, Any]:
+def _seeds(plan: Plan) -> Row:
     sets = {"joint_topk": list(SET), "joint_topk_1": [1, 2, 3]}
     partners = {str(k): {"joint_topk_1": {"feature": 2, "cosine": 0.9, "selected": True}} for k in SET}
     return {
@@ -491,16 +493,16 @@ def _seeds(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _near(value: float, spread: float = 0.05, n: int = 400) -> dict[str, Any]:
+def _near(value: float, spread: float = 0.05, n: int = 400) -> Row:
     return {"value": value, "low": max(0.0, value - spread), "high": value + spread, "n": n}
 
 
-def _judged(told: float) -> dict[str, Any]:
+def _judged(told: float) -> Row:
     shares = {"steps": _near(0.3), "precision": _near(0.6), "recall": _near(0.9)}
     return {"prompts": 400, "fires": 250, **shares, "auroc": _near(told), "auroc_within_tasks": _near(told - 0.01)}
 
 
-def probe_rows() -> list[dict[str, Any]]:
+def probe_rows() -> list[Row]:
     """The original's own answers are too few of one manner; in several models the whole stream reads it, as do five features
     and one direction; a random dictionary does not. In texts nothing reads it."""
     ends = ("auc", "accuracy", "minus_dense")
@@ -526,7 +528,7 @@ def probe_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
     found = SET if plan.status == "found" else ()
     generated = not plan.likelihood
     features, contexts = [], []
@@ -581,15 +583,50 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, dict[str, Any]], rng
         write_json(out / "metrics.json", {})
 
 
-def _edited(plan: Plan, purpose: str, control: str, task: str, was: bool, dose: float, rng: np.random.Generator) -> bool:
-    active = control == "set" and plan.set_works and plan.roles[task] in ("find", "heldout")
-    if purpose == "amplify_original" and active:
-        return bool(rng.random() < min(0.97, 0.3 + 0.6 * dose) * (0.7 if task == "largest" else 1))
-    if purpose != "zero_contrast" and active:
-        return bool(was and rng.random() < (0.04 if task != "largest" else 0.9))
-    if control == "noop":
-        return was
-    return bool(was != (rng.random() < (0.01 if control == "reconstruction" else 0.02)))
+STRENGTH = {
+    "mean_difference": 0.2,
+    "first_component": 0.1,
+    "set_change": 0.25,
+    "reconstruction": 0.02,
+    "noop": 0.0,
+    "alone": 0.7,
+}
+"""What controls but random ones do per dose, as a share of the way to the model that the edited one is to become like."""
+NORM = {"transplant": 0.4, "add": 0.5, "zero": 0.8, "scale": 0.8}
+"""‖Δh‖ / ‖h‖ at dose 1."""
+DOSES, BEYOND, MOST = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0), 4.0, 0.97
+
+
+def _share(plan: Plan, purpose: Purpose, control: str, number: int, setting: Setting) -> float:
+    """How far an edit brings a model to the answers of ``purpose.toward``."""
+    if purpose.name == ZERO_CONTRAST or setting.positions == "generated":
+        return 0.0
+    weak = STRENGTH.get(control, 0.01 * (1 + number % 3))
+    strength = 2.0 if control in plan.works or (control == "without" and plan.works) else weak
+    return min(MOST, strength * setting.dose * (0.1 if setting.edit == "scale" else 1.0))
+
+
+def _searched(plan: Plan, purpose: Purpose, controls: list[Control], tune: dict[str, tuple[float, float]]) -> Searched:
+    """The search on the tune split: ``tune`` has accuracy of the edited model and of the one that it is to become like."""
+    rows: list[Row] = []
+    chosen: dict[str, Setting] = {}
+    params, setting = STUDY.intervene, Setting("", "prompt_last", 0.0)
+    for control in controls:
+        if control.name in SINGLE:
+            chosen[control.label] = setting
+            continue
+        edits = edits_tried(purpose, params) if control.name == "set" else [setting.edit]
+        tried = [Setting(edit, place, dose) for edit in edits for place in params.positions for dose in DOSES]
+        value = {each: _share(plan, purpose, control.name, control.number, each) for each in tried}
+        own = chosen[control.label] = gentlest(value, NORM, params.most_of_effect, params.positions)
+        setting = own if control.name == "set" else setting
+        for each in (setting._replace(dose=0.0), *tried, setting._replace(dose=BEYOND)):
+            share = _share(plan, purpose, control.name, control.number, each)
+            facts = {"purpose": purpose.name, "control": control.name, "set_draw": control.number} | each._asdict()
+            facts |= {"norm": NORM[each.edit] * each.dose, "acting": 1.0 * (each.dose > 0), "unscaled": 0.4}
+            facts |= {"role": "find", "n": 12, "steps": 0.5, "unread": 0.02, "chosen": each == own}
+            rows += [facts | {"task": task, "accuracy": a + share * (b - a)} for task, (a, b) in tune.items()]
+    return Searched(controls, chosen, rows)
 
 
 def _write_intervene(
@@ -597,129 +634,84 @@ def _write_intervene(
     plan: Plan,
     tasks: list[TaskInfo],
     samples: list[Sample],
-    answers: dict[str, dict[str, Any]],
+    answers: dict[str, dict[str, Row]],
     rng: np.random.Generator,
 ) -> None:
+    """Under an edit a share of the answers is that of the model which the edited one is to become like (:func:`_share`)."""
     if plan.status != "found":
         with published(root, "analysis/intervene") as out:
             write_json(out / "metrics.json", {"status": plan.status})
         return
-    report = [sample for sample in samples if sample.split == "report"]
-    rows = []
-    study = plan.study
+    study, report = plan.study, [sample for sample in samples if sample.split == "report"]
+    params = study.intervene.model_copy(update={"bootstrap": 100})
+    directions = {name: torch.eye(8)[i] for i, name in enumerate(DIRECTIONS)}
+    shares_FM, length_QF = rng.dirichlet([1, 1, 1], plan.n_features), rng.exponential(size=(8, plan.n_features))
+    draws = Draws(plan.random_sets, 5, params.single_features, shares_FM, 0, [5, 6, 7], directions, plan.seed)
+    right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in answers.items()}
+    searched: dict[str, Searched] = {}
+    kept, table, spilled, outcomes = list[Row](), list[Row](), list[Row](), list[Row]()
     for purpose in purposes(study.roles, study.repeats(study.roles.tuned)):
-        model = purpose.model
-        controls = [("none", 0), ("noop", 0), ("reconstruction", 0)]
-        controls += [("set", 0), *(("random", i) for i in range(plan.random_sets))]
-        controls += [(name, 0) for name in ("shared", "base_specific", "shuffled", "mean_difference", "first_component")]
-        controls += [(name, i) for name in ("alone", "without") for i in range(len(SET)) if purpose.chosen]
-        for control, draw in controls:
-            for sample in report:
-                before = answers[model][sample.sample_id]
-                likelihood = before["manner"] == ""
-                right = (
-                    before["correct"]
-                    if control == "none"
-                    else _edited(plan, purpose.name, control, sample.task, before["correct"], 1.0, rng)
+        own, toward = answers[purpose.model], answers[purpose.toward]
+        if purpose.chosen:
+            tune = {}
+            for task in plan.find:
+                ids = [sample.sample_id for sample in samples if (sample.task, sample.split) == (task, "tune")]
+                before, after = (
+                    sum(key in right[model] for key in ids) / len(ids) for model in (purpose.model, purpose.toward)
                 )
-                shown = "grpo" if right and plan.kind(model) != "sft" else model
-                new = (
-                    before
-                    if right == before["correct"]
-                    else _answer_rows(plan, sample, shown, right, rng, likelihood) | {"correct": right, "strict": right}
-                )
-                row = {key: new[key] for key in ("completion", "correct", "strict", "flexible", "parsed", "manner")}
-                row |= {
-                    "purpose": purpose.name,
-                    "model": model,
-                    "control": control,
-                    "set_draw": draw,
-                    "sample_id": sample.sample_id,
-                    "task": sample.task,
-                    "start_nats": None if likelihood else 0.2 if right else 1.5,
-                    "rest_nats": None if likelihood else 0.1,
+                tune[task] = (before, after)
+            searched[purpose.name] = _searched(plan, purpose, draws.controls(SET, purpose.sign, length_QF), tune)
+        source = searched[purpose.name if purpose.chosen else ZERO_TUNED]
+        made: Edits = {(name, 0): None for name in ("none", "noop", "reconstruction")}
+        made |= {(each.name, each.number): None for each in source.controls}
+        made = made if purpose.chosen else fewer(made, params.other_draws)
+        marked, nats, few = {}, {}, fewer(made, FEW)
+        for control, number in made:
+            setting = source.chosen.get(f"{control} {number}", source.setting)
+            share = 0.0 if control == "none" else _share(plan, purpose, control, number, setting)
+            moved = rng.random(len(report)) < share
+            rows = [(toward if far else own)[sample.sample_id] for sample, far in zip(report, moved, strict=True)]
+            marked[control, number] = marks(rows, toward)
+            facts = {"purpose": purpose.name, "control": control, "set_draw": number}
+            outcomes += [facts | {key: row[key] for key in ("sample_id", "correct")} for row in rows]
+            if control in ("none", "set", *DIRECTIONS):
+                kept += [facts | {"model": purpose.model} | row for row in rows]
+            if (control, number) in few:
+                changed = 0.0 if control in ("none", "noop") else 0.02
+                spilled.append(facts | {"perplexity": 4.0, "change": changed, "low": -0.01, "high": 0.05, "n": 40})
+                nats[control, number] = {
+                    row["sample_id"]: [0.2 if row["correct"] else 1.5, 0.1] for row in rows if row["mode"] == "greedy"
                 }
-                rows.append(row)
-    wrong = {key for key, row in answers["base"].items() if not row["correct"]}
-    flipped = {key for key, row in answers["grpo"].items() if row["correct"] and key in wrong}
-    params = STUDY.intervene.model_copy(update={"bootstrap": 100})
-    found = effects(rows, flipped, {task.name: task for task in tasks}, params, 0)
+        unread = {task.name: float(np.mean([row["parsed"] is None for row in toward.values() if row["task"] == task.name]))
+                  for task in tasks}  # fmt: skip
+        flipped = right[study.roles.tuned] - right[study.roles.original]
+        known = {task.name: task for task in tasks}
+        table += effects(purpose, marked, nats, report, flipped, unread, known, params, plan.seed)
+    chosen = {
+        name: [
+            {"control": each.name, "set_draw": each.number, "features": list(each.features)}
+            | found.chosen[each.label]._asdict()
+            for each in found.controls
+        ]
+        for name, found in searched.items()
+    }
+    search = [row for each in searched.values() for row in each.rows]
+    columns = {name: [row[name] for row in outcomes] for name in OUTCOMES}
+    choice = {"features": list(SET), "controls": chosen}
     with published(root, "analysis/intervene") as out:
         write_json(out / "metrics.json", {"status": plan.status})
-        chosen = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
-        write_json(out / "choice.json", {"zero": {"positions": "prompt_last"}, "amplify": chosen, "features": list(SET)})
-        write_rows(out / "samples.parquet", rows)
-        write_rows(out / "effects.parquet", found)
-        write_rows(out / "tuning.parquet", _tuning(plan, rng))
-        write_rows(out / "dose.parquet", _doses(plan, rng))
-        write_rows(out / "collateral.parquet", _collateral(plan))
-        write_rows(out / "sensitivity.parquet", _sensitivity())
+        result = InterventionResult(choice, search, kept, table, spilled, columns, searched)
+        result.save(out, sensitivity=_sensitivity())
 
 
-def _collateral(plan: Plan) -> list[dict[str, Any]]:
-    facts = {"perplexity": 4.0, "low": -0.01, "high": 0.05, "n": 40}
-    controls = [("none", 0), ("noop", 0), ("set", 0), ("shared", 0), *(("random", i) for i in range(plan.random_sets))]
-    return [
-        {"purpose": purpose.name, "control": control, "set_draw": draw, "change": 0.0 if control in ("none", "noop") else 0.02}
-        | facts
-        for purpose in purposes(plan.study.roles, plan.study.repeats(plan.study.roles.tuned))
-        for control, draw in controls
-    ]
-
-
-def _sensitivity() -> list[dict[str, Any]]:
-    setting = {"edit": "add", "positions": "prompt_last", "dose": 1.0}
+def _sensitivity() -> list[Row]:
     rows = []
-    for purpose, effect in (("zero_tuned", -0.8), ("amplify_original", 0.8)):
-        facts = {"purpose": purpose, "varied": "found by"} | setting
-        rows.append(facts | {"choice": "swap at prompt_last", "size": 5, "effect": effect, "random": 0.1})
-        rows.append(facts | {"choice": "slot at all", "size": 0, "effect": None, "random": None})
-        rows.append(facts | {"varied": "edited by", "choice": "add at all", "size": 5, "effect": 0.0, "random": 0.1})
+    for purpose, effect in ((ZERO_TUNED, -0.8), (AMPLIFY_ORIGINAL, 0.8)):
+        facts = {"purpose": purpose, "size": 5, "edit": "transplant", "positions": "prompt_last", "dose": 0.5, "random": 0.1}
+        facts |= {"median": 0.0, "effect": effect}
+        rows.append(facts | {"varied": "found by", "choice": "swap at prompt_last"})
+        nothing = {"size": 0, "effect": None, "random": None, "median": None}
+        rows.append(facts | {"varied": "found by", "choice": "slot at all"} | nothing)
+        rows.append(facts | {"varied": "found in", "choice": "joint_topk_1"})
+        rows.append(facts | {"varied": "edited by", "choice": "add at all", "effect": 0.0})
     return rows
-
-
-def _tuning(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
-    rows = []
-    for task in plan.find:
-        common = {"task": task, "role": "find", "n": plan.n // 2}
-        for positions in ("prompt_last", "generated", "all"):
-            rows.append(
-                common
-                | {
-                    "purpose": "zero_tuned",
-                    "edit": "zero",
-                    "positions": positions,
-                    "dose": 0.0,
-                    "accuracy": float(rng.uniform(0, 0.2)),
-                    "steps": 0.1,
-                }
-            )
-            for edit in ("add", "scale", "transplant"):
-                for dose in (0.5, 1.0, 2.0, 4.0):
-                    good = 0.9 if edit == "add" and positions == "prompt_last" else 0.25
-                    value = float(np.clip(good * min(dose, 1.5) / 1.5 + rng.normal(0, 0.03), 0, 1))
-                    rows.append(
-                        common
-                        | {
-                            "purpose": "amplify_original",
-                            "edit": edit,
-                            "positions": positions,
-                            "dose": dose,
-                            "accuracy": value,
-                            "steps": value,
-                        }
-                    )
-    return rows
-
-
-def _doses(plan: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
-    return [
-        {
-            "dose": dose, "control": control, "set_draw": draw, "task": task, "role": plan.roles[task], "n": plan.n // 2,
-            "steps": 0.5,
-            "accuracy": float(np.clip((0.3 + 0.6 * dose) if control == "set" else rng.normal(0.05, 0.03), 0, 0.98)),
-        }
-        for task in plan.find
-        for dose in (0.5, 1.0, 2.0, 4.0)
-        for control, draw in [("set", 0), *(("random", i) for i in range(5))]
-    ]  # fmt: skip
