@@ -1,4 +1,4 @@
-"""What the features of the set are: contexts, effect on the next token, positions, planted tokens, manner of answering."""
+"""What the features of the set are: contexts, effect on the next token, positions, planted tokens, manner; probes of it."""
 
 from featdiff.activations.residual import token_stream
 from featdiff.activations.store import ActivationStore
@@ -6,6 +6,7 @@ from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.description.describe import EMPTY, Sources, describe, summary, written_out
+from featdiff.description.probe import manner_probes
 from featdiff.language.models import load_model, load_tokenizer
 from featdiff.pipeline.stage import stage
 from featdiff.processes.ranks import process_state
@@ -13,16 +14,16 @@ from featdiff.tasks.task import load_samples, load_tasks, load_texts, read_rows,
 
 with stage("describe", out="analysis/describe") as run:
     found = read_json(run.read("analysis/localize", "features.json") / "features.json")
-    roles, (described, rows) = run.study.roles, EMPTY
+    roles, (described, rows), probed = run.study.roles, EMPTY, []
     if found["status"] == "found":
         data, fit = run.read("data", "tasks.json", "eval.parquet", "corpus.parquet"), run.read(f"crosscoders/{found['fit']}")
-        parts = (roles.original, roles.tuned)
+        crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
+        parts = [name for name in roles.models if name in crosscoder.models]
         folders = {name: run.read(f"models/{name}") for name in parts}
         answers = {name: read_rows(run.read(f"evals/{name}", "samples.parquet") / "samples.parquet") for name in parts}
-        stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in parts}
+        stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in (roles.original, roles.tuned)}
         device, tokenizer = process_state().device, load_tokenizer(folders[roles.original])
         models = {name: load_model(folder).to(device) for name, folder in folders.items()}
-        crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
         texts = load_texts(data, "corpus")
         corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
         largest = largest_values(crosscoder, stores[roles.tuned])
@@ -32,8 +33,9 @@ with stage("describe", out="analysis/describe") as run:
         asked = tokenizer, tasks, samples, answers, texts, corpus
         sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)
         described, rows = describe(sources, run.params, run.seed)
-        described = written_out(described, tokenizer)
+        described, probed = written_out(described, tokenizer), manner_probes(sources, run.params, run.seed)
     write_json(run.out / "features.json", {name: found[name] for name in ("status", "fit")} | {"readout": "swap"} | described)
     write_rows(run.out / "contexts.parquet", rows)
+    write_rows(run.out / "probes.parquet", probed)
     run.attach("features.json")
     run.metrics({"status": found["status"]} | summary(described))

@@ -502,6 +502,32 @@ def _judged(told: float) -> Row:
     return {"prompts": 400, "fires": 250, **shares, "auroc": _near(told), "auroc_within_tasks": _near(told - 0.01)}
 
 
+def probe_rows() -> list[Row]:
+    """The original's own answers are too few of one manner; in several models the whole stream reads it, as do five features
+    and one direction; a random dictionary does not. In texts nothing reads it."""
+    ends = ("auc", "accuracy", "minus_dense")
+    measured = [f"{name}{end}" for name in ends for end in ("", "_low", "_high")]
+    probes = {"dense": 0.0, "features_1": -0.2, "features_5": -0.01, "random_1": -0.4, "random_5": -0.3, "set": -0.02}
+    rows = []
+    for of, models, steps, dense in (
+        ("answers", "original", 0.04, None),
+        ("answers", "tuned", 0.97, None),
+        ("answers", "original + tuned", 0.5, 0.98),
+        ("texts", "original", 0.5, 0.52),
+    ):
+        facts = {"of": of, "models": models, "n": 1200, "steps": steps, "tasks": 11}
+        if dense is None:
+            rows.append(facts | {"tasks": 1, "reason": "too few of one label"} | dict.fromkeys(["probe", "columns", *measured]))
+            continue
+        for probe, less in (probes | {"mean_difference": 0.0}).items():
+            row = facts | {"reason": "", "probe": probe, "columns": {"dense": 96, "features_5": 5, "set": 3}.get(probe, 1)}
+            for name, value in zip(ends, (dense + less, dense + less - 0.05, less), strict=True):
+                spread = 0.04 * (name != "minus_dense" or probe != "dense")
+                row |= {name: value, f"{name}_low": value - spread, f"{name}_high": min(1.0, value + spread)}
+            rows.append(row)
+    return rows
+
+
 def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
     found = SET if plan.status == "found" else ()
     generated = not plan.likelihood
@@ -553,6 +579,7 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
     with published(root, "analysis/describe") as out:
         write_json(out / "features.json", {**facts, **corpus, "features": features, "set": {"manner": told}})
         write_rows(out / "contexts.parquet", contexts)
+        write_rows(out / "probes.parquet", probe_rows() if found and generated else [])
         write_json(out / "metrics.json", {})
 
 

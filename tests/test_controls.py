@@ -1,4 +1,6 @@
-"""Matched random feature sets."""
+"""Controls: which sets and directions are drawn, and that each moves the stream as far as the set does."""
+
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -7,145 +9,238 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import InterveneParams
-from featdiff.intervention.controls import Controls, FeatureSets, comparison_sets, matched_random_sets
-from tiny import params_of, random_crosscoder
+from featdiff.crosscoder.edits import AsLong, Editor, FeatureEdit, Push
+from featdiff.intervention import controls
+from featdiff.intervention.controls import (
+    DIRECTIONS,
+    Control,
+    Draws,
+    Setting,
+    comparison_sets,
+    lengths,
+    random_directions,
+    random_sets,
+    reach,
+)
+from tiny import random_crosscoder
 
-Floats = NDArray[np.float64]
+Lengths = NDArray[np.float32]
+FOUND = [3, 5, 8]
 
 
-def activity(n: int, seed: int, dead_share: float = 0.1) -> tuple[Floats, Floats]:
-    """Firing rates and mean contributions as they come: over some orders of magnitude, a share of them dead."""
+def planted(rates: NDArray[np.float64], seed: int = 0, questions: int = 40) -> Lengths:
+    """Lengths [Q, F] of features that act on these shares of the questions, over some orders of magnitude."""
     rng = np.random.default_rng(seed)
-    rate = np.clip(np.exp(rng.normal(-4, 1.5, n)), 0, 1)
-    contribution = np.exp(rng.normal(0, 1, n))
-    dead = rng.random(n) < dead_share
-    return np.where(dead, 0, rate), np.where(dead, 0, contribution)
+    acting = rng.permuted(np.arange(questions)[:, None] < np.round(rates * questions), axis=0)
+    return (acting * np.exp(rng.normal(0, 1, len(rates)))).astype(np.float32)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 8))
-def test_sets_have_the_same_size_avoid_the_set_and_the_dead_and_differ(seed: int, size: int) -> None:
-    rate, contribution = activity(80, seed)
-    features = np.random.default_rng(seed).choice(np.flatnonzero(rate > 0), size, replace=False).tolist()
-    sets = matched_random_sets(features, rate, contribution, 20, seed)
-    assert len(sets) == 20
-    assert len({frozenset(drawn) for drawn in sets}) == 20
+def some_rates(n: int, seed: int) -> NDArray[np.float64]:
+    """Rates as they come: some features silent, some always active."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(n) < 0.2, 0.0, np.where(rng.random(n) < 0.3, 1.0, rng.random(n)))
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_random_sets_act_differ_and_have_nothing_of_the_set(seed: int, size: int) -> None:
+    length_QF = planted(some_rates(60, seed), seed)
+    live = np.flatnonzero((length_QF > 0).any(0))
+    features = np.random.default_rng(seed).choice(live, size, replace=False).tolist()
+    sets = random_sets(features, length_QF, 8, seed)
+    assert len(sets) == 8
+    assert len({frozenset(drawn) for drawn in sets}) == 8
     for drawn in sets:
         assert len(set(drawn)) == size
         assert not set(drawn) & set(features)
-        assert (rate[drawn] > 0).all()
-    assert sets == matched_random_sets(features, rate, contribution, 20, seed)
+        assert (length_QF[:, list(drawn)] > 0).any(1).mean() >= controls.LEAST_ACTING
+    assert sets == random_sets(features, length_QF, 8, seed)
 
 
 def test_another_seed_draws_other_sets() -> None:
-    rate, contribution = activity(200, 0)
-    features = np.flatnonzero(rate > 0)[:4].tolist()
-    assert matched_random_sets(features, rate, contribution, 20, 0) != matched_random_sets(features, rate, contribution, 20, 1)
+    length_QF = planted(np.full(60, 0.9))
+    assert random_sets(FOUND, length_QF, 20, 0) != random_sets(FOUND, length_QF, 20, 1)
 
 
-def test_they_are_matched_in_firing_rate_and_in_contribution() -> None:
-    rate, contribution = activity(400, 3)
-    described = np.stack(
-        [np.log(rate, where=rate > 0, out=np.full(400, -99.0)), np.log(contribution, where=rate > 0, out=np.full(400, -99.0))],
-        1,
+def test_each_feature_is_replaced_by_one_that_acts_as_often_and_as_much() -> None:
+    rates = np.repeat([1.0, 1.0, 0.25], 30)
+    length_QF = planted(rates)
+    length_QF[:, :30] = 5.0
+    length_QF[:, 30:60] = 0.1
+    for first, second, third in random_sets([0, 59, 70], length_QF, 20, 0):
+        assert first < 30 <= second < 60 <= third
+
+
+def test_they_are_matched_where_the_edit_acts_better_than_by_chance() -> None:
+    length_QF = planted(np.random.default_rng(1).uniform(0.3, 1, 200), 1)
+    mean_F = np.log(length_QF.mean(0))
+    for features in (np.argsort(mean_F)[:4], np.argsort(-mean_F)[:4]):
+        drawn = random_sets(features.tolist(), length_QF, 20, 0)
+        off = np.mean([np.abs(mean_F[list(each)] - mean_F[features]).mean() for each in drawn])
+        others = np.setdiff1d(np.arange(200), features)
+        assert off < 0.5 * np.abs(mean_F[others][:, None] - mean_F[features]).mean()
+
+
+def test_sets_that_hardly_act_are_passed_over_for_farther_neighbours() -> None:
+    """All that is near the set acts too seldom: only a pair with an always active feature will do."""
+    rates = np.array([0.1] * 40 + [1.0] * 4)
+    sets = random_sets([0, 1], planted(rates), 10, 0)
+    assert len(sets) == 10
+    assert all(max(drawn) >= 40 for drawn in sets)
+
+
+def test_all_sets_that_exist_where_active_features_are_few() -> None:
+    length_QF = planted(np.array([1.0, 1, 1, 1, 1, 0]))
+    assert {frozenset(drawn) for drawn in random_sets([0, 1], length_QF, 20, 0)} == set(
+        map(frozenset, combinations((2, 3, 4), 2))
     )
-    live = np.flatnonzero(rate > 0)
-    for axis, extreme in ((0, 1), (0, -1), (1, 1), (1, -1)):  # a set from each end of either quantity
-        features = live[np.argsort(extreme * described[live, axis])[:4]].tolist()
-        sets = matched_random_sets(features, rate, contribution, 20, 0)
-        target = described[features]
-        matched = np.mean([np.abs(described[drawn] - target).mean(0) for drawn in sets], axis=0)
-        pool = np.setdiff1d(live, features)
-        rng = np.random.default_rng(0)
-        unmatched = np.mean(
-            [np.abs(described[rng.choice(pool, 4, replace=False)] - target).mean(0) for _ in range(200)], axis=0
-        )
-        assert (matched < 0.6 * unmatched).all(), (axis, extreme, matched, unmatched)
+    assert random_sets([0, 1], planted(np.full(12, 0.2)), 5, 0) == [], "no two of them act on most questions"
 
 
-def test_each_feature_is_replaced_by_one_like_it() -> None:
-    rate = np.concatenate([np.full(30, 1e-3), np.full(30, 0.5)])
-    contribution = np.concatenate([np.full(30, 5.0), np.full(30, 0.1)])
-    for drawn in matched_random_sets([0, 59], rate, contribution, 20, 0):
-        assert drawn[0] < 30 <= drawn[1]
-
-
-def test_more_neighbours_are_taken_in_until_there_are_enough_sets() -> None:
-    rate, contribution = activity(60, 1, dead_share=0)
-    assert len(matched_random_sets([7], rate, contribution, 40, 0)) == 40
-
-
-def test_all_sets_that_exist_where_live_features_are_few() -> None:
-    rate, contribution = activity(6, 0, dead_share=0)
-    sets = matched_random_sets([0, 1], rate, contribution, 20, 0)
-    assert {frozenset(drawn) for drawn in sets} == {frozenset((a, b)) for a in range(2, 6) for b in range(2, a)}
-    rate[5] = 0
-    assert {frozenset(drawn) for drawn in matched_random_sets([0, 1], rate, contribution, 20, 0)} == {
-        frozenset(pair) for pair in ((2, 3), (2, 4), (3, 4))
-    }
-
-
-def test_too_few_live_features_are_one_line() -> None:
-    rate = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.0])
+def test_too_few_active_features_are_one_line() -> None:
+    length_QF = planted(np.array([1.0, 1, 1, 1, 1, 0]))
     with pytest.raises(ContractError, match=r"features: expected .* found only 2"):
-        matched_random_sets([0, 1, 2], rate, rate, 20, 0)
-    assert matched_random_sets([0, 1], rate[:4], rate[:4], 20, 0) in ([[2, 3]], [[3, 2]])
+        random_sets([0, 1, 2], length_QF, 20, 0)
 
 
-def test_a_set_with_a_feature_that_the_joint_code_never_fires() -> None:
-    rate, contribution = activity(50, 2, dead_share=0)
-    rate[0] = contribution[0] = 0
-    sets = matched_random_sets([0, 1], rate, contribution, 20, 0)
-    assert len(sets) == 20
-    rarest = np.argsort(rate[2:]) + 2
-    assert {drawn[0] for drawn in sets} <= set(rarest[:25].tolist())
+def test_a_silent_feature_of_the_set_is_replaced_by_one_that_acts_little() -> None:
+    rates = np.linspace(0.2, 1, 60)
+    rates[0] = 0
+    length_QF = planted(rates)
+    length_QF[length_QF > 0] = 1.0
+    drawn = random_sets([0, 59], length_QF, 10, 0)
+    assert len(drawn) == 10
+    assert np.mean([first for first, _ in drawn]) < np.mean([second for _, second in drawn]) - 20
 
 
-def test_comparison_sets_are_active_live_and_not_the_set() -> None:
-    rng = np.random.default_rng(0)
-    shares = rng.dirichlet(np.ones(3), 100)
-    active = rng.random(100) + 0.5
-    active[80:] = 0
-    active[60:80] = 0.1
-    features = [3, 4, 5]
-    found = comparison_sets(features, shares, 0, active)
-    pool = [k for k in range(60) if k not in features and active[k] >= active[features].min()]
-    assert found["base_specific"] == sorted(pool, key=lambda k: -shares[k, 0])[:3]
-    assert found["shared"] == sorted(pool, key=lambda k: np.ptp(shares[k]))[:3]
-    active[[k for k in range(60) if k not in features]] = 0.05  # none is as active as the set: the most active stand in
-    assert set(comparison_sets(features, shares, 0, active)["shared"]) <= set(range(60, 80))
-    with pytest.raises(ContractError, match="only 1"):
-        comparison_sets(features, shares, 0, np.where(np.isin(np.arange(100), [3, 4, 5, 6]), 1.0, 0.0))
+def test_random_directions_have_length_one_and_no_preferred_way() -> None:
+    drawn = torch.stack(random_directions(16, 400, 3))
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(400))
+    assert drawn.mean(0).norm() < 0.12  # of 400 directions about 1 / 20
+    assert torch.equal(drawn, torch.stack(random_directions(16, 400, 3)))
+    assert not torch.equal(drawn, torch.stack(random_directions(16, 400, 4)))
 
 
-def test_single_features_only_where_the_set_is_small() -> None:
-    rate, contribution = activity(80, 0, dead_share=0.0)
-    controls = Controls(rate, contribution, np.full((80, 3), 1 / 3), 0, 0)
-
-    def sets(features: list[int], most: int) -> FeatureSets:
-        chosen = params_of(InterveneParams, "intervene", random_sets=20, tuning_random_sets=5, single_features=most)
-        return controls.sets(features, [9, 8, 7], chosen)
-
-    made = sets([1, 2, 3], 3)
-    assert list(made.by_control) == ["set", "random", "shuffled", "shared", "base_specific", "alone", "without"]
-    assert list(made.whole) == list(made.by_control)[:5]
-    assert made.by_control["alone"] == [[1], [2], [3]]
-    assert made.by_control["without"] == [[2, 3], [1, 3], [1, 2]]
-    assert (made.found, made.by_control["shuffled"]) == ([1, 2, 3], [[9, 8, 7]])
-    assert made.by_control["random"] + made.tuning == controls.random([1, 2, 3], 25), "one draw, split in two"
-    assert [len(made.by_control["random"]), len(made.tuning)] == [20, 5]
-    assert "alone" not in sets([1, 2, 3], 2).by_control
-    assert "without" not in sets([1], 8).by_control
+def test_comparison_sets_are_the_most_even_and_the_original_s_own_of_what_acts_on_half_of_the_questions() -> None:
+    shares_FM = np.random.default_rng(0).dirichlet(np.ones(3), 100)
+    rates = np.concatenate([np.full(60, 0.8), np.full(20, 0.3), np.zeros(20)])
+    found = comparison_sets([3, 4, 5], shares_FM, 1, planted(rates))
+    pool = [k for k in range(60) if k not in (3, 4, 5)]
+    assert found["base_specific"] == tuple(sorted(pool, key=lambda k: -shares_FM[k, 1])[:3])
+    assert found["shared"] == tuple(sorted(pool, key=lambda k: np.ptp(shares_FM[k]))[:3])
+    rates[:60] = 0.1  # too few act on half of the questions: those that act most stand in
+    rates[[60, 61]] = 0.4
+    assert {60, 61} < set(comparison_sets([3, 4, 5], shares_FM, 1, planted(rates))["shared"]) <= set(range(60, 80))
 
 
-def test_the_base_specific_set_is_read_off_the_original_models_column() -> None:
-    crosscoder = random_crosscoder(("rl", "raw"), d_model=6, n_features=40).requires_grad_(False)
-    statistics = {"firing_rate": torch.full((40,), 0.1), "mean_activation": torch.ones(40)}
-    controls = Controls.of(crosscoder, statistics, "raw", 0)
-    made = controls.sets([0, 1], [2, 3], params_of(InterveneParams, "intervene"))
-    norms_FM, sizes_FM = crosscoder.decoder_norms(), crosscoder.W_dec.abs().sum(-1)
-    share_F, (own,) = sizes_FM[:, 1] / sizes_FM.sum(1), made.by_control["base_specific"]
-    active = [k for k in range(2, 40) if norms_FM[k].sum() >= norms_FM[:2].sum(1).min()]
-    assert own == sorted(active, key=lambda k: -float(share_F[k]))[:2]
+def maker() -> Editor:
+    """Edits of the original, in whose slot the features act on most of the streams."""
+    crosscoder = random_crosscoder(d_model=6, n_features=40, threshold=0.5).requires_grad_(False)
+    return Editor(crosscoder, "base", 1, torch.device("cpu"), torch.arange(40.0), donor_name="grpo")
+
+
+def streams(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    own, donors = torch.randn(2, 30, 1, 6, generator=torch.Generator().manual_seed(seed)) * 3
+    return own, donors
+
+
+def draws(directions: dict[str, torch.Tensor], single_features: int = 3) -> Draws:
+    shares_FM = np.random.default_rng(0).dirichlet(np.ones(2), 40)
+    return Draws(6, 4, single_features, shares_FM, 0, (9, 8, 7), directions, 0)
+
+
+DRAWN = dict(zip(DIRECTIONS, torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), strict=True))
+
+
+def test_what_the_set_is_held_against() -> None:
+    length_QF = lengths(maker(), "zero", *streams())
+    made = draws(DRAWN).controls(FOUND, 1, length_QF)
+    names = [control.name for control in made]
+    assert list(dict.fromkeys(names)) == [
+        "set", "shared", "base_specific", "shuffled", *DIRECTIONS, "random", "random_direction", "alone", "without"
+    ]  # fmt: skip
+    assert len({control.label for control in made}) == len(made)
+    by_name = {name: [control for control in made if control.name == name] for name in names}
+    assert [control.features for control in by_name["set"] + by_name["shuffled"]] == [(3, 5, 8), (9, 8, 7)]
+    assert [control.features for control in by_name["alone"]] == [(3,), (5,), (8,)]
+    assert [control.features for control in by_name["without"]] == [(5, 8), (3, 8), (3, 5)]
+    assert [control.features for control in by_name["random"]] == random_sets(FOUND, length_QF, 6, stats.stream(0, 1))
+    assert [len(by_name[name]) for name in ("random", "random_direction")] == [6, 4]
+    for control in (control for name in (*DIRECTIONS, "random_direction") for control in by_name[name]):
+        assert control.direction_D is not None
+        assert control.direction_D.norm().item() == pytest.approx(1)
+    small = [control.name for control in draws(DRAWN, single_features=2).controls(FOUND, 1, length_QF)]
+    assert not {"alone", "without"} & set(small), "only of sets small enough"
+    assert "alone" not in [control.name for control in draws(DRAWN).controls([3], 1, length_QF)]
+
+
+def test_directions_point_the_claimed_way_and_one_of_no_length_is_no_control() -> None:
+    length_QF = lengths(maker(), "zero", *streams())
+
+    def known(sign: int, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = draws(DRAWN | changes).controls(FOUND, sign, length_QF)
+        return {each.name: each.direction_D for each in made if each.name in DIRECTIONS and each.direction_D is not None}
+
+    up, down = known(1), known(-1)
+    for name, direction in DRAWN.items():
+        torch.testing.assert_close(up[name], direction / direction.norm())
+        torch.testing.assert_close(down[name], -direction / direction.norm())
+    assert list(known(1, first_component=torch.zeros(6))) == ["mean_difference", "set_change"]
+
+
+@pytest.mark.parametrize("edit", ["zero", "scale", "add", "transplant"])
+def test_every_control_but_single_features_is_as_long_as_the_set(edit: str) -> None:
+    editor, (own, donors) = maker(), streams()
+    setting = Setting(edit, "prompt", 1.5)
+    like = editor.edit(edit, FOUND, "prompt", 1.5)
+    length = like.delta(own, donors).norm(dim=-1)
+    assert (length > 0).any()
+    for control in draws(DRAWN).controls(FOUND, -1, lengths(editor, edit, own, donors)):
+        change = control.change(editor, FOUND, setting)
+        assert (change.positions, change.dose, change.layer) == ("prompt", 1.5, 1)
+        delta = change.delta(own, donors)
+        if control.direction_D is not None:
+            assert isinstance(change, Push)
+            torch.testing.assert_close(delta, length[..., None] * control.direction_D)
+        else:
+            alone = editor.edit(edit, list(control.features), "prompt", 1.5).delta(own, donors)
+            if control.name in ("set", "alone", "without"):
+                assert isinstance(change, FeatureEdit)
+                torch.testing.assert_close(delta, alone)
+            else:
+                assert isinstance(change, AsLong)
+                acts = alone.norm(dim=-1) > 0
+                torch.testing.assert_close(delta.norm(dim=-1), torch.where(acts, length, 0.0), rtol=1e-4, atol=1e-4)
+                along = torch.cosine_similarity(delta[acts], alone[acts], dim=-1)
+                torch.testing.assert_close(along[length[acts] > 0], torch.ones_like(along[length[acts] > 0]))
+
+
+@pytest.mark.parametrize("edit", ["zero", "scale", "add", "transplant"])
+def test_lengths_are_what_each_feature_alone_changes(edit: str) -> None:
+    editor, (own, donors) = maker(), streams()
+    found = lengths(editor, edit, own, donors)
+    alone = [editor.edit(edit, [k], "all", 1.0).delta(own, donors)[:, 0].norm(dim=-1) for k in range(40)]
+    np.testing.assert_allclose(found, torch.stack(alone, dim=1).numpy(), rtol=1e-4, atol=1e-5)
+    assert (found > 0).any()
+
+
+def test_reach_is_relative_to_the_stream_and_at_dose_one() -> None:
+    editor, (own, donors) = maker(), streams()
+    found = Control("set", 0, (11,))
+    control = Control("random", 0, (12,))
+    for dose in (0.5, 4.0):
+        for each in (found, control):
+            far = reach(each.change(editor, [11], Setting("zero", "all", dose)), own, donors)
+            like, alone = (
+                editor.edit("zero", [k], "all", 1.0).delta(own, donors)[:, 0].norm(dim=-1) for k in (11, each.features[0])
+            )
+            acts = (alone > 0) & ((like > 0) | (each is found))
+            assert 0 < acts.double().mean() < 1, "the fixture shows a part of the questions"
+            assert far.acting == pytest.approx(acts.double().mean().item())
+            moved = torch.where(acts, like, 0.0) / own[:, 0].norm(dim=-1)
+            assert far.norm == pytest.approx(moved.mean().item(), rel=1e-4)
+            assert far.unscaled == pytest.approx(1 if each is found else (alone.mean() / like.mean()).item(), rel=1e-4)
+    direction = Control("random_direction", 0, direction_D=torch.eye(6)[0]).change(editor, [11], Setting("zero", "all", 1.0))
+    assert reach(direction, own, donors).unscaled == 1

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.language.decode import PromptCache, generate, left_pad, score_options
+from featdiff.crosscoder.edits import Editor
+from featdiff.language.decode import PromptCache, generate, generate_under, left_pad, score_options
 from featdiff.language.models import block
+from tiny import random_crosscoder
 
 PROMPTS = [
     [1, 4, 5, 6, 7],
@@ -36,6 +38,10 @@ class Push:
     whole_prompt: bool = False
     passes: list[bool] = field(default_factory=list)
 
+    @property
+    def after_prompt(self) -> bool:
+        return self.positions == "generated"
+
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
         self.passes.append(prompt)
         edited = resid_BTD.clone()
@@ -48,16 +54,21 @@ class Push:
 
 @dataclass
 class Borrow:
-    """Puts the donor's residual stream in place of the model's."""
+    """Puts the donor's residual stream in place of the model's, everywhere or at generated tokens."""
 
     donor: Any
+    everywhere: bool = True
     layer: int = 1
-    whole_prompt: bool = True
+    after_prompt: bool = True
+
+    @property
+    def whole_prompt(self) -> bool:
+        return self.everywhere
 
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
         assert donor_BTD is not None
         assert donor_BTD.shape == resid_BTD.shape
-        return donor_BTD
+        return donor_BTD if self.everywhere or not prompt else resid_BTD
 
 
 @pytest.fixture(scope="module")
@@ -238,18 +249,75 @@ def test_an_edit_acts_on_the_likelihood_of_options(model: Any, positions: str) -
         assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_donor_reads_the_same_tokens_in_lockstep(model: Any, other: Any, ask: Any, tokenizer: Any) -> None:
-    def from_donor(_resid: Tensor, _start: int, ids: list[int]) -> Tensor:
-        seen: list[Tensor] = []
-        handle = block(other, 1).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-        other(input_ids=torch.tensor([ids]))
-        handle.remove()
-        return seen[0]
+def borrowed(donor: Any, *, everywhere: bool = True) -> Change:
+    """What :class:`Borrow` does, from a full pass of the donor."""
 
-    edited = ask(model, edit=Borrow(other))
-    assert edited == [by_full_passes(model, prompt, tokenizer.eos_token_id, from_donor) for prompt in PROMPTS]
+    def change(resid: Tensor, start: int, ids: list[int]) -> Tensor:
+        seen: list[Tensor] = []
+        handle = block(donor, 1).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        donor(input_ids=torch.tensor([ids]))
+        handle.remove()
+        return seen[0] if everywhere else torch.cat([resid[:, :start], seen[0][:, start:]], dim=1)
+
+    return change
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_donor_reads_the_same_tokens_in_lockstep(
+    model: Any, other: Any, ask: Any, tokenizer: Any, *, everywhere: bool
+) -> None:
+    edited = ask(model, edit=Borrow(other, everywhere))
+    change = borrowed(other, everywhere=everywhere)
+    assert edited == [by_full_passes(model, prompt, tokenizer.eos_token_id, change) for prompt in PROMPTS]
     assert edited != ask(model)
     assert edited != ask(other)
+
+
+@pytest.fixture
+def together(tokenizer: Any) -> Callable[..., list[list[list[int]]]]:
+    def together(edits: list[Any], model: Any, **settings: Any) -> list[list[list[int]]]:
+        usual = {"max_new_tokens": NEW, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "batch_size": 3}
+        return generate_under(edits, model, PROMPTS, **usual | settings)
+
+    return together
+
+
+def edits_of(other: Any, kinds: tuple[str, ...], positions: tuple[str, ...]) -> list[Any]:
+    """None, and every kind at every one of ``positions`` under two doses."""
+    crosscoder = random_crosscoder(d_model=16, n_features=24, threshold=0.5)
+    maker = Editor(crosscoder, "base", 1, torch.device("cpu"), torch.full((24,), 3.0), donor_name="grpo", donor=other)
+    doses = (0.5, 2.0)
+    made = [maker.edit(kind, [3, 5, 8], place, dose) for kind in kinds for place in positions for dose in doses]
+    return [*made[:2], None, *made[2:]]
+
+
+@pytest.mark.parametrize("kinds", [("zero", "add"), ("transplant",)])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 20, 500])
+def test_answers_under_edits_that_share_a_batch_are_those_under_each_alone(
+    model: Any, other: Any, ask: Any, together: Any, kinds: tuple[str, ...], batch_size: int, *, share: bool
+) -> None:
+    edits = edits_of(other, kinds, ("prompt_last", "generated") if share else ("prompt_last", "generated", "prompt", "all"))
+    found = together(edits, model, batch_size=batch_size, shared=PromptCache() if share else None)
+    assert found == [ask(model, edit=edit, batch_size=batch_size) for edit in edits]
+    assert len({str(answers) for answers in found}) > 1 + len(edits) // 2, "these edits change answers, each its own way"
+    assert len({len(answer) for answers in found for answer in answers}) > 4, "rows finish at different steps"
+
+
+def test_an_edit_that_needs_the_donor_at_generated_tokens_gets_it_beside_edits_that_do_not(
+    model: Any, other: Any, ask: Any, tokenizer: Any, together: Any
+) -> None:
+    push = Push(torch.randn(16, generator=torch.Generator().manual_seed(2)) * 4)
+    alone, pushed, lent = together([None, push, Borrow(other, everywhere=False)], model, batch_size=100, shared=PromptCache())
+    assert (alone, pushed) == (ask(model), ask(model, edit=push))
+    change = borrowed(other, everywhere=False)
+    assert lent == [by_full_passes(model, prompt, tokenizer.eos_token_id, change) for prompt in PROMPTS]
+
+
+def test_edits_of_different_layers_or_donors_share_no_batch(model: Any, other: Any, together: Any) -> None:
+    for edits in ([Borrow(other), Borrow(model)], [Push(torch.zeros(16)), Push(torch.zeros(16), layer=2)]):
+        with pytest.raises(ValueError, match="one layer and one donor"):
+            together(edits, model, batch_size=100)
 
 
 def test_passes_that_share_their_prompts_give_the_same_answers(model: Any, other: Any, ask: Any) -> None:
@@ -271,6 +339,10 @@ def test_passes_that_share_their_prompts_give_the_same_answers(model: Any, other
 def test_an_edit_of_the_whole_prompt_shares_no_prompt(model: Any, other: Any, ask: Any) -> None:
     with pytest.raises(ValueError, match="whole prompt"):
         ask(model, edit=Borrow(other), shared=PromptCache())
+    for edit in edits_of(other, ("zero",), ("prompt", "all")):
+        if edit is not None:
+            with pytest.raises(ValueError, match="whole prompt"):
+                ask(model, edit=edit, shared=PromptCache())
 
 
 def test_no_hook_stays_behind(model: Any, other: Any, ask: Any) -> None:

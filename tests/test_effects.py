@@ -1,4 +1,4 @@
-"""What an edit did: paired effects against the unedited model and matched random sets."""
+"""What an edit did: marks of the answers, paired effects against the unedited model and random sets."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,154 +8,180 @@ import pytest
 
 from featdiff import stats
 from featdiff.config.params import InterveneParams
-from featdiff.intervention.effects import effects
-from featdiff.tasks.task import TaskInfo
-from tiny import answers, params_of
+from featdiff.intervention.effects import Marks, Nats, effects, marks
+from featdiff.intervention.purposes import Purpose, purposes
+from featdiff.tasks.task import Sample, TaskInfo
+from tiny import ROLES, answers, params_of
 
 Row = dict[str, Any]
 WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
 SUMS = replace(WORDS, name="sums", role="train", domain="math")
-QUIZ = TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", "strict", False, 3)
-TASKS = {task.name: task for task in (SUMS, WORDS, QUIZ)}
+EMPTY = replace(WORDS, name="empty")
+TASKS = {task.name: task for task in (SUMS, WORDS, EMPTY)}
+ZEROED, CONTRASTED, AMPLIFIED, REPEATED = purposes(ROLES, ["grpo", "grpo_1"])
+N = 10
+SAMPLES = [Sample(f"{task}-{i}", task, "report", f"{i}=", "a") for i in range(N) for task in ("words", "sums")]
+"""The tasks take turns, so that rows of one are no run of rows."""
 
 
 def params() -> InterveneParams:
     return params_of(InterveneParams, "intervene", bootstrap=300)
 
 
-BASELINE = [False] * 6 + [True] * 4
-N = len(BASELINE)
-
-
 def shifted(right: int) -> list[bool]:
-    """Answers of which ``right`` are right: what was right stays so as far as possible."""
+    """Answers of which ``right`` are right: what the unedited model has right stays so as far as possible."""
     order = [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
     return [place in order[:right] for place in range(N)]
 
 
-def study_rows(purpose: str, set_right: int, random_right: list[int], task: str = "words") -> list[Row]:
-    model = {"zero_tuned": "rl", "zero_contrast": "imitator", "amplify_original": "base"}.get(purpose, "rl_1")
-    facts = {"purpose": purpose, "model": model, "start_nats": 1.0, "rest_nats": None}
-    rows = answers(task, BASELINE, "direct", control="none", set_draw=0, **facts) + answers(
-        task, BASELINE, "direct", control="noop", set_draw=0, **facts
-    )
-    rows += answers(task, shifted(set_right), control="set", set_draw=0, **facts)
-    for draw, right in enumerate(random_right):
-        rows += answers(task, shifted(right), control="random", set_draw=draw, **facts)
-    return rows
+BASELINE = shifted(4)
 
 
-def one(table: list[Row], control: str = "set", subset: str = "all", **wanted: Any) -> Row:
-    found = [
-        row
-        for row in table
-        if row["control"] == control and row["subset"] == subset and all(row[key] == value for key, value in wanted.items())
+def marked(words: int, sums: int = 4) -> Marks:
+    """Marks of answers of which so many are right; those that are not cannot be read."""
+    right = [mark for pair in zip(shifted(words), shifted(sums), strict=True) for mark in pair]
+    wrong = [not mark for mark in right]
+    return {"correct": right, "flexible": right, "steps": right, "unread": wrong, "alike": wrong}
+
+
+def answered(set_right: int, random_right: list[int], sums: int = 4) -> dict[tuple[str, int], Marks]:
+    given = {("none", 0): marked(4), ("noop", 0): marked(4), ("set", 0): marked(set_right, sums)}
+    return given | {("random", i): marked(right) for i, right in enumerate(random_right)}
+
+
+def table_of(
+    purpose: Purpose,
+    given: dict[tuple[str, int], Marks],
+    flipped: set[str] | None = None,
+    nats: dict[tuple[str, int], Nats] | None = None,
+) -> list[Row]:
+    unread = {"words": 0.25, "sums": 0.5}
+    return effects(purpose, given, nats or {}, SAMPLES, flipped or set(), unread, TASKS, params(), 0)
+
+
+def one(table: list[Row], control: str = "set", subset: str = "all", task: str = "words", **wanted: Any) -> Row:
+    wanted |= {"control": control, "subset": subset, "task": task}
+    (found,) = [row for row in table if wanted.items() <= row.items()]
+    return found
+
+
+def test_marks_by_hand() -> None:
+    """A broken answer is unread; one like the other model's is its very answer, or can be read in its manner."""
+    toward = {
+        row["sample_id"]: row
+        for row in (
+            *answers("right", [True], "direct", completion="a."),
+            *answers("manner", [True], "direct", completion="b."),
+            *answers("other", [True], "direct", completion="c."),
+            *answers("broken", [True], "direct", completion="d."),
+            *answers("same", [False], "none", completion="=="),
+            *answers("option", [True], "", completion="red"),
+            *answers("chosen", [True], "", completion="red"),
+        )
+    }
+    rows = [
+        *answers("right", [True], "direct", completion="a."),
+        *answers("manner", [False], "direct", completion="zz.", parsed="zz"),
+        *answers("other", [True], "steps", completion="<a>c."),
+        *answers("broken", [False], "direct", completion="d==", flexible=True),
+        *answers("same", [False], "none", completion="=="),
+        *answers("option", [False], "", completion="blue", parsed="B"),
+        *answers("chosen", [True], "", completion="red"),
     ]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def test_likelihood_is_compared_per_sample_where_there_is_one() -> None:
-    rows = study_rows("amplify_original", 9, [4])
-    for i, row in enumerate(rows):
-        if row["control"] == "set":
-            rows[i] = row | {"start_nats": 0.5 if row["sample_id"] == rows[0]["sample_id"] else 0.75}
-    table = effects(rows, set(), TASKS, params(), 0)
-    found = one(table)
-    assert found["start_nats"] == pytest.approx(-0.25 - 0.25 / found["n"])
-    assert found["start_nats_low"] < found["start_nats"] < found["start_nats_high"] <= -0.25
-    assert (one(table, "noop")["start_nats"], one(table, "noop")["start_nats_high"]) == (0, 0)
-    assert found["rest_nats"] is found["rest_nats_low"] is None
+    assert marks(rows, toward) == {
+        "correct": [True, False, True, False, False, False, True],
+        "steps": [False, False, True, False, False, False, False],
+        "flexible": [True, False, True, True, False, False, True],
+        "unread": [False, False, False, True, True, False, False],
+        "alike": [True, True, False, False, True, False, True],
+    }
 
 
 @pytest.mark.parametrize(
     ("purpose", "set_right", "random_right", "beyond"),
     [
-        ("amplify_original", 9, [4, 5, 8], True),
-        ("amplify_original", 8, [4, 5, 8], False),  # as far as one of them is not beyond it
-        ("amplify_original", 1, [4, 5, 8], False),  # the wrong direction
-        ("zero_tuned", 1, [4, 3, 2], True),
-        ("zero_tuned", 2, [4, 3, 2], False),
-        ("zero_tuned", 9, [4, 3, 2], False),
-        ("zero_contrast", 0, [4, 3, 2], True),
-        ("zero_contrast", 3, [4, 3, 2], False),
-        ("repeat_rl_1", 1, [4, 3, 2], True),
-        ("repeat_rl_1", 9, [4, 3, 2], False),
+        (AMPLIFIED, 9, [4, 5, 8], True),
+        (AMPLIFIED, 8, [4, 5, 8], False),  # as far as one of them is not beyond it
+        (AMPLIFIED, 1, [4, 5, 8], False),  # the wrong direction
+        (ZEROED, 1, [4, 3, 2], True),
+        (ZEROED, 2, [4, 3, 2], False),
+        (ZEROED, 9, [4, 3, 2], False),
+        (CONTRASTED, 0, [4, 3, 2], True),
+        (REPEATED, 1, [4, 3, 2], True),
+        (REPEATED, 9, [4, 3, 2], False),
     ],
 )
 def test_beyond_random_is_beyond_every_draw_in_the_claimed_direction(
-    purpose: str, set_right: int, random_right: list[int], beyond: bool
+    purpose: Purpose, set_right: int, random_right: list[int], beyond: bool
 ) -> None:
-    table = effects(study_rows(purpose, set_right, random_right), set(), TASKS, params(), 0)
+    table = table_of(purpose, answered(set_right, random_right))
     row = one(table)
+    assert (row["purpose"], row["model"], row["role"]) == (purpose.name, purpose.model, "find")
     assert row["beyond_random"] is beyond
     assert row["effect"] == pytest.approx((set_right - 4) / N)
     assert (row["accuracy"], row["baseline"], row["n"]) == (pytest.approx(set_right / N), 0.4, N)
-    assert (row["steps"], row["steps_baseline"], row["parse_failures"]) == (1, 0, pytest.approx(1 - set_right / N))
-    assert row["flexible"] == row["accuracy"]
-    assert all(other["beyond_random"] is None for other in table if other["control"] == "random")
-    assert one(table, "noop")["beyond_random"] is (False if min(random_right) <= 4 <= max(random_right) else None)
-    further = sum((right >= set_right) if purpose == "amplify_original" else (right <= set_right) for right in random_right)
+    assert (row["steps"], row["steps_baseline"]) == (row["accuracy"], row["baseline"])
+    assert (row["unread"], row["unread_toward"]) == (pytest.approx(1 - set_right / N), 0.25)
+    assert (row["alike"], row["alike_baseline"]) == (pytest.approx(1 - set_right / N), 0.6)
+    further = sum(purpose.sign * right >= purpose.sign * set_right for right in random_right)
     assert row["p_random"] == (1 + further) / 4
     assert row["p_mcnemar"] == pytest.approx(stats.mcnemar(np.array(shifted(set_right)), np.array(BASELINE)))
     draws = [(right - 4) / N for right in random_right]
     assert (row["random_low"], row["random_high"]) == pytest.approx(tuple(np.quantile(draws, [0.05, 0.95])))
     assert [one(table, "random", set_draw=draw)["effect"] for draw in range(3)] == pytest.approx(draws)
+    for drawn in (row for row in table if row["control"] == "random"):
+        assert [drawn[name] for name in ("low", "high", "beyond_random", "p_random", "p_mcnemar")] == [None] * 5
+
+
+def test_random_directions_are_draws_but_chance_is_that_of_random_sets() -> None:
+    given = answered(9, [4, 5]) | {("random_direction", 0): marked(10), ("shared", 0): marked(5)}
+    table = table_of(AMPLIFIED, given)
+    assert one(table)["beyond_random"] is True
+    assert one(table, "random_direction")["p_random"] is one(table, "random_direction")["low"] is None
+    assert (one(table, "shared")["p_random"], one(table, "shared")["beyond_random"]) == (pytest.approx(2 / 3), False)
+    assert one(table, "random_direction")["effect"] == pytest.approx(0.6)
 
 
 def test_no_effect_is_zero_within_what_so_few_samples_can_tell() -> None:
-    row = one(effects(study_rows("zero_tuned", 1, [4]), set(), TASKS, params(), 0), "noop")
-    unseen = stats.unseen(row["n"], 0.95)
+    row = one(table_of(ZEROED, answered(1, [4])), "noop")
+    unseen = stats.unseen(N, 0.95)
     assert (row["effect"], row["low"], row["high"]) == pytest.approx((0, -unseen, unseen)), "none seen is not none"
 
 
 def test_without_random_draws_nothing_is_said_about_chance() -> None:
-    row = one(effects(study_rows("zero_tuned", 1, []), set(), TASKS, params(), 0))
-    assert row["beyond_random"] is None
+    row = one(table_of(ZEROED, answered(1, [])))
+    assert row["beyond_random"] is row["p_random"] is None
     assert np.isnan(row["random_low"])
 
 
-def test_intervals_are_paired_by_sample_whatever_the_order_of_the_rows() -> None:
-    rows = study_rows("amplify_original", 7, [4, 5])
-    row = one(effects(rows, set(), TASKS, params(), 0))
-    interval = stats.paired_difference(
-        np.array(shifted(7), float), np.array(BASELINE, float), resamples=300, confidence=0.95, seed=0, within=(-1, 1)
-    )
+def test_intervals_are_paired_by_sample() -> None:
+    row = one(table_of(AMPLIFIED, answered(7, [4, 5])))
+    after, before = (np.array(right, float) for right in (shifted(7), BASELINE))
+    interval = stats.paired_difference(after, before, resamples=300, confidence=0.95, seed=0, within=(-1, 1))
     assert (row["low"], row["high"]) == (interval.low, interval.high)
-    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    mixed = one(effects(shuffled, set(), TASKS, params(), 0))
-    assert (mixed["effect"], mixed["low"], mixed["high"]) == (row["effect"], row["low"], row["high"])
 
 
-def test_controls_that_answered_other_questions_are_refused() -> None:
-    rows = study_rows("amplify_original", 7, [4, 5])
-    rows = [
-        row | {"sample_id": "words-99"} if row["control"] == "set" and row["sample_id"] == "words-3" else row for row in rows
-    ]
-    with pytest.raises(ValueError, match="amplify_original set 0"):
-        effects(rows, set(), TASKS, params(), 0)
-
-
-def test_the_flipped_subset_is_those_samples_alone() -> None:
-    rows = study_rows("amplify_original", 7, [4, 5]) + study_rows("amplify_original", 2, [4, 5], task="sums")
-    flipped = {"words-0", "words-1", "words-5"}
-    table = effects(rows, flipped, TASKS, params(), 0)
-    row = one(table, subset="flipped", task="words")
+def test_the_flipped_subset_is_those_samples_alone_and_tasks_do_not_mix() -> None:
+    table = table_of(AMPLIFIED, answered(7, [4, 5], sums=2), {"words-0", "words-1", "words-5"})
+    row = one(table, subset="flipped")
     assert (row["n"], row["baseline"], row["accuracy"]) == (3, 0, pytest.approx(2 / 3))
     assert row["random_high"] == pytest.approx(np.quantile([0, 1 / 3], 0.95))
     assert not [other for other in table if other["task"] == "sums" and other["subset"] == "flipped"]
-    assert one(table, subset="all", task="sums")["effect"] == pytest.approx(-0.2)
+    sums = one(table, task="sums")
+    assert (sums["effect"], sums["role"], sums["unread_toward"]) == (pytest.approx(-0.2), "train", 0.5)
+    assert {row["task"] for row in table} == {"words", "sums"}, "a task without questions has no row"
+    assert len(table) == (2 + 1) * 4, "all of both tasks and the flipped of one, under four controls"
 
 
-def test_purposes_and_tasks_do_not_mix() -> None:
-    rows = (
-        study_rows("zero_tuned", 1, [4, 3])
-        + study_rows("amplify_original", 9, [5, 6])
-        + study_rows("zero_tuned", 2, [0, 1], task="sums")
-    )
-    table = effects(rows, set(), TASKS, params(), 0)
-    assert one(table, purpose="zero_tuned", task="words")["effect"] == pytest.approx(-0.3)
-    assert one(table, purpose="amplify_original", task="words")["effect"] == pytest.approx(0.5)
-    row = one(table, purpose="zero_tuned", task="sums")
-    assert (row["model"], row["role"], row["beyond_random"]) == ("rl", "train", False)
-    assert len(table) == 3 * (1 + 1 + 2)
+def test_likelihood_is_compared_per_sample_where_there_is_one() -> None:
+    ids = [sample.sample_id for sample in SAMPLES if sample.task == "words"]
+    before: Nats = {key: [1.0, 2.0] for key in ids[:8]}
+    after: Nats = {key: [0.5 if key == ids[0] else 0.75, 2.0] for key in ids}
+    nats = {("none", 0): before, ("noop", 0): before, ("set", 0): after}
+    table = table_of(AMPLIFIED, answered(9, [4]), nats=nats)
+    found = one(table)
+    assert found["start_nats"] == pytest.approx(-0.25 - 0.25 / 8), "of samples with both numbers"
+    assert found["start_nats_low"] < found["start_nats"] < found["start_nats_high"] <= -0.25
+    assert (found["rest_nats"], found["rest_nats_low"]) == (0, 0)
+    assert (one(table, "noop")["start_nats"], one(table, "noop")["start_nats_high"]) == (0, 0)
+    assert one(table, "random")["start_nats"] is one(table, task="sums")["start_nats_high"] is None

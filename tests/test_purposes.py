@@ -8,12 +8,12 @@ ROLES = Roles(original="raw", tuned="rl", contrast="imitator")
 
 def test_every_role_has_its_purpose_and_every_other_run_of_the_tuned_model_one_more() -> None:
     found = purposes(ROLES, ["rl", "rl_1", "rl_2"])
-    assert [(each.name, each.model, each.sign, each.chosen) for each in found] == [
-        ("zero_tuned", "rl", -1, True),
-        ("zero_contrast", "imitator", -1, False),
-        ("amplify_original", "raw", 1, True),
-        ("repeat_rl_1", "rl_1", -1, False),
-        ("repeat_rl_2", "rl_2", -1, False),
+    assert [(each.name, each.model, each.toward, each.sign, each.chosen) for each in found] == [
+        ("zero_tuned", "rl", "raw", -1, True),
+        ("zero_contrast", "imitator", "raw", -1, False),
+        ("amplify_original", "raw", "rl", 1, True),
+        ("repeat_rl_1", "rl_1", "raw", -1, False),
+        ("repeat_rl_2", "rl_2", "raw", -1, False),
     ]
     assert [sign_of(each.name) for each in found] == [each.sign for each in found]
 

@@ -1,53 +1,50 @@
-"""The intervention study: models, tuning, controls, and the whole of it on real models."""
+"""The intervention study on real models, one of which has a planted direction that makes it work step by step."""
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from featdiff.config.params import InterveneParams, Roles
-from featdiff.crosscoder.edits import Editor
-from featdiff.intervention.controls import FeatureSets
+from featdiff.crosscoder.edits import AsLong, Editor, FeatureEdit, Push
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.intervention import study
+from featdiff.intervention.controls import DIRECTIONS, Control, Draws, Setting
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose, purposes
-from featdiff.intervention.sensitivity import sensitivity
-from featdiff.intervention.study import (
-    DIRECTIONS,
-    Questions,
-    Setting,
-    by_task,
-    collateral,
-    controls,
-    dose_curve,
-    intervene,
-    mean_accuracy,
-    run_controls,
-    settings,
-    tune,
-    tune_directions,
-)
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, purposes
+from featdiff.intervention.search import Searched
+from featdiff.intervention.sensitivity import DRAWS, Otherwise, cases, sensitivity
+from featdiff.intervention.study import FEW, InterventionResult, Questions, answer, chunks, collateral, edits, fewer, intervene
+from featdiff.language.decode import PromptCache
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import save_model
-from featdiff.pipeline.checkpoint import Scratch
-from featdiff.tasks.task import Sample, TaskInfo, Text, read_rows
-from tiny import answers, params_of, random_crosscoder, tiny_model
+from featdiff.report import evidence
+from featdiff.report.selectivity import curves, selectivity
+from featdiff.tasks.task import Sample, TaskInfo, Text
+from tiny import params_of, random_crosscoder, tiny_model
 
 T = TypeVar("T")
 Row = dict[str, Any]
 WORDS = TaskInfo("words", "find", "words", "generation", "organism", "strict", False, 0)
-SUMS = replace(WORDS, name="sums", role="train", domain="math")
+LATE = replace(WORDS, name="late", role="heldout")
 QUIZ = TaskInfo("quiz", "heldout", "questions", "option_text_norm", "letter", "strict", False, 3)
-TASKS = {task.name: task for task in (SUMS, WORDS, QUIZ)}
+TASKS = {task.name: task for task in (WORDS, LATE, QUIZ)}
 CPU = torch.device("cpu")
 ROLES = Roles(original="before", tuned="after", contrast="other")
 ZEROED, CONTRASTED, AMPLIFIED, REPEATED = purposes(ROLES, ["after", "after_1"])
 HELD = ("before", "other", "after")
 """Models of the crosscoder; the repeat is none of them."""
+EVERY = ["zero_tuned", "zero_contrast", "amplify_original", "repeat_after_1"]
+SET = [0, 1]
+GAIN, NOISE = 1, slice(7, 16)
+"""Coordinates of the residual stream: what the tuned model has more, and what differs from question to question."""
 
 
 def once(_name: str, compute: Callable[[], T], /) -> T:
@@ -56,270 +53,412 @@ def once(_name: str, compute: Callable[[], T], /) -> T:
 
 def params(**changes: Any) -> InterveneParams:
     small = {
-        "positions": ["prompt_last", "all"],
-        "amplify": ["add", "scale"],
-        "doses": [1.0, 3.0],
-        "bootstrap": 300,
-        "max_new_tokens": 4,
-    }
-    return params_of(InterveneParams, "intervene", **small | {"tuning_random_sets": 2, "tolerance": 0.05} | changes)
-
-
-def test_settings_are_every_combination_and_zeroing_has_no_dose() -> None:
-    for purpose in (ZEROED, CONTRASTED, REPEATED):
-        assert settings(purpose, params()) == [Setting("zero", "prompt_last", 0.0), Setting("zero", "all", 0.0)]
-    amplify = settings(AMPLIFIED, params())
-    assert len(amplify) == len(set(amplify)) == 2 * 2 * 2
-    assert {setting.edit for setting in amplify} == {"add", "scale"}
-    assert {setting.dose for setting in amplify} == {1.0, 3.0}
-
-
-def test_every_task_counts_the_same_however_many_questions_it_has() -> None:
-    rows = answers("words", [True] * 9 + [False]) + answers("sums", [False, True], "direct")
-    assert mean_accuracy(rows) == pytest.approx((0.9 + 0.5) / 2)
-    table = {line["task"]: line for line in by_task(rows, TASKS)}
-    assert (table["words"]["n"], table["words"]["accuracy"], table["words"]["steps"], table["words"]["role"]) == (
-        10,
-        0.9,
-        1,
-        "find",
-    )
-    assert (table["sums"]["n"], table["sums"]["accuracy"], table["sums"]["steps"], table["sums"]["role"]) == (
-        2,
-        0.5,
-        0,
-        "train",
-    )
+        "positions": ["prompt_last", "generated", "all"], "remove": ["transplant", "zero"], "amplify": ["add", "transplant"],
+        "doses": [0.25, 1.0], "random_sets": 20, "random_directions": 3, "other_draws": 4, "control_questions": 2,
+        "single_features": 2, "tolerance": 0.05, "bootstrap": 300, "max_new_tokens": 8, "batch_size": 200,
+    }  # fmt: skip
+    return params_of(InterveneParams, "intervene", **small | changes)
 
 
 def samples() -> list[Sample]:
     made = []
-    for split, number in (("find", 3), ("tune", 2), ("report", 3)):
+    for split, number in (("find", 1), ("tune", 3), ("report", 4)):
         for i in range(number):
-            made.append(Sample(f"words-{split}-{i}", "words", split, f"rev {'abc'[: i + 1]}=", "cba"))
-            made.append(Sample(f"sums-{split}-{i}", "sums", split, f"add {i} 2=", str(i + 2)))
+            for task in ("words", "late"):
+                made.append(Sample(f"{task}-{split}-{i}", task, split, f"{task[: i + 1]} {'dfgh'[i]}=", "b"))
             made.append(Sample(f"quiz-{split}-{i}", "quiz", split, f"who {i}=", "B", ("red", "blue", "green")))
     return made
 
 
-def maker(name: str) -> Editor:
-    """Edits in the slot ``name``."""
-    crosscoder = random_crosscoder(HELD, d_model=16, n_features=24, threshold=1.0)
-    drawn = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
-    directions = dict(zip((*DIRECTIONS, "original_mean"), drawn, strict=True))
-    return Editor(crosscoder, name, 1, CPU, torch.full((24,), 6.0), donor_name="after", directions=directions)
+QUESTIONS = Questions(TASKS, samples(), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)])
 
 
-def editable(purpose: Purpose, seed: int, kind: type[Evaluator] = Evaluator) -> Any:
+def planted(seed: int, gain: float) -> Any:
+    """A model in which each token says what comes next: after ``=`` it is ``c.``, and with ``gain`` in its coordinate it is
+    ``<a>b.``, which is right. The first block adds what no answer depends on, from all of the question."""
     model, tokenizer = tiny_model(seed)
-    evaluator = kind(model, tokenizer, TASKS, batch_size=4, max_new_tokens=4)
-    return EditableModel(purpose, evaluator, maker(purpose.alike))
+    coordinate = {"=": 0, "<": 2, "a": 3, ">": 4, "b": 5, "c": 5, ".": 6}
+    follows = {"c": (0, 1.0), "<": (GAIN, 0.9), "a": (2, 1.0), ">": (3, 1.0), "b": (4, 1.0), ".": (5, 1.0)}
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding[:, : NOISE.start] = 0
+        embedding[:, NOISE] = torch.nn.functional.normalize(embedding[:, NOISE])  # that of padding is zero
+        head = Parameter(torch.zeros_like(embedding))
+        for token, place in coordinate.items():
+            embedding[tokenizer.convert_tokens_to_ids(token)] = 2 * torch.eye(16)[place]
+        embedding[tokenizer.convert_tokens_to_ids("="), GAIN] = gain
+        for token, (place, weight) in follows.items():
+            head[tokenizer.convert_tokens_to_ids(token), place] = weight
+        head[tokenizer.eos_token_id, coordinate["."]] = 1.0
+        for i, each in enumerate(model.model.layers):
+            each.mlp.down_proj.weight.zero_()
+            each.self_attn.o_proj.weight[: NOISE.start if i == 0 else None] = 0
+    model.lm_head.weight, model.config.tie_word_embeddings = head, False
+    return model, tokenizer
 
 
-class Scripted(Evaluator):
-    """A real evaluator whose accuracy under each edit is known beforehand."""
-
-    right: dict[tuple[str, str, float], int]
-
-    def answer(self, samples: list[Sample], *, edit: Any = None, **how: Any) -> list[Row]:
-        rows = super().answer(samples, edit=edit, **how)
-        return [row | {"correct": i < self.right[edit.kind, edit.positions, edit.dose]} for i, row in enumerate(rows)]
+SEEDS = {"before": (0, 0.0), "other": (1, 0.0), "after": (2, 4.0), "after_1": (3, 4.0)}
 
 
-def test_tuning_takes_the_lowest_accuracy_when_zeroing_the_highest_when_amplifying_and_the_first_of_equals() -> None:
-    chosen = [sample for sample in samples() if sample.task == "words"]
-    zeroed, amplified = editable(ZEROED, 0, Scripted), editable(AMPLIFIED, 0, Scripted)
-    zeroed.evaluator.right = {("zero", "prompt_last", 0.0): 4, ("zero", "all", 0.0): 2}
-    assert tune(zeroed, [1, 2], chosen, params(), once)[0] == Setting("zero", "all", 0.0)
-    right = dict.fromkeys([tuple(setting) for setting in settings(AMPLIFIED, params())], 3)
-    amplified.evaluator.right = right | {("add", "all", 3.0): 7, ("scale", "prompt_last", 1.0): 7}
-    best, table = tune(amplified, [1, 2], chosen, params(), once)
-    assert best == Setting("add", "all", 3.0)
-    assert len(table) == 8
-    assert {line["accuracy"] for line in table if (line["edit"], line["positions"], line["dose"]) == best} == {7 / 8}
+def dictionary(seed: int = 0) -> Crosscoder:
+    """Two features that share the planted coordinate, and others that fire on the rest."""
+    crosscoder = Crosscoder(list(HELD), 16, 24, "l1").requires_grad_(False)
+    rows_FD = torch.zeros(24, 16)
+    rows_FD[2:, NOISE] = torch.randn(22, 9, generator=torch.Generator().manual_seed(seed))
+    rows_FD[SET, GAIN] = 1
+    rows_FD /= rows_FD.norm(dim=1, keepdim=True)
+    share_F1 = torch.ones(24, 1)
+    share_F1[SET] = torch.tensor([[0.6], [0.4]])
+    crosscoder.W_enc[:] = rows_FD.T / len(HELD)
+    crosscoder.W_dec[:] = (rows_FD * share_F1)[:, None]
+    crosscoder.b_enc[2:] = 1.5
+    return crosscoder
 
 
-def test_of_settings_as_good_the_gentlest_is_taken() -> None:
-    made = editable(AMPLIFIED, 0, Scripted)
-    chosen = [sample for sample in samples() if sample.task == "words"]
-    made.evaluator.right = {("add", "prompt_last", 1.0): 7, ("add", "prompt_last", 3.0): 8}
-    narrow = {"positions": ["prompt_last"], "amplify": ["add"], "doses": [3.0, 1.0]}
-    best, _ = tune(made, [1, 2], chosen, params(**narrow, tolerance=0.2), once)
-    assert best == Setting("add", "prompt_last", 1.0)
-    best, _ = tune(made, [1, 2], chosen, params(**narrow, tolerance=0.1), once)
-    assert best == Setting("add", "prompt_last", 3.0)
+def maker(name: str = "after", seed: int = 0) -> Editor:
+    largest_F = torch.full((24,), 4.0)
+    return Editor(dictionary(seed), name, 1, CPU, largest_F, donor_name="before")
 
 
-SETS = {"set": [[3, 5]], "random": [[1, 2], [7, 9]], "shared": [[4, 6]]}
-DOSES = {"mean_difference": 2.0}
+def drawn(p: InterveneParams) -> Draws:
+    directions = dict(zip(DIRECTIONS, torch.eye(16)[[GAIN, 8, GAIN]] * 4, strict=True))
+    shares_FM = np.random.default_rng(0).dirichlet(np.ones(3), 24)
+    return Draws(p.random_sets, p.random_directions, p.single_features, shares_FM, 0, (), directions, 0)
 
 
-def test_every_control_edits_as_chosen_and_the_no_op_gives_the_same_answers() -> None:
-    made, chosen = editable(ZEROED, 2), Setting("zero", "all", 0.0)
-    planned = list(controls(made, chosen, SETS, DOSES))
-    names = [(control, number) for control, number, _ in planned]
-    first = [("none", 0), ("noop", 0), ("reconstruction", 0), ("set", 0), ("random", 0), ("random", 1)]
-    assert names == [*first, ("shared", 0), ("mean_difference", 0)]
-    kinds = [(edit.kind, edit.positions, edit.dose) for _, _, edit in planned if edit is not None]
-    assert kinds == [
-        ("scale", "all", 1.0),
-        ("reconstruct", "all", 0.0),
-        *[("zero", "all", 0.0)] * 4,
-        ("project", "all", 2.0),
-    ]
-    assert list(controls(editable(AMPLIFIED, 2), chosen, SETS, DOSES))[-1][2].kind == "push"
-    directions = made.editor.edit("reconstruct", None, "all", 0.0).reader.directions_FD
-    assert torch.equal(planned[5][2].reader.directions_FD, directions[[7, 9]])
-    rows = run_controls(made, chosen, SETS, DOSES, samples(), once)
-    assert {(row["purpose"], row["model"]) for row in rows} == {("zero_tuned", "after")}
-    by_control = {control: [row for row in rows if (row["control"], row["set_draw"]) == (control, 0)] for control, _ in names}
-    assert {len(group) for group in by_control.values()} == {24}
-    kept = ("sample_id", "completion", "correct", "parsed", "manner")
-    none, noop = ([[row[key] for key in kept] for row in by_control[name]] for name in ("none", "noop"))
-    assert none == noop
-    assert [row["completion"] for row in by_control["none"]] != [row["completion"] for row in by_control["reconstruction"]]
+class Parts:
+    """Keeps every part of the work as JSON, gives those of an earlier run back, and refuses a name that comes twice."""
+
+    def __init__(self, earlier: dict[str, str] | None = None) -> None:
+        self.earlier, self.kept = earlier or {}, dict[str, str]()
+        self.computed = list[str]()
+
+    def __call__(self, name: str, compute: Callable[[], T], /) -> Any:
+        assert name not in self.kept, f"{name} names two parts"
+        if name in self.earlier:
+            self.kept[name] = self.earlier[name]
+            return json.loads(self.earlier[name])
+        self.computed.append(name)
+        value = compute()
+        self.kept[name] = json.dumps(value)
+        return value
 
 
-def test_collateral_is_nothing_for_the_no_op_and_something_for_others() -> None:
-    made, texts = editable(AMPLIFIED, 0), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)]
-    rows = collateral(made, Setting("add", "prompt_last", 2.0), SETS, DOSES, texts, params(), 0, once)
-    by_control = {row["control"]: row for row in rows if row["set_draw"] == 0}
-    assert (by_control["noop"]["change"], by_control["noop"]["low"], by_control["noop"]["high"]) == (0, 0, 0)
-    assert by_control["noop"]["perplexity"] == by_control["none"]["perplexity"]
-    assert by_control["set"]["change"] != 0
-    assert by_control["set"]["n"] == 3
-    expected = by_control["none"]["perplexity"] * np.exp(by_control["set"]["change"])
-    assert by_control["set"]["perplexity"] == pytest.approx(expected)
+class Done(NamedTuple):
+    """A whole study, and what of it was kept."""
+
+    models: EditableModels
+    result: InterventionResult
+    tried: list[Row]
+    parts: Parts
 
 
-def test_directions_get_the_gentlest_good_dose_of_their_own() -> None:
-    made = editable(AMPLIFIED, 0, Scripted)
-    made.evaluator.right = {("push", "prompt_last", 1.0): 3, ("push", "prompt_last", 3.0): 6}
-    chosen = [sample for sample in samples() if sample.task == "words"]
-    doses, table = tune_directions(made, "prompt_last", chosen, params(), once)
-    assert doses == dict.fromkeys(DIRECTIONS, 3.0)
-    assert len(table) == len(DIRECTIONS) * 2
-    assert {line["edit"] for line in table} == set(DIRECTIONS)
-    made.evaluator.right[("push", "prompt_last", 1.0)] = 6
-    assert tune_directions(made, "prompt_last", chosen, params(), once)[0] == dict.fromkeys(DIRECTIONS, 1.0)
+OTHERWISE = Otherwise(
+    [
+        {"readout": "swap", "positions": "prompt_last", "features": [0]},
+        {"readout": "slot", "positions": "all", "features": []},
+        {"readout": "slot", "positions": "prompt_last", "features": list(range(13))},
+    ],
+    {"seed_1": [0, 1], "seed_2": [4, 5]},
+    {"seed_1": maker(seed=1), "seed_2": maker(seed=2)},
+)
 
 
-def test_dose_curves_have_every_set_at_every_dose() -> None:
-    sets = FeatureSets({"set": [[1]], "random": [[8]]}, tuning=[[2], [3]])
-    curve = dose_curve(editable(AMPLIFIED, 0), Setting("add", "all", 3.0), sets, samples()[:3], params(), once)
-    assert {(line["dose"], line["control"], line["set_draw"]) for line in curve} == {
-        (dose, control, number) for dose in (1.0, 3.0) for control, number in (("set", 0), ("random", 0), ("random", 1))
-    }
-
-
-def opened(root: Path, asked: list[Purpose], seeds: dict[str, int], wide: InterveneParams) -> EditableModels:
-    """Models on disk by their name's seed, for the purposes that the crosscoder has a slot for."""
-    for name, seed in seeds.items():
-        save_model(*tiny_model(seed), root / name)
-    folders = {purpose: root / purpose.model for purpose in asked if purpose.slot_in(HELD)}
-    return EditableModels(folders, maker("after"), TASKS, wide)
-
-
-def test_a_repeat_is_edited_through_the_slot_of_the_tuned_model(tmp_path: Path) -> None:
+def whole(root: Path, once: Parts) -> Done:
+    for name, (seed, gain) in SEEDS.items():
+        if not (root / name).exists():
+            save_model(*planted(seed, gain), root / name)
     asked = purposes(ROLES, ["after", "after_1"])
-    models = opened(tmp_path, asked, {"before": 0, "other": 1, "after": 2, "after_1": 3}, params())
-    repeat = models.open(REPEATED)
-    assert repeat.editor.model == "after"
-    assert {purpose.name: models.open(purpose).editor.model for purpose in models.purposes} == {
-        "zero_tuned": "after", "zero_contrast": "other", "amplify_original": "before", "repeat_after_1": "after"
-    }  # fmt: skip
-    assert models.open(ZEROED) is models.tuned
-    assert models.original.editor.donor is models.tuned.evaluator.model
-    own, tuned = (next(made.evaluator.model.parameters()) for made in (repeat, models.tuned))
-    assert not torch.equal(own, tuned), "it is the repeat that answers"
-    resid_BTD = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)) * 3
-    found = repeat.editor.edit("zero", [3, 5], "all", 0.0)(resid_BTD, None, prompt=True)
-    assert torch.equal(found, models.tuned.editor.edit("zero", [3, 5], "all", 0.0)(resid_BTD, None, prompt=True))
-    assert not torch.equal(found, resid_BTD)
+    models = EditableModels({purpose: root / purpose.model for purpose in asked}, maker(), TASKS, params())
+    result = intervene(models, drawn(params()), SET, QUESTIONS, params(), 0, once)
+    return Done(models, result, sensitivity(models, result, OTHERWISE, QUESTIONS.tune, 0, once), once)
 
 
-def test_a_repeat_with_the_weights_of_the_tuned_model_shows_what_that_shows(tmp_path: Path) -> None:
-    models = opened(tmp_path, [ZEROED, AMPLIFIED, REPEATED], {"before": 0, "after": 2, "after_1": 2}, params())
-    sets = FeatureSets({"set": [[21, 22]], "random": [[4, 5], [6, 7]], "alone": [[21], [22]]}, tuning=[[2, 9]])
-    result = intervene(models, sets, Questions(TASKS, samples(), [Text("rev ab=", "ba", "t")]), params(), 0, once)
-    for table in (result.samples, result.effects, result.collateral):
-        tuned, repeat = (
-            [
-                row | {"purpose": "", "model": ""}
-                for row in table
-                if row["purpose"] == purpose.name and row["control"] != "alone"
-            ]
-            for purpose in (ZEROED, REPEATED)
-        )
-        assert json.dumps(tuned) == json.dumps(repeat) != "[]"
-        assert {row["model"] for row in table if row["purpose"] == "repeat_after_1"} == {"after_1"}
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return whole(tmp_path_factory.mktemp("study"), Parts())
 
 
-VARIANTS = [
-    {"readout": "swap", "positions": "prompt_last", "features": [4, 5]},
-    {"readout": "slot", "positions": "all", "features": []},
-]
+def rows_of(table: list[Row], **wanted: Any) -> list[Row]:
+    found = [row for row in table if wanted.items() <= row.items()]
+    assert found, wanted
+    return found
 
 
-@pytest.mark.parametrize("contrast", ["other", None])
-def test_the_whole_study_never_tunes_on_the_report_split_nor_on_a_repeat(contrast: str | None, tmp_path: Path) -> None:
-    asked = purposes(ROLES.model_copy(update={"contrast": contrast}), ["after", "after_1", "after_2"])
-    wide = params(amplify=["add", "scale", "transplant"])
-    models = opened(tmp_path, asked, {"before": 0, "other": 1, "after": 2, "after_1": 3, "after_2": 4}, wide)
-    sets = FeatureSets({"set": [[21, 22]], "random": [[i, i + 1] for i in range(20)], "alone": [[21], [22]]}, [[2, 9]])
-    questions = Questions(TASKS, samples(), [Text("rev ab=", "ba", "t"), Text("rev a=", "a", "t")])
-    scratch = Scratch(tmp_path / "scratch")  # which refuses a pass that has the name of another
-    result = intervene(models, sets, questions, wide, 0, scratch.part)
-    assert {line["task"] for line in result.tuning} == {line["task"] for line in result.dose} == {"words"}
-    assert {line["n"] for line in result.tuning} == {line["n"] for line in result.dose} == {2}
-    assert {line["purpose"] for line in result.tuning} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
-    assert {row["split"] for row in result.samples} == {"report"}
-    assert {row["task"] for row in result.samples} == set(TASKS)
-    names = ["zero_tuned", *["zero_contrast"] * bool(contrast), "amplify_original", "repeat_after_1", "repeat_after_2"]
-    assert list(dict.fromkeys(row["purpose"] for row in result.samples)) == names
-    passes = {name: 3 + 1 + 20 + 3 + (2 if name in (ZERO_TUNED, AMPLIFY_ORIGINAL) else 0) for name in names}
-    assert len(result.samples) == 9 * sum(passes.values())
-    assert len(result.collateral) == sum(passes.values())
+def test_the_planted_set_is_necessary_and_sufficient_and_random_sets_as_long_do_nothing(done: Done) -> None:
+    for purpose, sign, before in ((ZERO_TUNED, -1, 1.0), (AMPLIFY_ORIGINAL, 1, 0.0)):
+        for task in ("words", "late"):
+            (row,) = rows_of(done.result.effects, purpose=purpose, control="set", task=task, subset="all")
+            assert (row["effect"], row["baseline"], row["n"]) == (sign, before, 4)
+            assert (row["beyond_random"], row["p_random"]) == (True, 1 / 21)
+            assert (row["alike"], row["alike_baseline"]) == (1, 0), "answers like those of the other model"
+            assert row["unread"] == row["unread_toward"] == 0, "and not broken ones"
+            assert (row["steps"], row["steps_baseline"]) == ((0, 1) if sign < 0 else (1, 0))
+            assert [
+                each["effect"]
+                for each in rows_of(done.result.effects, purpose=purpose, control="random", task=task, subset="all")
+            ] == [0] * 20
+            for direction, effect in (("mean_difference", sign), ("set_change", sign), ("first_component", 0)):
+                (line,) = rows_of(done.result.effects, purpose=purpose, control=direction, task=task, subset="all")
+                assert line["effect"] == effect, "one direction does as much, another nothing"
+        assert done.result.searched[purpose].setting[1:] == ("prompt_last", 1.0)
+        for row in rows_of(done.result.search, purpose=purpose, control="random", chosen=True):
+            assert row["acting"] >= 0.9
+            assert row["norm"] > 0
 
-    def match(features: list[int], draws: int) -> list[list[int]]:
-        return [[k + 1 for k in features]] * draws
 
-    tried = sensitivity(models, result, VARIANTS, match, questions.tune, 2, scratch.part)
-    assert {row["purpose"] for row in tried} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
-    assert [row["choice"] for row in tried if row["purpose"] == ZERO_TUNED] == [
-        "swap at prompt_last",
-        "slot at all",
-        "zero at prompt_last",
-        "zero at all",
-    ]
-    empty = next(row for row in tried if row["choice"] == "slot at all")
-    assert (empty["size"], empty["effect"], empty["random"]) == (0, None, None)
-    assert all(row["effect"] is not None and row["random"] is not None for row in tried if row["size"])
+def test_the_contrast_has_nothing_to_lose_and_the_repeat_as_much_as_the_tuned_model(done: Done) -> None:
+    for purpose, effect in (("zero_contrast", 0), ("repeat_after_1", -1)):
+        (row,) = rows_of(done.result.effects, purpose=purpose, control="set", task="words", subset="all")
+        assert row["effect"] == effect
+        draws = [
+            row["set_draw"]
+            for row in rows_of(done.result.effects, purpose=purpose, control="random", task="words", subset="all")
+        ]
+        assert draws == list(range(params().other_draws)), "fewer draws, the first ones"
+        assert not [row for row in done.result.effects if row["purpose"] == purpose and row["control"] in ("alone", "without")]
+
+
+def test_the_no_op_changes_nothing(done: Done) -> None:
+    for row in rows_of(done.result.effects, control="noop"):
+        assert row["effect"] == 0
+        assert row["start_nats"] in (0, None)
+    for row in rows_of(done.result.collateral, control="noop"):
+        assert (row["change"], row["low"], row["high"]) == (0, 0, 0)
+
+
+def test_nothing_is_chosen_on_the_report_split_and_all_of_it_is_answered(done: Done) -> None:
+    assert {row["task"] for row in done.result.search} == {"words"}
+    assert {row["n"] for row in rows_of(done.result.search, control="set")} == {3}
+    assert {row["n"] for row in rows_of(done.result.search, control="random")} == {params().control_questions}
+    assert {row["purpose"] for row in done.result.search} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
+    assert list(dict.fromkeys(row["purpose"] for row in done.result.samples)) == EVERY
+    assert {row["split"] for row in done.result.samples} == {"report"}
+    assert {row["control"] for row in done.result.samples} == {"none", "set", *DIRECTIONS}
+    assert len(done.result.samples) == len(EVERY) * (2 + len(DIRECTIONS)) * 12
+    assert {row["task"] for row in done.result.effects} == set(TASKS)
+
+
+def test_the_flipped_subset_is_the_same_for_every_purpose(done: Done) -> None:
     right = {
-        purpose: {
-            row["sample_id"]
-            for row in result.samples
-            if row["purpose"] == purpose and row["control"] == "none" and row["correct"]
-        }
+        purpose: {row["sample_id"] for row in rows_of(done.result.samples, purpose=purpose, control="none") if row["correct"]}
         for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL)
     }
     flipped = right[ZERO_TUNED] - right[AMPLIFY_ORIGINAL]
-    counts = {
-        (row["purpose"], row["task"]): row["n"]
-        for row in result.effects
-        if row["control"] == "set" and row["subset"] == "flipped"
+    for purpose in EVERY:
+        for task in ("words", "late"):
+            (row,) = rows_of(done.result.effects, purpose=purpose, control="set", task=task, subset="flipped")
+            assert row["n"] == sum(key.startswith(task) for key in flipped) == 4
+
+
+def test_likelihood_says_that_the_start_is_what_the_set_decides(done: Done) -> None:
+    for purpose, way in ((ZERO_TUNED, 1), (AMPLIFY_ORIGINAL, -1)):
+        (row,) = rows_of(done.result.effects, purpose=purpose, control="set", task="words", subset="all")
+        assert way * row["start_nats"] > 0
+        assert row["start_nats_low"] <= row["start_nats"] <= row["start_nats_high"]
+    measured = {(row["control"], row["set_draw"]) for row in done.result.effects if row["start_nats"] is not None}
+    assert {draw for control, draw in measured if control == "random"} == set(range(FEW))
+    assert not [row for row in rows_of(done.result.effects, task="quiz") if row["start_nats"] is not None]
+
+
+def test_every_control_has_a_chosen_setting_of_its_own(done: Done) -> None:
+    for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL):
+        listed = done.result.choice["controls"][purpose]
+        made = {(row["control"], row["set_draw"]) for row in rows_of(done.result.effects, purpose=purpose)}
+        assert {(row["control"], row["set_draw"]) for row in listed} | {("noop", 0), ("reconstruction", 0)} == made
+        assert {row["edit"] for row in listed} == {done.result.searched[purpose].setting.edit}
+    assert done.result.choice["features"] == SET
+
+
+def test_what_the_stage_writes_is_what_the_report_reads(done: Done, tmp_path: Path) -> None:
+    done.result.save(tmp_path, sensitivity=done.tried)
+    read = evidence._interventions(tmp_path)
+    assert {name: len(table) for name, table in read.items() if name != "choice"} == {
+        "search": len(done.result.search), "effects": len(done.result.effects), "collateral": len(done.result.collateral),
+        "sensitivity": len(done.tried), "edited": len(done.result.samples),
+    }  # fmt: skip
+    assert read["choice"] == done.result.choice
+    (row,) = rows_of(read["effects"], purpose=ZERO_TUNED, control="set", task="words", subset="all")
+    assert row["effect"] == -1
+    known: Any = evidence.Evidence.__new__(evidence.Evidence)
+    vars(known).update(search=read["search"], choice=read["choice"])
+    for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL):
+        drawn = curves(known, purpose)
+        assert (len(drawn["set"]), len(drawn["random"]), len(drawn["random_direction"])) == (1, 20, 3)
+        assert drawn["set"][0][0] == (0, 0)
+        assert max(gain for _, gain in drawn["set"][0]) == 1
+        np.testing.assert_allclose(drawn["mean_difference"][0], drawn["set"][0], rtol=1e-5)
+        found = selectivity(known, purpose)["random"]
+        assert not found.reached, "random sets never do as much"
+        assert found.ratio > 2
+
+
+def test_the_summary_is_json_and_has_every_purpose_and_task(done: Done) -> None:
+    summary = json.loads(json.dumps(done.result.summary(), allow_nan=False))
+    assert list(summary) == EVERY
+    assert set(summary[ZERO_TUNED]) == set(TASKS)
+    assert (summary[ZERO_TUNED]["words"]["effect"], summary[ZERO_TUNED]["words"]["alike"]) == (-1, 1)
+
+
+def test_what_is_done_otherwise(done: Done) -> None:
+    tried = {(row["purpose"], row["varied"], row["choice"]): row for row in done.tried}
+    assert len(tried) == len(done.tried)
+    for purpose, sign in ((ZERO_TUNED, -1), (AMPLIFY_ORIGINAL, 1)):
+        chosen = done.result.searched[purpose].setting
+        assert tried[purpose, "found in", "seed_1"]["effect"] == sign, "the same features of another crosscoder"
+        assert tried[purpose, "found in", "seed_2"]["effect"] == 0, "others"
+        for row in (tried[purpose, "found in", "seed_1"], tried[purpose, "found by", "swap at prompt_last"]):
+            assert (row["edit"], row["positions"], row["dose"]) == chosen
+            assert (row["random"], row["median"]) == (0, 0)
+        empty, wide = (tried[purpose, "found by", f"slot at {positions}"] for positions in ("all", "prompt_last"))
+        assert (empty["size"], empty["effect"], empty["random"], empty["median"]) == (0, None, None, None)
+        assert (wide["size"], wide["effect"], wide["random"], wide["median"]) == (13, sign, None, None), "no 13 others act"
+        at_last = tried[purpose, "edited by", f"{chosen.edit} at prompt_last"]
+        assert at_last["effect"] == sign
+        assert tried[purpose, "edited by", f"{chosen.edit} at generated"]["effect"] == 0
+        largest = max(setting.dose for setting in done.result.searched[purpose].effects)
+        assert all(row["dose"] <= largest for row in done.tried if row["purpose"] == purpose)
+    assert sum(case.varied == "edited by" for case in cases(done.result, OTHERWISE)) == 2 * 2 * 3
+    assert DRAWS == 5
+
+
+def test_a_killed_study_goes_on_and_ends_as_one_that_was_not(done: Done) -> None:
+    left = {name: value for i, (name, value) in enumerate(done.parts.kept.items()) if i % 9}
+    again = whole(done.models.folders[ZEROED].parent, Parts(left))
+    assert again.parts.computed == [name for name in done.parts.kept if name not in left]
+    tables = [json.dumps([vars(each.result) | {"searched": ""}, each.tried]) for each in (done, again)]
+    assert tables[0] == tables[1]
+
+
+def editable(purpose: Any = ZEROED, seed: int = 0) -> EditableModel:
+    """A model with random weights, whose answers depend on all that is done to it."""
+    model, tokenizer = tiny_model(seed)
+    crosscoder = random_crosscoder(HELD, d_model=16, n_features=24, threshold=1.0).requires_grad_(False)
+    editor = Editor(crosscoder, purpose.alike, 1, CPU, torch.full((24,), 6.0), purpose.toward, tiny_model(seed + 1)[0])
+    return EditableModel(purpose, Evaluator(model, tokenizer, TASKS, batch_size=64, max_new_tokens=4), editor)
+
+
+def test_rows_under_many_edits_are_those_under_each_alone() -> None:
+    made, asked = editable(), QUESTIONS.report
+    changes = [None] + [
+        made.editor.edit(kind, [3, 5], positions, 2.0)
+        for kind in ("zero", "transplant", "add")
+        for positions in ("all", "prompt_last", "generated", "prompt")
+    ]
+    for shared in (None, PromptCache()):
+        found = made.evaluator.answer_under(changes, asked, shared=shared)
+        alone = [made.evaluator.answer(asked, edit=change) for change in changes]
+        assert found == alone
+    assert [row["sample_id"] for row in found[0]] == [sample.sample_id for sample in asked]
+    assert len({json.dumps(rows) for rows in found}) > 6
+
+
+CONTROLS = [
+    Control("set", 0, (3, 5)),
+    Control("shared", 0, (4, 6)),
+    *(Control("random", i, (i, i + 8)) for i in range(7)),
+    Control("random_direction", 0, direction_D=torch.eye(16)[0]),
+    Control("mean_difference", 0, direction_D=torch.eye(16)[1]),
+    Control("alone", 0, (3,)),
+]
+
+
+def outcome(setting: Setting, other: Setting) -> Searched:
+    """Every control under ``other``, the set and its parts under ``setting``."""
+    chosen = {each.label: setting if each.name in ("set", "alone") else other for each in CONTROLS}
+    return Searched(CONTROLS, chosen, {}, [])
+
+
+def test_edits_of_the_study_take_what_was_chosen_for_each() -> None:
+    made = edits(editable(), [3, 5], outcome(Setting("zero", "all", 0.5), Setting("zero", "prompt_last", 0.25)), CONTROLS)
+    assert list(made)[:3] == [("none", 0), ("noop", 0), ("reconstruction", 0)]
+    assert list(made)[3:] == [(each.name, each.number) for each in CONTROLS]
+    assert made.pop(("none", 0)) is None
+    found = {key: (type(edit), edit.positions, edit.dose) for key, edit in made.items() if edit is not None}
+    assert found["noop", 0] == (FeatureEdit, "all", 0.0)
+    assert found["reconstruction", 0] == (FeatureEdit, "all", 1.0)
+    assert found["set", 0] == found["alone", 0] == (FeatureEdit, "all", 0.5)
+    assert found["shared", 0] == found["random", 6] == (AsLong, "prompt_last", 0.25)
+    assert found["mean_difference", 0] == found["random_direction", 0] == (Push, "prompt_last", 0.25)
+
+
+def test_fewer_keeps_the_first_draws_and_no_part_of_the_set() -> None:
+    made = {("none", 0): None} | {(each.name, each.number): None for each in CONTROLS}
+    assert list(fewer(made, 2)) == [
+        ("none", 0), ("set", 0), ("shared", 0), ("random", 0), ("random", 1), ("random_direction", 0), ("mean_difference", 0)
+    ]  # fmt: skip
+    parts = list(chunks(made))
+    assert [len(part) for _, part in parts] == [study.TOGETHER, len(made) - study.TOGETHER]
+    assert {key: None for _, part in parts for key in part} == made
+    assert len({name for name, _ in parts}) == 2
+
+
+def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
+    model, names = editable(), list[str]()
+    asked = QUESTIONS.report
+    toward = {row["sample_id"]: row for row in model.evaluator.answer(asked)}
+    made = edits(model, [3, 5], outcome(Setting("add", "prompt_last", 2.0), Setting("add", "generated", 1.0)), CONTROLS)
+    found = answer(model, made, asked, toward, lambda name, compute: names.append(name) or compute())
+    assert len(set(names)) == len(names)
+    assert list(found.marks) == list(made)
+    assert all(len(values) == len(asked) for each in found.marks.values() for values in each.values())
+    assert found.marks["none", 0]["alike"] == [True] * len(asked)
+    assert found.marks["noop", 0] == found.marks["none", 0]
+    assert not all(found.marks["set", 0]["alike"])
+    assert {(row["control"], row["model"]) for row in found.rows} == {
+        (control, "after") for control in ("none", "set", "mean_difference")
     }
-    for task in TASKS:
-        number = sum(sample_id.startswith(task) for sample_id in flipped)
-        assert [counts.get((name, task), 0) for name in names] == [number] * len(names)
-    assert all(row["effect"] == 0 for row in result.effects if row["control"] == "noop")
-    nats = {(row["control"], row["task"]): row["start_nats"] for row in result.effects if row["set_draw"] == 0}
-    assert nats["noop", "words"] == 0 != nats["set", "words"]
-    assert nats["set", "quiz"] is None
-    json.dumps(result.summary(), allow_nan=False)
-    assert list(result.summary()) == names
-    assert set(result.summary()[ZERO_TUNED]) == set(TASKS)
-    result.save(tmp_path, sensitivity=tried)
-    assert json.loads((tmp_path / "choice.json").read_text()) == result.choice
-    assert read_rows(tmp_path / "effects.parquet")[0]["control"] == "noop"
-    assert len(read_rows(tmp_path / "sensitivity.parquet")) == len(tried)
+    for key in ("none", "set"):
+        rows = [row for row in found.rows if row["control"] == key]
+        assert [row["correct"] for row in rows] == found.marks[key, 0]["correct"]
+    assert set(found.nats) == set(fewer(made, FEW))
+    assert set(found.nats["set", 0]) == {sample.sample_id for sample in asked if sample.task != "quiz"}
+    assert found.nats["noop", 0] == found.nats["none", 0] != found.nats["set", 0]
+
+
+def test_collateral_is_at_every_token_and_nothing_for_the_no_op() -> None:
+    model = editable(AMPLIFIED)
+    made = edits(model, [3, 5], outcome(Setting("add", "prompt_last", 2.0), Setting("add", "generated", 1.0)), CONTROLS)
+    rows = collateral(model, study._everywhere(made), QUESTIONS.texts, params(), 0, once)
+    by_control = {row["control"]: row for row in rows if row["set_draw"] == 0}
+    assert len(rows) == len(fewer(made, FEW))
+    assert (by_control["noop"]["change"], by_control["noop"]["low"], by_control["noop"]["high"]) == (0, 0, 0)
+    assert by_control["noop"]["perplexity"] == by_control["none"]["perplexity"]
+    assert (by_control["set"]["n"], by_control["set"]["purpose"], by_control["set"]["model"]) == (3, AMPLIFY_ORIGINAL, "before")
+    assert by_control["set"]["low"] <= by_control["set"]["change"] <= by_control["set"]["high"]
+    expected = by_control["none"]["perplexity"] * np.exp(by_control["set"]["change"])
+    assert by_control["set"]["perplexity"] == pytest.approx(expected)
+    changes = [row["change"] for row in rows if row["control"] not in ("none", "noop")]
+    assert len(set(changes)) == len(changes)
+    assert 0 not in changes
+
+
+def test_a_repeat_is_edited_through_the_slot_of_the_tuned_model(done: Done) -> None:
+    models = done.models
+    repeat = models.open(REPEATED)
+    slots = {purpose.name: models.open(purpose).editor.model for purpose in models.purposes}
+    assert slots == {
+        "zero_tuned": "after", "zero_contrast": "other", "amplify_original": "before", "repeat_after_1": "after"
+    }  # fmt: skip
+    donors = {purpose.name: models.open(purpose).editor.donor_name for purpose in models.purposes}
+    assert donors == dict.fromkeys(slots, "before") | {"amplify_original": "after"}
+    assert models.original.editor.donor is models.tuned.evaluator.model
+    assert repeat.editor.donor is models.original.evaluator.model
+    own, tuned = (made.evaluator.model.model.embed_tokens.weight for made in (repeat, models.tuned))
+    assert not torch.equal(own, tuned), "it is the repeat that answers"
+    resid_BTD: Tensor = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)) * 3
+    found = repeat.editor.edit("zero", [3, 5], "all", 1.0)(resid_BTD, None, prompt=True)
+    assert torch.equal(found, models.tuned.editor.edit("zero", [3, 5], "all", 1.0)(resid_BTD, None, prompt=True))
+    assert not torch.equal(found, resid_BTD)
+
+
+def test_streams_are_those_at_the_last_token_of_each_prompt_of_model_and_donor() -> None:
+    model = editable()
+    own, donors = model.streams(QUESTIONS.tune)
+    assert own.shape == donors.shape == (len(QUESTIONS.tune), 1, 16)
+    for each, read in ((model.evaluator.model, own), (model.editor.donor, donors)):
+        for sample, stream in zip(QUESTIONS.tune, read, strict=True):
+            ids = torch.tensor([model.evaluator.tokenizer(sample.prompt)["input_ids"]])
+            with torch.inference_mode():
+                states = each(input_ids=ids, output_hidden_states=True).hidden_states[1]
+            torch.testing.assert_close(stream, states[0, -1:], rtol=1e-4, atol=1e-4)

@@ -30,7 +30,7 @@ from featdiff.artifacts.artifact import (
 )
 
 HOME = "provenance"
-LIBRARIES = ("accelerate", "numpy", "torch", "transformers", "trl")
+LIBRARIES = ("accelerate", "numpy", "scikit-learn", "torch", "transformers", "trl")
 """Those whose version can change a number."""
 
 

@@ -589,6 +589,12 @@ class DescribeParams(Params):
     """Neutral texts per feature, and strongest contexts that they are held against."""
     token_detector: Fraction
     """Share of its value in those contexts that planting alone must reach for a feature to be called a token detector."""
+    probe_features: Annotated[list[Positive], Field(min_length=1)]
+    """Features that a sparse probe of the manner reads; a probe for each number (featdiff.description.probe)."""
+    probe_least: Positive
+    """Questions of a task that must have a step-by-step answer, and another one, for probes to be asked about it."""
+    probe_penalty: Rate
+    """Weight of half the squared coefficients in the fit of a probe, beside the summed log-loss of its standardised rows."""
     confidence: Level
     bootstrap: Resamples
     batch_size: Positive

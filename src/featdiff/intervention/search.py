@@ -28,6 +28,8 @@ WIDENINGS = 8
 """Times that a grid of doses is halved or doubled at most."""
 STARTS = 0.1
 """Share of the largest effect that the smallest dose of a grid may have."""
+GONE = 1.0
+"""Dose at which zeroing has taken a feature away."""
 FURTHER = 8
 """Multiple of the chosen dose up to which curves go on, to see at which length a control would do the same."""
 FARTHEST = 2.0
@@ -104,9 +106,15 @@ def wider(effects: Mapping[float, float], edit: str, tolerance: float) -> list[f
     if best <= tolerance:
         return []
     more = [doses[0] / 2] if effects[doses[0]] > STARTS * best else []
-    if edit != "zero" and len(doses) > 1 and effects[doses[-1]] - max(effects[dose] for dose in doses[:-1]) > tolerance:
-        more.append(doses[-1] * 2)
+    adds = effects[doses[-1]] - max((effects[dose] for dose in doses[:-1]), default=0.0) > tolerance
+    if adds and (edit != "zero" or doses[-1] < GONE):
+        more.extend(within(edit, [doses[-1] * 2]))
     return more
+
+
+def within(edit: str, doses: Sequence[float]) -> list[float]:
+    """``doses`` in ascending order, those of zeroing at most where the feature is gone."""
+    return sorted({min(dose, GONE) if edit == "zero" else dose for dose in doses})
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,8 @@ class Searched:
     controls: list[Control]
     chosen: dict[str, Setting]
     """Of every control, by its label."""
+    effects: dict[Setting, float]
+    """Of the set, under every setting that it was chosen from."""
     rows: list[Line]
     """Everything tried, by task: the curves of accuracy against dose and length of the change."""
 
@@ -156,10 +166,11 @@ class _Search:
         few = first_of_each(self.samples, self.params.control_questions)
         prompts, fewer = PromptCache(), PromptCache()
         unedited, unedited_few = (
-            self.once(f"{self.name} {len(group)} unedited", partial(self._ask, [None], group, cache))[0]
-            for group, cache in ((self.samples, prompts), (few, fewer))
+            self.once(f"{self.name} {which} unedited", partial(self._ask, [None], group, cache))[0]
+            for which, group, cache in (("tune", self.samples, prompts), ("few", few, fewer))
         )
-        setting, doses = self._setting(found, unedited, partial(self._ask, samples=self.samples, prompts=prompts))
+        effects, setting = self._setting(found, unedited, partial(self._ask, samples=self.samples, prompts=prompts))
+        doses = sorted({each.dose for each in effects if each.edit == setting.edit})
         controls = self.draws.controls(self.found, self.sign, lengths(self.model.editor, setting.edit, *self.streams))
         grid = [Setting(setting.edit, positions, dose) for positions in self.params.positions for dose in doses]
         beyond = self._beyond(found, setting, max(doses))
@@ -180,19 +191,19 @@ class _Search:
                 )
         for row in self.rows:
             row["chosen"] = chosen[f"{row['control']} {row['set_draw']}"] == (row["edit"], row["positions"], row["dose"])
-        return Searched(controls, chosen, self.rows)
+        return Searched(controls, chosen, effects, self.rows)
 
     def _ask(self, changes: Sequence[Change | None], samples: list[Sample], prompts: PromptCache) -> list[list[Line]]:
         return asked(self.model, changes, samples, prompts)
 
     def _setting(
         self, found: Control, before: Sequence[Line], ask: Callable[[Sequence[Change | None]], list[list[Line]]]
-    ) -> tuple[Setting, list[float]]:
-        """The setting of the set, and the doses of its edit that span from no effect to saturation."""
+    ) -> tuple[dict[Setting, float], Setting]:
+        """Effect of the set under all settings, doses from hardly an effect to saturation, and the one chosen."""
         values: dict[Setting, float] = {}
         norms: dict[str, float] = {}
         tried: dict[tuple[str, str], list[float]] = {
-            (edit, positions): [dose for dose in sorted(self.params.doses) if edit != "zero" or dose <= 1]
+            (edit, positions): within(edit, self.params.doses)
             for edit in edits_tried(self.model.purpose, self.params)
             for positions in self.params.positions
         }
@@ -208,8 +219,7 @@ class _Search:
                 )
                 for edit, positions in tried
             }
-        setting = gentlest(values, norms, self.params.most_of_effect, self.params.positions)
-        return setting, sorted({each.dose for each in values if each.edit == setting.edit})
+        return values, gentlest(values, norms, self.params.most_of_effect, self.params.positions)
 
     def _beyond(self, found: Control, setting: Setting, largest: float) -> list[Setting]:
         """Longer changes than those of the grid, up to where they are much longer than the one chosen."""

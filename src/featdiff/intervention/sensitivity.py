@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from featdiff import stats
+from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.controls import RANDOM, SET, Control, Setting, lengths, random_sets
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import sign_of
 from featdiff.intervention.search import Once, asked, mean_accuracy, on_a_bar
 from featdiff.intervention.study import InterventionResult
 from featdiff.language.decode import PromptCache
@@ -53,19 +53,15 @@ def cases(result: InterventionResult, otherwise: Otherwise) -> list[Case]:
     under every edit and position at the dose that was best for them on the tune split."""
     planned = []
     for purpose, searched in result.searched.items():
-        chosen, sign = searched.setting, sign_of(purpose)
+        chosen = searched.setting
         for variant in otherwise.variants:
             choice = f"{variant['readout']} at {variant['positions']}"
             planned.append(Case(purpose, "found by", choice, variant["features"], chosen))
         planned += [Case(purpose, "found in", fit, found, chosen, fit) for fit, found in otherwise.sets.items()]
-        means: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
-        for row in searched.rows:
-            if row["control"] == SET:
-                means.setdefault((row["edit"], row["positions"]), {}).setdefault(row["dose"], []).append(row)
-        for (edit, positions), doses in means.items():
-            dose = max(sorted(doses), key=lambda dose: sign * mean_accuracy(doses[dose]))
-            setting = Setting(edit, positions, dose)
-            planned.append(Case(purpose, "edited by", f"{edit} at {positions}", result.choice["features"], setting))
+        for edit, positions in dict.fromkeys(setting[:2] for setting in searched.effects):
+            tried = [setting for setting in searched.effects if setting[:2] == (edit, positions)]
+            best = max(sorted(tried), key=searched.effects.__getitem__)
+            planned.append(Case(purpose, "edited by", f"{edit} at {positions}", result.choice["features"], best))
     return planned
 
 
@@ -74,7 +70,7 @@ def sensitivity(
 ) -> list[dict[str, Any]]:
     """One row per case: ``effect`` is the change in mean accuracy on ``samples`` (tune split, tasks used for finding),
     ``random`` the largest change in the claimed direction that any of :data:`DRAWS` random sets makes that are as long, and
-    ``median`` their median change; None where a search found nothing."""
+    ``median`` their median change; None where a search found nothing or too few other features act."""
     edited = {model.purpose.name: (model, PromptCache()) for model in (models.tuned, models.original)}
     planned, rows = cases(result, otherwise), []
     with on_a_bar(once, "sensitivity", len(planned) + len(edited)) as once:
@@ -109,5 +105,8 @@ def sensitivity(
 
 def _with_draws(model: EditableModel, case: Case, samples: list[Sample], seed: int) -> list[Control]:
     length_QF = lengths(model.editor, case.setting.edit, *model.streams(samples))
-    drawn = random_sets(case.features, length_QF, DRAWS, stats.stream(seed, 2))
+    try:
+        drawn = random_sets(case.features, length_QF, DRAWS, stats.stream(seed, 2))
+    except ContractError:  # a large set found otherwise is no reason to lose the study: its effect stands without draws
+        drawn = []
     return [Control(SET, 0, tuple(case.features)), *(Control(RANDOM, i, members) for i, members in enumerate(drawn))]

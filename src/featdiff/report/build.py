@@ -23,6 +23,7 @@ from featdiff.report import (
     feature_tables,
     forgetting,
     model_figures,
+    probe_figures,
     set_figures,
     tables,
 )
@@ -128,6 +129,7 @@ def render(
         sensitivity_tables=battery.sensitivity(evidence),
         cards={"open": cards[: feature_cards.MOST_OPEN], "folded": cards[feature_cards.MOST_OPEN :]},
         manner_tables=feature_cards.manner_tables(evidence),
+        probe_sentences=probe_figures.sentences(evidence, params.min_effect),
         panels=panels,
         examples=examples(evidence, claims, params.max_samples_shown),
         parents=parents,
@@ -153,6 +155,7 @@ def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[
         "overlap-size": crosscoder_figures.overlap_against_size(evidence, params.early_share),
         "scores": set_figures.scores(evidence),
         "features": feature_cards.figures(evidence),
+        "probes": probe_figures.probes(evidence),
         "tuning": dose_figures.tuning(evidence),
         "lengths": dose_figures.lengths(evidence),
         "effects": set_figures.effect_strips(evidence),

@@ -93,6 +93,8 @@ class Evidence:
     """What the features of the set are (`describe`)."""
     contexts: list[Row]
     """Texts on which they fire."""
+    probes: list[Row]
+    """How well probes with the dictionary and without it read the manner."""
     choice: Row
     search: list[Row]
     """Everything that was tried on the tune split."""
@@ -206,6 +208,11 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
         described=read_json(describe / "features.json"),
         contexts=_rows(describe / "contexts.parquet", "feature_id source rank text peak answer_from tokens original tuned"),
+        probes=_rows(
+            describe / "probes.parquet",
+            "of models n steps tasks reason probe columns auc auc_low auc_high accuracy minus_dense minus_dense_low "
+            "minus_dense_high",
+        ),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
 

@@ -34,7 +34,7 @@ def curves(evidence: Evidence, purpose: str, column: str = "accuracy") -> dict[s
     for (control, _), points in means.items():
         curve = [(norm, float(np.mean(values))) for (_, norm), values in sorted(points.items())]
         start = curve[0][1] if column == "accuracy" else 0.0
-        found.setdefault(control, []).append([(norm, sign * (value - start)) for norm, value in curve])
+        found.setdefault(control, []).append([(norm, sign * value - sign * start) for norm, value in curve])
     return found
 
 
