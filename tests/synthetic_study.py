@@ -610,6 +610,7 @@ def _searched(plan: Plan, purpose: Purpose, controls: list[Control], tune: dict[
     """The search on the tune split: ``tune`` has accuracy of the edited model and of the one that it is to become like."""
     rows: list[Row] = []
     chosen: dict[str, Setting] = {}
+    effects_of_set: dict[Setting, float] = {}
     params, setting = STUDY.intervene, Setting("", "prompt_last", 0.0)
     for control in controls:
         if control.name in SINGLE:
@@ -619,14 +620,15 @@ def _searched(plan: Plan, purpose: Purpose, controls: list[Control], tune: dict[
         tried = [Setting(edit, place, dose) for edit in edits for place in params.positions for dose in DOSES]
         value = {each: _share(plan, purpose, control.name, control.number, each) for each in tried}
         own = chosen[control.label] = gentlest(value, NORM, params.most_of_effect, params.positions)
-        setting = own if control.name == "set" else setting
+        if control.name == "set":
+            setting, effects_of_set = own, value
         for each in (setting._replace(dose=0.0), *tried, setting._replace(dose=BEYOND)):
             share = _share(plan, purpose, control.name, control.number, each)
             facts = {"purpose": purpose.name, "control": control.name, "set_draw": control.number} | each._asdict()
             facts |= {"norm": NORM[each.edit] * each.dose, "acting": 1.0 * (each.dose > 0), "unscaled": 0.4}
             facts |= {"role": "find", "n": 12, "steps": 0.5, "unread": 0.02, "chosen": each == own}
             rows += [facts | {"task": task, "accuracy": a + share * (b - a)} for task, (a, b) in tune.items()]
-    return Searched(controls, chosen, rows)
+    return Searched(controls, chosen, effects_of_set, rows)
 
 
 def _write_intervene(
@@ -712,6 +714,6 @@ def _sensitivity() -> list[Row]:
         rows.append(facts | {"varied": "found by", "choice": "swap at prompt_last"})
         nothing = {"size": 0, "effect": None, "random": None, "median": None}
         rows.append(facts | {"varied": "found by", "choice": "slot at all"} | nothing)
-        rows.append(facts | {"varied": "found in", "choice": "joint_topk_1"})
+        rows.append(facts | {"varied": "found in", "choice": "joint_topk_1"} | {"random": None, "median": None})
         rows.append(facts | {"varied": "edited by", "choice": "add at all", "effect": 0.0})
     return rows

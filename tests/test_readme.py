@@ -22,7 +22,7 @@ def test_readme_shows_the_committed_summary() -> None:
 
 def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> None:
     effect = {"n": 9, "effect": -0.5, "low": -0.6, "high": -0.4, "random_low": -0.1, "random_high": 0.1}
-    keys = ("transfer", "forgetting", "features", "necessary", "sufficient")
+    keys = ("transfer", "forgetting", "features", "necessary", "sufficient", "dictionary")
     summary = {
         "verdicts": dict.fromkeys(keys, "supported"),
         "claims": {key: f"claim of {key}" for key in keys},

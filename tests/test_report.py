@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,6 +28,7 @@ from featdiff.report.charts import CLASS_COLOURS, SET_COLOUR, mixed, tile_for
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.model_figures import report_rows
+from featdiff.report.selectivity import choice
 from featdiff.report.summary import curated, summarise
 from synthetic_study import STUDY, Plan, write_study
 
@@ -288,6 +290,51 @@ def test_figures_show_the_numbers_of_the_tables(pages: dict[str, Page]) -> None:
     alive = [row for row in page.evidence.features if row["fit"] == "pair_sft" and not row["dead"]]
     assert sum(value or 0 for trace in histogram for value in trace["y"]) == len(alive)
     assert set(drawn["score-sort"]["data"][0]["text"][:3]) == {"118", "311", "640"}
+
+
+def test_curves_begin_at_no_change_and_mark_the_choice(pages: dict[str, Page]) -> None:
+    evidence, drawn = pages["full"].evidence, figures(pages["full"].html)
+    for purpose, sign in (("zero_tuned", -1), ("amplify_original", 1)):
+        own = choice(evidence, purpose, "set")
+        rows = [row for row in evidence.search if (row["purpose"], row["control"]) == (purpose, "set")]
+        wanted = [row for row in rows if (row["edit"], row["positions"]) == (own["edit"], own["positions"])]
+        levels = {row["norm"]: [each["accuracy"] for each in wanted if each["norm"] == row["norm"]] for row in wanted}
+        curve = drawn[f"lengths-{purpose}"]["data"][-1]
+        assert curve["x"] == sorted(levels)
+        assert curve["y"] == pytest.approx([sign * (np.mean(levels[at]) - np.mean(levels[0.0])) for at in sorted(levels)])
+        (dotted,) = drawn[f"lengths-{purpose}"]["layout"]["shapes"]
+        assert dotted["x0"] == dotted["x1"] == next(row["norm"] for row in rows if row["chosen"])
+        grid = drawn[f"tuning-{purpose}-{own['edit']}"]
+        (frame,) = grid["layout"]["shapes"]
+        place = [round(frame[axis + "0"] + 0.5) for axis in "xy"]
+        heat = grid["data"][0]
+        assert [float(heat["x"][place[0]]), heat["y"][place[1]]] == [own["dose"], own["positions"]]
+        assert "0" not in heat["x"], "dose 0 is no setting that was tried"
+
+
+def test_controls_say_what_was_chosen_for_them_and_errors_are_counted(pages: dict[str, Page]) -> None:
+    page = pages["full"]
+    table = battery.controls(page.evidence, "amplify_original")
+    assert table is not None
+    shown = {row[0].text: [cell.text for cell in row] for row in table.rows}
+    own = choice(page.evidence, "amplify_original", "mean_difference")
+    assert float(shown[battery.NAMES["mean_difference"]][1]) == own["dose"]
+    assert shown[battery.NAMES["noop"]][1:4] == [words.MISSING] * 3
+    assert set(battery.NAMES.values()) == set(shown)
+    wrong = battery.errors(RATES)
+    assert wrong is not None
+    assert [(row[2].text, row[2].mark) for row in wrong.rows] == [("1", "bad"), ("0", "good")]
+    assert "How often are the rules wrong?" in page.own
+    assert "How often are the rules wrong?" not in pages["empty_intersection"].own
+
+
+def test_other_choices_are_compared_with_draws_where_there_are_any(pages: dict[str, Page]) -> None:
+    (_, table), *_ = battery.sensitivity(pages["full"].evidence)
+    shown = {row[0].text: [cell.text for cell in row[3:]] for row in table.rows}
+    assert shown["found with swap at prompt last"] == ["−0.80", "0.00", "+0.10", "yes"]
+    assert shown["found with slot at all"][0] == "nothing found"
+    assert shown["found in the crosscoder joint topk 1"] == ["−0.80", *[words.MISSING] * 3]
+    assert shown["tested with add at all"][-1] == "no"
 
 
 @pytest.mark.parametrize(("variant", "rule"), [("full", "strict"), ("full", "flexible"), ("suites", "strict")])
