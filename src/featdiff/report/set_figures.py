@@ -106,7 +106,7 @@ def effect_strips(evidence: Evidence) -> list[tuple[str, Panel]]:
             continue
         caption = (
             "Report split; change in accuracy against the same questions unedited, with interval. "
-            "The no-op (factor 1) is the zero line."
+            "The no-op (dose 0) is the zero line."
         )
         if subset == "flipped":
             caption += f" Flipped: {before} wrong, {after} right. They are chosen by their outcome: any damage lowers {after}, "
