@@ -20,8 +20,6 @@ def effects(evidence: Evidence, purpose: str, control: str, subset: str = "all")
 
 CONTROLS = ("shared", "base_specific")
 """Sets that ought to do nothing."""
-DIRECTIONS = ("mean_difference", "first_component")
-"""What a dictionary has to beat."""
 
 
 def mean_effects(evidence: Evidence, purpose: str, tasks: list[str]) -> dict[str, dict[int, float]]:
