@@ -66,7 +66,7 @@ def samples() -> list[Sample]:
         for i in range(number):
             for task in ("words", "late"):
                 made.append(Sample(f"{task}-{split}-{i}", task, split, f"{task[: i + 1]} {'dfgh'[i]}=", "b"))
-            made.append(Sample(f"quiz-{split}-{i}", "quiz", split, f"who {i}=", "B", ("red", "blue", "green")))
+            made.append(Sample(f"quiz-{split}-{i}", "quiz", split, f"who {i}=", "C", ("red", "blue", "green")))
     return made
 
 
@@ -111,6 +111,7 @@ def dictionary(seed: int = 0) -> Crosscoder:
     share_F1[SET] = torch.tensor([[0.6], [0.4]])
     crosscoder.W_enc[:] = rows_FD.T / len(HELD)
     crosscoder.W_dec[:] = (rows_FD * share_F1)[:, None]
+    crosscoder.W_dec[SET, HELD.index("other")] = 0
     crosscoder.b_enc[2:] = 1.5
     return crosscoder
 
@@ -160,7 +161,7 @@ OTHERWISE = Otherwise(
         {"readout": "slot", "positions": "prompt_last", "features": list(range(13))},
     ],
     {"seed_1": [0, 1], "seed_2": [4, 5]},
-    {"seed_1": maker(seed=1), "seed_2": maker(seed=2)},
+    {"seed_1": maker("other", seed=1), "seed_2": maker("other", seed=2)},
 )
 
 
@@ -246,9 +247,11 @@ def test_the_flipped_subset_is_the_same_for_every_purpose(done: Done) -> None:
     }
     flipped = right[ZERO_TUNED] - right[AMPLIFY_ORIGINAL]
     for purpose in EVERY:
-        for task in ("words", "late"):
-            (row,) = rows_of(done.result.effects, purpose=purpose, control="set", task=task, subset="flipped")
-            assert row["n"] == sum(key.startswith(task) for key in flipped) == 4
+        rows = rows_of(done.result.effects, purpose=purpose, control="set", subset="flipped")
+        wanted = {task: sum(key.startswith(task) for key in flipped) for task in TASKS}
+        assert {row["task"]: row["n"] for row in rows} == {task: n for task, n in wanted.items() if n}
+        assert wanted["words"] == wanted["late"] == 4 > wanted["quiz"]
+    assert right[AMPLIFY_ORIGINAL], "the original solves some, which are not flipped"
 
 
 def test_likelihood_says_that_the_start_is_what_the_set_decides(done: Done) -> None:
@@ -347,8 +350,8 @@ def test_rows_under_many_edits_are_those_under_each_alone() -> None:
     ]
     for shared in (None, PromptCache()):
         found = made.evaluator.answer_under(changes, asked, shared=shared)
-        alone = [made.evaluator.answer(asked, edit=change) for change in changes]
-        assert found == alone
+        assert found == [made.evaluator.answer(asked, edit=change) for change in changes]
+        assert shared is None or len(shared._kept) > 1, "prompts of model and donor are kept for further passes"
     assert [row["sample_id"] for row in found[0]] == [sample.sample_id for sample in asked]
     assert len({json.dumps(rows) for rows in found}) > 6
 

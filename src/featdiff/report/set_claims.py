@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FEWEST_DRAWS = 20
 """A 95th percentile of fewer random sets is no percentile."""
 ACTS = 0.9
-"""Share of the questions on which the median control must act."""
+"""Share of the questions on which the set acts that the median control must act on."""
 
 
 @dataclass(frozen=True)
@@ -260,16 +260,18 @@ class SetClaims:
         return Criterion(text, settled(p <= self.params.alpha, seen and p > self.params.alpha))
 
     def _acting(self, purpose: str) -> Criterion:
-        """Random sets that change nothing could not refute anything."""
-        rows = [
-            row for row in self.evidence.search if (row["purpose"], row["control"], row["chosen"]) == (purpose, RANDOM, True)
-        ]
-        if not rows:
+        """Random sets that change nothing could not refute anything. They are as long as the set, and so act where it does."""
+        acting = {
+            control: [row["acting"] for row in self.evidence.search
+                      if (row["purpose"], row["control"], row["chosen"]) == (purpose, control, True)]
+            for control in (SET, RANDOM)
+        }  # fmt: skip
+        if not all(acting.values()):
             return Criterion("random sets act: none tried", None)
-        acting = float(np.median([row["acting"] for row in rows]))
-        return Criterion(
-            f"random sets act on at least {percent(ACTS)} of the questions: {percent(acting)}", acting >= ACTS or None
-        )
+        own, drawn = (float(np.median(acting[control])) for control in (SET, RANDOM))
+        where = f"the questions on which the set does ({percent(own)})"
+        text = f"random sets act on at least {percent(ACTS)} of {where}: {percent(drawn)}"
+        return Criterion(text, drawn >= ACTS * own or None)
 
     def _per_task(self, rows: dict[str, Row], tasks: list[str], sign: int) -> Criterion:
         adjusted = holm({task: rows[task]["p_mcnemar"] for task in tasks if task in rows})
