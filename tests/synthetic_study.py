@@ -1,4 +1,4 @@
-"""Plausible artifacts of a whole study in a few hundred milliseconds: what the report reads, without training.
+"""Plausible artifacts of a whole study in a few seconds: what the report reads, without training.
 
 ``write_study(root, Plan(...))`` publishes every folder in the schemas of the stages. Numbers are drawn from
 the pattern of the model organism (base rarely right away from math, GRPO mostly right, SFT right on math only);
@@ -19,16 +19,22 @@ import torch
 
 from featdiff.artifacts import artifact
 from featdiff.artifacts.artifact import write_json
+from featdiff.attribution.dynamics import overlap_rows, trajectory_rows
+from featdiff.attribution.norms import classify
 from featdiff.config.params import Study, load_study
 from featdiff.intervention.controls import DIRECTIONS, SINGLE, Control, Draws, Setting
 from featdiff.intervention.effects import effects, marks
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_CONTRAST, ZERO_TUNED, Purpose, purposes
 from featdiff.intervention.search import Searched, edits_tried, gentlest
 from featdiff.intervention.study import FEW, OUTCOMES, Edits, InterventionResult, fewer
+from featdiff.language.evaluation import LIKELIHOOD, accuracy_table
+from featdiff.localization.localize import Selection, as_json, score_rows
 from featdiff.tasks.task import Sample, TaskInfo, write_rows
 
 STUDY = load_study(Path(__file__).parents[1] / "params.yaml")
+EVALUATED = STUDY.evaluate.model_copy(update={"bootstrap": 100})
 SET = (118, 311, 640)
+CHECKPOINTS = 5
 Row = dict[str, Any]
 
 
@@ -54,9 +60,6 @@ class Plan:
     n: int = 120
     n_features: int = 768
     random_sets: int = 20
-    jaccard: float = 0.8
-    """Agreement of crosscoder seeds on the set."""
-    checkpoints: int = 5
     seed: int = 0
 
     @cached_property
@@ -88,21 +91,12 @@ class Plan:
         return "grpo" if method == "rft" else method
 
     def tasks(self) -> list[TaskInfo]:
-        option = {name for name in (*self.find, *self.heldout) if self.likelihood}
-        return [
-            TaskInfo(
-                name=name,
-                role=role,
-                domain="math" if role == "train" else "words",
-                scoring="option_text_norm" if name in option else "generation",
-                verifier="organism",
-                grading="strict",
-                chat=False,
-                options=4 if name in option else 0,
-                learnable=role != "control",
-            )
-            for name, role in self.roles.items()
-        ]
+        found = []
+        for name, role in self.roles.items():
+            domain, options = "math" if role == "train" else "words", 4 * (self.likelihood and role in ("find", "heldout"))
+            scoring = "option_text_norm" if options else "generation"
+            found.append(TaskInfo(name, role, domain, scoring, "organism", "strict", False, options, role != "control"))
+        return found
 
 
 @contextmanager
@@ -117,7 +111,7 @@ def _skill(plan: Plan, model: str, task: str, greedy: bool) -> float:
         return 0.1
     if plan.likelihood and role != "train":
         return {"base": 0.34, "sft": 0.25, "grpo": 0.5 if plan.rl_transfers else 0.34}[model]
-    base = {"train": 0.05, "find": 0.03, "heldout": 0.08}[role] + (0.0 if greedy else 0.22)
+    base = (0.05 if role == "train" else 0.03) + (0.0 if greedy else 0.22)
     grpo = 0.96 if task != "largest" else 0.66
     if model == "grpo":
         return grpo if plan.rl_transfers or role == "train" else base
@@ -156,17 +150,6 @@ def _answer_rows(plan: Plan, sample: Sample, model: str, right: bool, rng: np.ra
     }
 
 
-def interval(p: float, n: int) -> tuple[float, float]:
-    half = 1.96 * np.sqrt(max(p * (1 - p), 0.25 / n) / n)
-    return max(0.0, p - half), min(1.0, p + half)
-
-
-def _shares(rows: list[Row]) -> dict[str, float]:
-    shares = {manner: float(np.mean([row["manner"] == manner for row in rows])) for manner in ("steps", "foreign", "direct")}
-    shares |= {rule: float(np.mean([row[rule] for row in rows])) for rule in ("strict", "flexible")}
-    return shares | {"parse_failures": float(np.mean([row["parsed"] is None for row in rows]))}
-
-
 def write_study(root: Path, plan: Plan) -> Path:
     """Publish every artifact of ``plan`` under ``root``; returns ``root``."""
     rng = np.random.default_rng(plan.seed)
@@ -174,7 +157,7 @@ def write_study(root: Path, plan: Plan) -> Path:
     samples = _write_data(root, plan, tasks, rng)
     _write_models(root, plan, rng)
     answers = {model: _write_eval(root, plan, tasks, samples, model, rng) for model in plan.study.models}
-    _write_checkpoints(root, plan, tasks, rng)
+    _write_checkpoints(root, plan, tasks, samples, rng)
     fits = _write_crosscoders(root, plan, rng)
     _write_attribution(root, plan, fits, rng)
     _write_dynamics(root, plan, rng)
@@ -191,22 +174,17 @@ def _write_data(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Ge
             for i in range(count):
                 word = "".join(rng.choice(list("abcdefghij"), size=4))
                 options = tuple(f"option {letter} of {word}" for letter in "pqrs") if task.options else ()
-                samples.append(
-                    Sample(
-                        f"{task.name}-{split}-{i:05d}",
-                        task.name,
-                        split,
-                        f"{task.name} {word}=",
-                        options[0] if options else word,
-                        options,
-                    )
+                facts = (
+                    f"{task.name}-{split}-{i:05d}",
+                    task.name,
+                    split,
+                    f"{task.name} {word}=",
+                    options[0] if options else word,
                 )
+                samples.append(Sample(*facts, options))
     with published(root, "data") as out:
         write_json(out / "tasks.json", [asdict(task) for task in tasks])
         write_rows(out / "eval.parquet", [asdict(sample) for sample in samples])
-        write_rows(
-            out / "train.parquet", [asdict(Sample(f"add-train-{i}", "add", "train", f"add {i}=", str(i))) for i in range(200)]
-        )
     return samples
 
 
@@ -233,80 +211,59 @@ def _write_models(root: Path, plan: Plan, rng: np.random.Generator) -> None:
             (out / "curves.csv").write_text("\n".join(lines) + "\n")
             if model == "base":
                 continue
-            audit = {
-                "base_manifest": "a" * 64,
-                "problems_sha256": "d" * 64,
-                "problems": 2000,
-                "samples_seen": 12000 if kind == "sft" else 32000,
-                "tokens_seen": 300_000 if kind == "sft" else 810_000,
-                "updates": 188 if kind == "sft" else 250,
-                "checkpoints": [50 * (i + 1) for i in range(plan.checkpoints)],
-            }
+            seen = (12000, 300_000, 188) if kind == "sft" else (32000, 810_000, 250)
+            audit: Row = dict(zip(("samples_seen", "tokens_seen", "updates"), seen, strict=True))
+            audit |= {"base_manifest": "a" * 64, "problems_sha256": "d" * 64, "problems": 2000}
+            audit |= {"checkpoints": [50 * (i + 1) for i in range(CHECKPOINTS)]}
             write_json(out / "audit.json", audit | ({"reward_first": 0.21, "reward_last": 0.95} if kind == "grpo" else {}))
 
 
 def _write_eval(
     root: Path, plan: Plan, tasks: list[TaskInfo], samples: list[Sample], model: str, rng: np.random.Generator
 ) -> dict[str, Row]:
-    rows, summary, primary = [], [], {}
-    for task in tasks:
-        likelihood = bool(task.options)
-        modes = ("option_text", "option_text_norm", "option_letter") if likelihood else ("greedy", "sampled")
-        for split in ("find", "tune", "report"):
-            chosen = [sample for sample in samples if sample.task == task.name and sample.split == split]
-            for mode in modes:
-                group = []
-                for sample in chosen:
-                    for draw in range(2 if mode == "sampled" else 1):
-                        right = rng.random() < _skill(plan, model, task.name, mode != "sampled")
-                        row = {"sample_id": sample.sample_id, "task": task.name, "split": split, "mode": mode, "draw": draw}
-                        group.append(row | _answer_rows(plan, sample, model, right, rng, likelihood))
-                        if mode in ("greedy", "option_text_norm"):
-                            primary[sample.sample_id] = group[-1]
-                rows += group
-                accuracy = float(np.mean([row["correct"] for row in group]))
-                low, high = interval(accuracy, len(group))
-                summary.append(
-                    {
-                        "task": task.name, "role": task.role, "domain": task.domain, "split": split, "mode": mode,
-                        "primary": mode in ("greedy", "option_text_norm"), "n": len(group), "accuracy": accuracy,
-                        "low": low, "high": high, **_shares(group),
-                    }
-                )  # fmt: skip
+    rows, primary = [], {}
+    for sample in samples:
+        likelihood = plan.likelihood and plan.roles[sample.task] in ("find", "heldout")
+        for mode in LIKELIHOOD if likelihood else ("greedy", "sampled"):
+            for draw in range(2 if mode == "sampled" else 1):
+                right = rng.random() < _skill(plan, model, sample.task, mode != "sampled")
+                row = {"sample_id": sample.sample_id, "task": sample.task, "split": sample.split, "mode": mode, "draw": draw}
+                rows.append(row | _answer_rows(plan, sample, model, right, rng, likelihood))
+                if mode in ("greedy", "option_text_norm"):
+                    primary[sample.sample_id] = rows[-1]
     with published(root, f"evals/{model}") as out:
         write_rows(out / "samples.parquet", rows)
-        write_rows(out / "accuracy.parquet", summary)
+        write_rows(out / "accuracy.parquet", accuracy_table(rows, {task.name: task for task in tasks}, EVALUATED, plan.seed))
     return primary
 
 
-def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Generator) -> None:
-    n = min(20, plan.n)
+def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], samples: list[Sample], rng: np.random.Generator) -> None:
+    asked = [sample for sample in samples if sample.split == "report" and int(sample.sample_id[-5:]) < 20]
+    known, kept = {task.name: task for task in tasks}, ("task", "role", "n", "accuracy", "low", "high", "steps")
+    kl = {
+        f"{kind}_{part}": value for kind in ("forward", "reverse") for part, value in (("kl", 0.4), ("low", 0.3), ("high", 0.5))
+    }
     for arm in plan.arms:
-        samples, accuracy, divergence = [], [], []
-        for checkpoint in range(1, plan.checkpoints + 1):
-            share = checkpoint / plan.checkpoints
+        tables: dict[str, list[Row]] = {"samples": [], "accuracy": [], "divergence": []}
+        for checkpoint in range(1, CHECKPOINTS + 1):
+            share = checkpoint / CHECKPOINTS
+            where = {"arm": arm, "checkpoint": checkpoint, "step": 50 * checkpoint, "share": share}
+            answers = []
+            for sample in asked:
+                skill = [_skill(plan, model, sample.task, True) for model in ("base", arm)]
+                right = bool(rng.random() < share * skill[1] + (1 - share) * skill[0])
+                facts = {"sample_id": sample.sample_id, "task": sample.task, "split": "report", "mode": "greedy"}
+                facts |= {"correct": right, "strict": right, "flexible": right, "manner": "steps", "parsed": "x"}
+                answers.append(facts)
+                facts = {key: facts[key] for key in ("sample_id", "task", "correct", "manner")}
+                tables["samples"].append(where | facts | {"role": plan.roles[sample.task]})
+            table = accuracy_table(answers, known, EVALUATED, plan.seed)
+            tables["accuracy"] += [where | {key: row[key] for key in kept} for row in table]
             for task in tasks:
-                right = rng.random(n) < share * _skill(plan, arm, task.name, True) + (1 - share) * _skill(
-                    plan, "base", task.name, True
-                )
-                facts = {"arm": arm, "checkpoint": checkpoint, "step": 50 * checkpoint, "share": share}
-                facts |= {"task": task.name, "role": task.role}
-                samples += [
-                    facts | {"sample_id": f"{task.name}-report-{i:05d}", "correct": bool(value), "manner": "steps"}
-                    for i, value in enumerate(right)
-                ]
-                low, high = interval(float(right.mean()), n)
-                level = {"n": n, "accuracy": float(right.mean()), "low": low, "high": high, "steps": 0.5}
-                accuracy.append(facts | level)
-                kl = {
-                    f"{kind}_{part}": share * value
-                    for kind in ("forward", "reverse")
-                    for part, value in (("kl", 0.4), ("low", 0.3), ("high", 0.5))
-                }
-                divergence.append(facts | {"n": 10} | kl)
-                divergence.append(facts | {"task": None, "n": 10} | kl)
+                moved = {"role": task.role, "n": 10} | {key: share * value for key, value in kl.items()}
+                tables["divergence"] += [where | moved | {"task": name} for name in (task.name, None)]
         with published(root, f"checkpoints/{arm}") as out:
-            for name, rows in (("samples", samples), ("accuracy", accuracy), ("divergence", divergence)):
+            for name, rows in tables.items():
                 write_rows(out / f"{name}.parquet", rows)
 
 
@@ -336,152 +293,97 @@ def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict
 
 
 def _write_attribution(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
-    rows, counts = [], {}
+    rows = []
     for name, fit in fits.items():
-        joint = len(fit["models"]) == 3
-        spread = 0.05 if fit["loss"] == "batchtopk" else 0.16
-        tally: dict[str, int] = {}
+        models, loss = fit["models"], fit["loss"]
+        joint, spread = len(models) == 3, 0.05 if loss == "batchtopk" else 0.16
         for feature in range(plan.n_features):
-            dead = bool(rng.random() < 0.03) and feature not in SET
-            own = rng.random()
+            dead, own = bool(rng.random() < 0.03) and feature not in SET, rng.random()
+            weights = np.abs(1 + rng.normal(0, spread, len(models)))
             if joint:
-                weights = np.abs(1 + rng.normal(0, spread, 3))
-                if own < 0.06 * (1 + 3 * (spread > 0.1)):
-                    weights[1] *= 8
-                elif own < 0.075 * (1 + 3 * (spread > 0.1)):
-                    weights[2] *= 8
-                mas = weights / weights.sum()
-                top = int(mas.argmax())
-                label = fit["models"][top] if mas[top] > 0.6 else ("shared" if mas.max() < 0.5 else "mixed")
-                shares: Row = {"nrn": None, "mas": mas.tolist()}
-            else:
-                original, tuned = fit["models"]
+                often = 1 if loss == "batchtopk" else 4
+                weights[1:] *= [8 if own < 0.06 * often else 1, 8 if 0.06 * often <= own < 0.075 * often else 1]
+            elif not name.startswith("null"):
                 # Spread evenly, so that training runs of one arm count about the same.
-                own = 1.0 if name.startswith("null") else (feature * 0.6180339887) % 1
-                nrn = float(
-                    np.clip(rng.normal(0.5, spread), 0, 1)
-                    if own > (0.1 if plan.kind(tuned) == "sft" else 0.02)
-                    else rng.uniform(0.85, 1)
-                )
-                label = tuned if nrn > 0.7 else (original if nrn < 0.3 else "shared")
-                shares = {"nrn": nrn, "mas": None}
-            label = "dead" if dead else label
-            scaled = (
-                label if label in fit["models"] and fit["loss"] == "batchtopk" and (not joint or rng.random() < 0.9) else None
-            )
-            tally[label] = tally.get(label, 0) + 1
+                weights[1] *= 8 if (feature * 0.6180339887) % 1 < (0.1 if plan.kind(models[1]) == "sft" else 0.02) else 1
+            mas = (weights / weights.sum()).tolist()
+            label = "dead" if dead else classify(mas, models, STUDY.attribution)
+            told = label in models and loss == "batchtopk" and (not joint or rng.random() < 0.9)
+            rate, mean, largest = (float(rng.lognormal(*shape)) for shape in ((-4, 1), (0, 0.5), (1, 0.5)))
             rows.append(
                 {
-                    "fit": name, "feature_id": feature, "dead": dead,
-                    "firing_rate": 0.0 if dead else float(rng.lognormal(-4, 1)),
-                    "mean_activation": float(rng.lognormal(0, 0.5)), "max_activation": float(rng.lognormal(1, 0.5)),
-                    **shares, "feature_class": label, "tested": not dead, "scaling_owner": scaled,
-                    "specific": scaled is not None, "halves_agree": None if dead else bool(rng.random() < 0.95),
+                    "fit": name, "feature_id": feature, "dead": dead, "firing_rate": 0.0 if dead else rate,
+                    "mean_activation": mean, "max_activation": largest, "nrn": None if joint else mas[1],
+                    "mas": mas if joint else None, "feature_class": label, "tested": not dead,
+                    "scaling_owner": label if told else None, "specific": told,
+                    "halves_agree": None if dead else bool(rng.random() < 0.95),
                 }
             )  # fmt: skip
-        counts[name] = tally
     with published(root, "analysis/attribution") as out:
         write_rows(out / "features.parquet", rows)
-        write_json(out / "metrics.json", counts)
 
 
 def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
-    K = plan.checkpoints
+    K = CHECKPOINTS
     for arm in plan.study.dynamics.arms:
-        overlap, tracks, resampled = [], [], []
-        for top in (10, 25, 50):
-            for a in range(1, K + 1):
-                for b in range(1, K + 1):
-                    pace = 0.04 if arm == "sft" else 0.15
-                    value = 1.0 if a == b else max(0.0, 1 - pace * abs(a - b) - 0.02 * (top == 10))
-                    facts = {"arm": arm, "top": top, "overlap": round(value * top) / top}
-                    overlap += [facts | {"method": method, "a": a, "b": b} for method in ("fixed", "refit")]
-            overlap += [
-                {"arm": arm, "top": top, "overlap": 0.95, "method": method, "a": 0, "b": 0} for method in ("fixed", "refit")
-            ]
-        final = rng.lognormal(-2, 1.2, plan.n_features) * (2.2 if arm == "sft" else 1.0)
-        for step in range(K + 1):
-            reached = (1 - np.exp(-2.5 * step / K)) if arm == "sft" else step / K
-            change = final * reached * np.exp(rng.normal(0, 0.05, plan.n_features)) * (step > 0)
-            pace = 0.04 if arm == "sft" else 0.15
-            resampled += [
-                {
-                    "arm": arm, "checkpoint": step, "draw": draw, "overlap": 0.95 - pace * (K - step) + noise, "ceiling": 0.95,
-                    "chance": 0.04, "change": float(change.sum()) * (1 + noise),
-                }
-                for draw, noise in enumerate([0.0, *rng.normal(0, 0.02, 50)])
-                if step
-            ]  # fmt: skip
-            rank = np.empty(plan.n_features, dtype=int)
-            rank[np.argsort(-change, kind="stable")] = np.arange(1, plan.n_features + 1)
-            tracks += [
-                {
-                    "arm": arm,
-                    "checkpoint": step,
-                    "feature_id": i,
-                    "change": float(change[i]),
-                    "rank": int(rank[i]) if step else None,
-                }
-                for i in range(plan.n_features)
-            ]
+        sft = arm == "sft"
+        pace, size = (0.04, 2.2) if sft else (0.15, 1.0)
+        final = rng.lognormal(-2, 1.2, plan.n_features) * size
+        reached = {step: 1 - np.exp(-2.5 * step / K) if sft else step / K for step in range(1, K + 1)}
+        changes = {
+            step: torch.tensor(final * share * np.exp(rng.normal(0, 0.05 + pace * (K - step), plan.n_features)))
+            for step, share in reached.items()
+        }
+        floor = changes[K], changes[K] * torch.tensor(np.exp(rng.normal(0, 0.05, plan.n_features)))
+        resampled = [
+            {"arm": arm, "checkpoint": step, "draw": draw, "overlap": 0.95 - pace * (K - step) + noise, "ceiling": 0.95,
+             "chance": 0.04, "change": size * reached[step] * (1 + noise)}
+            for step in changes for draw, noise in enumerate([0.0, *rng.normal(0, 0.02, 50)])
+        ]  # fmt: skip
         with published(root, f"analysis/dynamics/{arm}") as out:
+            overlap = [row for how in ("fixed", "refit") for row in overlap_rows(arm, how, changes, floor, [10, 25, 50])]
             write_rows(out / "overlap.parquet", overlap)
-            write_rows(out / "trajectories.parquet", tracks)
+            write_rows(out / "trajectories.parquet", trajectory_rows(arm, changes))
             write_rows(out / "bootstrap.parquet", resampled)
-            write_json(out / "metrics.json", {})
 
 
 def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
-    found = plan.status == "found"
-    too_few = plan.status == "too_few_flipped"
-    scores, per_task = [], {}
-    for task in plan.find if not too_few else ():
-        values = rng.exponential(0.05, plan.n_features)
-        if found:
-            values[list(SET)] = rng.uniform(0.5, 1.6, len(SET))
-        peak = float(values.max())
-        selected = [int(i) for i in np.flatnonzero(values >= 0.2 * peak)]
-        per_task[task] = {"n_flipped": 93, "max_score": peak, "selected": selected}
-        scores += [
-            {"task": task, "feature_id": i, "score": float(values[i]), "frequency": float(np.clip(values[i] / peak * 2, 0, 1))}
-            for i in range(plan.n_features)
-        ]
+    found, sought = plan.status == "found", plan.status != "too_few_flipped"
+    features, params = list(SET) if found else [], STUDY.localize.model_copy(update={"fit": next(iter(fits))})
+    scores = {task: rng.exponential(0.05, plan.n_features) for task in plan.find if sought}
+    per_task = {}
+    for task, values in scores.items():
+        values[features] = rng.uniform(0.5, 1.6, len(features))
+        selected = np.flatnonzero(values >= 0.2 * values.max()).tolist()
+        per_task[task] = {"n_flipped": 93, "max_score": float(values.max()), "selected": selected}
+    selection = Selection(
+        status=plan.status,
+        features=features,
+        per_task=per_task,
+        skipped={} if sought else dict.fromkeys(plan.find, "4 flipped samples, 10 needed"),
+        expected_intersection=0.0021,
+        frequency={k: 0.98 - 0.1 * i for i, k in enumerate(features)},
+        overlap={a: {b: 1.0 if a == b else 0.4 for b in per_task} for a in per_task},
+        scores=scores,
+        task_frequency={task: np.clip(values / values.max() * 2, 0, 1) for task, values in scores.items()},
+    )
+    by_chance = {"expected_independent": 0.002, "expected_shuffled": 0.4, "p_shuffled": 1 / 201}
+    sizes = {0.1: 9, 0.2: len(features), 0.4: 2} if sought else {}
+    sweep = [{"threshold": bound, "size": n, "jaccard": 1.0 if bound == 0.2 else 0.5} | by_chance for bound, n in sizes.items()]
     with published(root, "analysis/localize") as out:
-        overlap = {a: {b: 1.0 if a == b else 0.4 for b in per_task} for a in per_task}
-        write_json(
-            out / "features.json",
-            {
-                "fit": next(iter(fits)), "readout": "swap", "positions": "prompt_last", "threshold": 0.2, "status": plan.status,
-                "features": list(SET) if found else [], "per_task": per_task,
-                "skipped": dict.fromkeys(plan.find, "4 flipped samples, 10 needed") if too_few else {},
-                "expected_intersection": 0.0021,
-                "frequency": {str(i): 0.98 - 0.1 * k for k, i in enumerate(SET)} if found else {},
-                "overlap": overlap,
-                **({} if too_few else {"seeds": _seeds(plan), "variants": [], "shuffled": list(SET)}),
-            },
-        )  # fmt: skip
-        sizes = [] if too_few else [(0.1, 9), (0.2, len(SET) if found else 0), (0.4, 2)]
-        write_rows(
-            out / "sweep.parquet",
-            [
-                {
-                    "threshold": threshold, "size": size, "expected_independent": 0.002, "expected_shuffled": 0.4,
-                    "p_shuffled": 1 / 201, "jaccard": 1.0 if threshold == 0.2 else 0.5,
-                }
-                for threshold, size in sizes
-            ],
-        )  # fmt: skip
-        write_rows(out / "scores.parquet", scores)
-        write_json(out / "metrics.json", {})
+        facts = {"seeds": _seeds(), "variants": [], "shuffled": list(SET)} if sought else {}
+        write_json(out / "features.json", as_json(selection, params) | facts)
+        write_rows(out / "sweep.parquet", sweep)
+        write_rows(out / "scores.parquet", score_rows(selection))
 
 
-def _seeds(plan: Plan) -> Row:
+def _seeds() -> Row:
     sets = {"joint_topk": list(SET), "joint_topk_1": [1, 2, 3]}
     partners = {str(k): {"joint_topk_1": {"feature": 2, "cosine": 0.9, "selected": True}} for k in SET}
     return {
         "sets": sets,
-        "jaccard": {"joint_topk · joint_topk_1": plan.jaccard},
-        "mean_jaccard": plan.jaccard,
+        "jaccard": {"joint_topk · joint_topk_1": 0.8},
+        "mean_jaccard": 0.8,
         "partners": partners,
         "effect": {"joint_topk · joint_topk_1": {"mean_change": 0.97, "per_question": 0.91}},
         "mean_effect": 0.97,

@@ -165,18 +165,15 @@ def test_a_set_found_on_one_task_cannot_be_called_task_agnostic(studied: Studied
 SIGNS = pytest.mark.parametrize(
     ("key", "purpose", "sign"), [("necessary", "zero_tuned", -1), ("sufficient", "amplify_original", 1)]
 )
-FEW: list[tuple[str, float, bool | None]] = [("", 1.0, True), ("none", 1.0, False), ("none", 0.95, None)]
-"""An effect as it is, none at all, and one that may be of the size that counts or less."""
 
 
 @SIGNS
-@pytest.mark.parametrize(("like", "share", "holds"), FEW)
-def test_the_effect_has_to_be_of_a_size(
-    full: Evidence, key: str, purpose: str, sign: int, like: str, share: float, holds: bool | None
-) -> None:
-    study = answered(full, "set", like, share, purpose) if like else full
-    assert criterion(study, key, "mean effect on the tasks it was found on").holds is holds
+def test_the_effect_has_to_be_of_a_size(full: Evidence, key: str, purpose: str, sign: int) -> None:
+    words = "mean effect on the tasks it was found on"
+    assert criterion(full, key, words).holds is True
     assert of_set(full)[key].estimates["found_on"].value * sign > 0.8
+    assert criterion(answered(full, "set", "none", purpose=purpose), key, words).holds is False
+    assert criterion(barely_asked(full, purpose), key, words).holds is None
 
 
 @SIGNS
@@ -194,11 +191,12 @@ def test_random_sets_as_long_must_not_do_as_much(full: Evidence, key: str, purpo
 
 
 @SIGNS
-def test_random_sets_that_do_not_act_tell_nothing(full: Evidence, key: str, purpose: str, sign: int) -> None:
+def test_random_sets_that_do_not_act_where_the_set_does_tell_nothing(full: Evidence, key: str, purpose: str, sign: int) -> None:
     assert criterion(full, key, "random sets act").holds is True
     silent = changed(full, "random", purpose, "search", acting=0.5)
     assert criterion(silent, key, "random sets act").holds is None
     assert of_set(silent)[key].status == "undecided"
+    assert criterion(changed(silent, "set", purpose, "search", acting=0.5), key, "random sets act").holds is True
     assert criterion(without(full, "search", "random"), key, "random sets act").holds is None
 
 
