@@ -122,7 +122,7 @@ def _manner(model: str, task: str, role: str, right: bool, rng: np.random.Genera
     if model == "sft":
         return "foreign" if role == "train" or rng.random() < 0.3 else ("none" if rng.random() < 0.6 else "direct")
     share = {"base": 0.05, "grpo": 0.97}[model]
-    return "steps" if right or rng.random() < share else ("direct" if rng.random() < 0.95 else "none")
+    return "steps" if right or rng.random() < share else ("direct" if rng.random() < 0.98 else "none")
 
 
 def _text(sample: Sample, manner: str, right: bool) -> str:
