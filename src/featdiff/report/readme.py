@@ -11,6 +11,8 @@ from featdiff.artifacts.artifact import read_json
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ORDER = ("transfer", "forgetting", "features", "necessary", "sufficient", "dictionary")
+"""Of the claims: JSON has them by name."""
 ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out", "control": "control"}
 
 
@@ -18,19 +20,22 @@ def results(summary: dict[str, Any]) -> str:
     """Verdicts, accuracies and effects as Markdown."""
     roles = {role: name for role, name in ROLES.items() if role in next(iter(summary["accuracy"].values()))}
     lines = ["| claim | verdict |", "|---|---|"]
-    lines += [f"| {claim} | **{summary['verdicts'][key]}** |" for key, claim in summary["claims"].items()]
+    lines += [f"| {summary['claims'][key]} | **{summary['verdicts'][key]}** |" for key in ORDER]
     lines += ["", f"| accuracy, report split | {' | '.join(roles.values())} |", "|---" * (1 + len(roles)) + "|"]
     for model, accuracy in summary["accuracy"].items():
         lines.append(f"| {model} | {' | '.join(f'{accuracy[role]:.2f}' for role in roles)} |")
     zero, amplify = (summary["effects"].get(purpose, {}) for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL))
     if zero and amplify:
-        head = ("change of accuracy", "n", "set zeroed in the tuned model", "random sets")
+        head = ("change of accuracy", "n", "set taken away from the tuned model", "random sets")
         lines += ["", f"| {' | '.join(head)} | set amplified in the original | random sets |", "|---" * 6 + "|"]
         for task, row in zero.items():
             lines.append(
                 f"| {task} | {row['n']} | {_effect(row)} | {_band(row)} | {_effect(amplify[task])} | {_band(amplify[task])} |"
             )
-        lines += ["", "Effects with 95 % bootstrap interval; random sets: 5th to 95th percentile of the matched draws."]
+        lines += [
+            "",
+            "Effects with 95 % bootstrap interval; random sets, as long as the set: 5th to 95th percentile of the draws.",
+        ]
     return "\n".join(lines)
 
 
