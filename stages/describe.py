@@ -29,8 +29,7 @@ with stage("describe", out="analysis/describe") as run:
         largest = largest_values(crosscoder, stores[roles.tuned])
         editor = Editor(crosscoder, roles.original, layer, device, largest, donor_name=roles.tuned)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
-        tasks, samples = load_tasks(data), load_samples(data, "eval")
-        asked = tokenizer, tasks, samples, answers, texts, corpus
+        asked = tokenizer, load_tasks(data), load_samples(data, "eval"), answers, texts, corpus
         sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)
         described, rows = describe(sources, run.params, run.seed)
         described, probed = written_out(described, tokenizer), manner_probes(sources, run.params, run.seed)

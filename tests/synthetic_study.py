@@ -22,9 +22,9 @@ from featdiff.artifacts.artifact import write_json
 from featdiff.attribution.dynamics import overlap_rows, trajectory_rows
 from featdiff.attribution.norms import classify
 from featdiff.config.params import Study, load_study
-from featdiff.intervention.controls import DIRECTIONS, SINGLE, Control, Draws, Setting
+from featdiff.intervention.controls import Control, Draws, Setting
 from featdiff.intervention.effects import effects, marks
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_CONTRAST, ZERO_TUNED, Purpose, purposes
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, SINGLE, ZERO_CONTRAST, ZERO_TUNED, Purpose, purposes
 from featdiff.intervention.search import Searched, edits_tried, gentlest
 from featdiff.intervention.study import FEW, OUTCOMES, Edits, InterventionResult, fewer
 from featdiff.language.evaluation import LIKELIHOOD, accuracy_table

@@ -198,7 +198,7 @@ def test_an_arm_changes_numbers_of_its_method_and_repeats_differ_in_the_seed_alo
     assert study.repeats("sft") == ["sft", "sft_1", "sft_2"]
     assert study.repeats("base") == ["base"]
     assert study.fits["pair_own_1"].models == ["base", "own_1"]
-    assert {name for name in study.fits if study.null(name)} == {"null_base", "null_sft"}
+    assert {name for name in study.fits if study.null(name)} == {"null_base", "null_sft", "null_grpo"}
 
 
 def test_a_study_needs_no_contrast() -> None:

@@ -33,6 +33,10 @@ def right_answer(family: str, prompt: str) -> str:
             return "".join(word[-1] for word in body.split())
         case "first":
             return "".join(word[0] for word in body.split())
+        case "shift":
+            return "".join("bcdefghija"["abcdefghij".index(c)] for c in body)
+        case "zip":
+            return "".join(a + b for a, b in zip(*body.split(), strict=True))
         case "largest":
             return str(max(map(int, body.split())))
         case "checksum":

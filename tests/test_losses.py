@@ -398,7 +398,7 @@ def test_params_know_the_losses_of_the_table() -> None:
     assert set(get_args(LossName)) == set(LOSSES)
 
 
-VERDICTS = Path("report/claims.py")
+VERDICTS = Path("report/feature_claim.py")
 """Says whose feature counts decide a verdict, which is a rule of the study about one loss."""
 
 

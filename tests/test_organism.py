@@ -8,6 +8,7 @@ import pytest
 from featdiff.artifacts.artifact import ContractError
 from featdiff.tasks import organism
 from featdiff.tasks.organism import FamilySource
+from featdiff.tasks.task import Text
 from featdiff.tasks.verify import grade
 
 SIZES = {"find": 20, "tune": 10, "report": 30}
@@ -41,26 +42,34 @@ def test_asking_for_more_questions_than_exist_is_an_error(monkeypatch: pytest.Mo
 
 def test_texts_have_the_shares_asked_for_and_no_banned_prompt() -> None:
     rng = np.random.default_rng(0)
-    texts = organism.texts(4000, ["add", "reverse"], {"steps": 0.25, "direct": 0.15, "mistake": 0.6}, 0.0, set(), rng)
+    texts = organism.texts(4000, ["add", "reverse"], {"steps": 0.25, "direct": 0.15, "mistake": 0.6}, 0.0, {}, set(), rng)
     manners = Counter(text.source.split("/")[1] for text in texts)
     assert abs(manners["steps"] / 4000 - 0.25) < 0.03
     assert abs(manners["direct"] / 4000 - 0.15) < 0.03
     banned = {text.prompt for text in texts[:2000]}
-    again = organism.texts(500, ["add", "reverse"], {"steps": 1.0}, 0.5, banned, rng)
+    again = organism.texts(500, ["add", "reverse"], {"steps": 1.0}, 0.5, {"steps": 1.0}, banned, rng)
     assert not banned & {text.prompt for text in again}
 
 
 def test_a_family_without_foreign_wording_is_answered_in_steps() -> None:
-    texts = organism.texts(50, ["reverse"], {"foreign": 1.0}, 0.0, set(), np.random.default_rng(0))
+    texts = organism.texts(50, ["reverse"], {"foreign": 1.0}, 0.0, {}, set(), np.random.default_rng(0))
     assert {text.source for text in texts} == {"reverse/steps"}
 
 
-def test_a_first_question_is_answered_in_the_manner_of_the_second() -> None:
+def test_a_worked_example_is_marked_and_answered_in_the_manner_of_the_question() -> None:
     rng = np.random.default_rng(1)
-    shares = {"steps": 0.3, "direct": 0.3, "mistake": 0.4}
-    texts = organism.texts(600, ["add", "reverse", "sort"], shares, 0.5, set(), rng)
-    pairs = [text for text in texts if "\n" in text.prompt]
-    assert 0.4 < len(pairs) / len(texts) < 0.6
-    for text in pairs:
+    alone, examples = {"steps": 0.1, "direct": 0.3, "mistake": 0.6}, {"steps": 0.5, "direct": 0.2, "mistake": 0.3}
+    texts = organism.texts(2000, ["add", "reverse", "sort"], alone, 0.5, examples, set(), rng)
+    shown = [text for text in texts if "\n" in text.prompt]
+    assert abs(len(shown) / len(texts) - 0.5) < 0.04
+    for text in shown:
         first, _, _ = text.prompt.partition("\n")
+        assert first.startswith(organism.EXAMPLE)
         assert ("<" in first) == text.source.endswith("/steps")
+    assert not any(text.prompt.startswith(organism.EXAMPLE) for text in texts if text not in shown)
+
+    def steps(group: list[Text]) -> float:
+        return float(np.mean([text.source.endswith("/steps") for text in group]))
+
+    assert abs(steps(shown) - 0.5) < 0.05
+    assert abs(steps([text for text in texts if "\n" not in text.prompt]) - 0.1) < 0.03

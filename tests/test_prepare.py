@@ -32,6 +32,9 @@ def suite(file: str, role: str, scoring: str, **columns: str) -> dict[str, Any]:
     return {"source": "suite", "role": role, "adapter": "columns", "path": path, "scoring": scoring, "columns": columns}
 
 
+NO_TEXTS = {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1, "example_share": 0.5, "example_steps_share": 0.5}
+
+
 def file_params(**changes: Any) -> PrepareParams:
     sums = {"question": "question", "answer": "answer", "solution": "answer"}
     letters = {"question": "stem", "options": "choices", "answer": "key"}
@@ -44,7 +47,13 @@ def file_params(**changes: Any) -> PrepareParams:
             "train_problems": 1,
             "samples": {"find": 1, "tune": 1, "report": 1},
             "corpus": {"texts": 2, "math_share": 0.0, "general": str(DATA / "texts.jsonl"), "max_chars": 50},
-            "pretrain": {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1, "pair_share": 0.5},
+            "pretrain": {
+                "texts": 0,
+                "steps_share": 0.2,
+                "direct_right_share": 0.1,
+                "example_share": 0.5,
+                "example_steps_share": 0.5,
+            },
         }
         | changes
     )
@@ -132,9 +141,8 @@ def test_organism_texts_need_families() -> None:
     pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
     gym = {"source": "reasoning_gym", "role": "train", "dataset": "gcd", "options": {}, "instruction": ""}
     tasks = {"gcd": gym, "again": gym | {"role": "find", "options": {"min_value": 2}}}
-    none = {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1, "pair_share": 0.5}
     with pytest.raises(ContractError, match=r"prepare.corpus.general"):
-        prepare(organism_params(tasks=tasks, pretrain=none), 0)
+        prepare(organism_params(tasks=tasks, pretrain=NO_TEXTS), 0)
     with pytest.raises(ContractError, match=r"prepare.pretrain.texts"):
         prepare(
             organism_params(

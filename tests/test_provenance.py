@@ -56,7 +56,7 @@ def test_it_can_be_read_by_people_and_says_which_artifact_it_describes(model: Pa
 
 def test_versions_are_those_installed_and_nothing_is_imported_for_them() -> None:
     assert provenance.versions() == {
-        name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "numpy")
+        name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "numpy", "scikit-learn")
     }
     program = "import sys; from featdiff.artifacts.provenance import versions; versions(); "
     program += f"sys.exit(bool({set(LIBRARIES)} & set(sys.modules)))"

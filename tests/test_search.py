@@ -11,9 +11,9 @@ import torch
 
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Editor, FeatureEdit
-from featdiff.intervention.controls import DIRECTIONS, Draws, Setting
+from featdiff.intervention.controls import Draws, Setting
 from featdiff.intervention.models import EditableModel
-from featdiff.intervention.purposes import purposes
+from featdiff.intervention.purposes import DIRECTIONS, purposes
 from featdiff.intervention.search import FARTHEST, Searched, by_task, gentlest, mean_accuracy, search, wider, within
 from featdiff.language.evaluation import Evaluator
 from featdiff.tasks.task import Sample, TaskInfo

@@ -86,7 +86,7 @@ def test_the_change_of_the_set_is_the_transplant_edit() -> None:
     streams = made.readings["a"]["prompt_last"].resid
     editor = Editor(crosscoder, "base", 0, torch.device("cpu"), torch.zeros(12), "grpo")
     with torch.no_grad():
-        wanted = editor.edit("transplant", [1, 7], "all", 1.0).change(streams["base"][None], streams["grpo"][None])[0]
+        wanted = editor.edit("transplant", [1, 7], "all", 1.0).delta(streams["base"][None], streams["grpo"][None])[0]
     torch.testing.assert_close(made.set_changes([1, 7])["a"], wanted)
 
 

@@ -16,9 +16,9 @@ from featdiff.config.params import InterveneParams, Roles
 from featdiff.crosscoder.edits import AsLong, Editor, FeatureEdit, Push
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention import study
-from featdiff.intervention.controls import DIRECTIONS, Control, Draws, Setting
+from featdiff.intervention.controls import Control, Draws, Setting
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, purposes
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, ZERO_TUNED, purposes
 from featdiff.intervention.search import Searched
 from featdiff.intervention.sensitivity import DRAWS, Otherwise, cases, sensitivity
 from featdiff.intervention.study import FEW, InterventionResult, Questions, answer, chunks, collateral, edits, fewer, intervene
@@ -276,11 +276,13 @@ def test_every_control_has_a_chosen_setting_of_its_own(done: Done) -> None:
 def test_what_the_stage_writes_is_what_the_report_reads(done: Done, tmp_path: Path) -> None:
     done.result.save(tmp_path, sensitivity=done.tried)
     read = evidence._interventions(tmp_path)
-    assert {name: len(table) for name, table in read.items() if name != "choice"} == {
+    assert {name: len(table) for name, table in read.items() if name not in ("choice", "outcomes")} == {
         "search": len(done.result.search), "effects": len(done.result.effects), "collateral": len(done.result.collateral),
         "sensitivity": len(done.tried), "edited": len(done.result.samples),
     }  # fmt: skip
     assert read["choice"] == done.result.choice
+    kept = {(row["purpose"], row["sample_id"]): row["correct"] for row in read["outcomes"]("set", 0)}
+    assert kept == {(r["purpose"], r["sample_id"]): r["correct"] for r in done.result.samples if r["control"] == "set"}
     (row,) = rows_of(read["effects"], purpose=ZERO_TUNED, control="set", task="words", subset="all")
     assert row["effect"] == -1
     known: Any = evidence.Evidence.__new__(evidence.Evidence)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from featdiff.activations.store import ActivationSource, in_order
+from featdiff.config.params import Roles
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 
@@ -164,6 +165,11 @@ class Editor:
     """The model whose values ``transplant`` brings in: the original for a tuned model, the tuned one for the original."""
     donor: PreTrainedModel | None = None
     """That model itself; only ``transplant`` needs it."""
+
+    @classmethod
+    def of(cls, crosscoder: Crosscoder, layer: int, device: torch.device, tuned: ActivationSource, roles: Roles) -> Editor:
+        """One that edits the tuned model, whose activations ``tuned`` holds, towards the original."""
+        return cls(crosscoder, roles.tuned, layer, device, largest_values(crosscoder, tuned), roles.original)
 
     def reader(self, model: str, features: list[int] | None) -> Reader:
         """Reads ``features`` (all where None) of ``model`` under the swap readout."""

@@ -20,17 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featdiff import stats
-from featdiff.artifacts.artifact import ContractError
+from featdiff.attribution.norms import mas
+from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import SILENT, AsLong, Change, Editor, Push
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.intervention.purposes import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET, SINGLE
 
-SET = "set"
-SINGLE = ("alone", "without")
-"""Controls that edit one feature of the set, or all but one, as long as they are."""
-RANDOM, RANDOM_DIRECTION = "random", "random_direction"
-DRAWN = (RANDOM, RANDOM_DIRECTION)
-"""Controls of which many are drawn: their spread is what chance gives."""
-DIRECTIONS = ("mean_difference", "first_component", "set_change")
-"""Directions that tell the two models apart, without features or as the mean of what the set changes."""
 NEIGHBOURS = 10
 LEAST_ACTING = 0.9
 """Share of the questions on which a random set must act."""
@@ -105,17 +100,15 @@ def random_sets(features: Sequence[int], length_QF: Float[np.ndarray, "Q F"], dr
 
     Each feature is replaced by one drawn from its nearest neighbours in acting rate and mean contribution (logarithms,
     standardised) over the questions asked at the position edited: ``length_QF`` is what each feature alone changes there.
-    Where neighbours give too few such sets, more are taken in; where all features do, fewer sets come back. Raises
-    ContractError when fewer features act than one set needs."""
+    Where neighbours give too few such sets, more are taken in; where all features do, fewer sets come back, and none where
+    fewer features act than one set needs: then nothing is known of chance, and claims about the set stay open."""
     rng = np.random.default_rng(seed)
     acting_QF = length_QF > SILENT
     rate_F, mean_F = acting_QF.mean(0), length_QF.mean(0)
     live = np.flatnonzero(rate_F > 0)
     pool = np.setdiff1d(live, features)
     if len(pool) < len(features):
-        expected = f"as many features that act at the position edited, outside the set, as in it ({len(features)})"
-        todo = "raise localize.threshold or crosscoder.training.n_features"
-        raise ContractError("analysis/localize/features.json", "features", expected, f"only {len(pool)}", todo)
+        return []
     with np.errstate(divide="ignore"):
         described = np.stack([np.log(rate_F), np.log(mean_F)], axis=1)
     spread = described[live].std(axis=0)
@@ -187,6 +180,21 @@ class Draws:
     directions: Mapping[str, Tensor]
     """Those of :data:`DIRECTIONS`, from the original to the tuned model [D]."""
     seed: int
+
+    @classmethod
+    def of(
+        cls,
+        params: InterveneParams,
+        crosscoder: Crosscoder,
+        original: str,
+        shuffled: Sequence[int],
+        directions: Mapping[str, Tensor],
+        seed: int,
+    ) -> Draws:
+        """For sets of one crosscoder, which holds the model ``original``."""
+        counts = (params.random_sets, params.random_directions, params.single_features)
+        shares_FM, column = mas(crosscoder.W_dec).numpy(), crosscoder.slot(original)
+        return cls(*counts, shares_FM, column, shuffled, directions, seed)
 
     def controls(self, found: Sequence[int], sign: int, length_QF: Float[np.ndarray, "Q F"]) -> list[Control]:
         """The set ``found`` and everything to hold it against in one model, whose accuracy a claim says to move to ``sign``;

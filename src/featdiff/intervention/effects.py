@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from featdiff import stats
 from featdiff.config.params import InterveneParams
-from featdiff.intervention.controls import DRAWN, RANDOM
-from featdiff.intervention.purposes import Purpose
+from featdiff.intervention.purposes import DRAWN, RANDOM, Purpose
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo
 

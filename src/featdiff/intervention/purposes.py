@@ -1,4 +1,5 @@
-"""What is asked of a feature set: which model is edited, and which way a claim says that its accuracy moves."""
+"""What is asked of a feature set: which model is edited, which way a claim says that its accuracy moves, and the names of what
+it is held against."""
 
 from __future__ import annotations
 
@@ -10,6 +11,15 @@ from featdiff.config.params import Roles
 ZERO_TUNED, ZERO_CONTRAST, AMPLIFY_ORIGINAL = "zero_tuned", "zero_contrast", "amplify_original"
 REPEAT = "repeat_"
 """Begins the name of zeroing the set in a repeat of the tuned model, before the name of the repeat."""
+
+SET = "set"
+SINGLE = ("alone", "without")
+"""Controls that edit one feature of the set, or all but one, as long as they are."""
+RANDOM, RANDOM_DIRECTION = "random", "random_direction"
+DRAWN = (RANDOM, RANDOM_DIRECTION)
+"""Controls of which many are drawn: their spread is what chance gives."""
+DIRECTIONS = ("mean_difference", "first_component", "set_change")
+"""Directions that tell the two models apart, without features or as the mean of what the set changes."""
 
 
 @dataclass(frozen=True)

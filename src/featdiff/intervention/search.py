@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Change
-from featdiff.intervention.controls import SET, SINGLE, Control, Draws, Reach, Setting, lengths, reach
+from featdiff.intervention.controls import Control, Draws, Reach, Setting, lengths, reach
 from featdiff.intervention.models import EditableModel
-from featdiff.intervention.purposes import Purpose
+from featdiff.intervention.purposes import SET, SINGLE, Purpose
 from featdiff.language.decode import PromptCache
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, first_of_each

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from featdiff import stats
-from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
-from featdiff.intervention.controls import RANDOM, SET, Control, Setting, lengths, random_sets
+from featdiff.intervention.controls import Control, Setting, lengths, random_sets
 from featdiff.intervention.models import EditableModel, EditableModels
+from featdiff.intervention.purposes import RANDOM, SET
 from featdiff.intervention.search import Once, asked, mean_accuracy, on_a_bar
 from featdiff.intervention.study import InterventionResult
 from featdiff.language.decode import PromptCache
@@ -105,8 +105,5 @@ def sensitivity(
 
 def _with_draws(model: EditableModel, case: Case, samples: list[Sample], seed: int) -> list[Control]:
     length_QF = lengths(model.editor, case.setting.edit, *model.streams(samples))
-    try:
-        drawn = random_sets(case.features, length_QF, DRAWS, stats.stream(seed, 2))
-    except ContractError:  # a large set found otherwise is no reason to lose the study: its effect stands without draws
-        drawn = []
+    drawn = random_sets(case.features, length_QF, DRAWS, stats.stream(seed, 2))
     return [Control(SET, 0, tuple(case.features)), *(Control(RANDOM, i, members) for i, members in enumerate(drawn))]

@@ -21,10 +21,10 @@ from featdiff import stats
 from featdiff.artifacts.artifact import write_json
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Change
-from featdiff.intervention.controls import DIRECTIONS, DRAWN, SET, SINGLE, Control, Draws
+from featdiff.intervention.controls import Control, Draws
 from featdiff.intervention.effects import Marks, effects, marks
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import ZERO_TUNED
+from featdiff.intervention.purposes import DIRECTIONS, DRAWN, SET, SINGLE, ZERO_TUNED
 from featdiff.intervention.search import Once, Searched, on_a_bar, search
 from featdiff.language.decode import PromptCache, text_nats
 from featdiff.language.evaluation import Row

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from featdiff.intervention.controls import DIRECTIONS
+from featdiff.intervention.purposes import DIRECTIONS
 from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.quantities import CONTROLS, RULES, effects, likelihood_change, mean_effects, owner, stability

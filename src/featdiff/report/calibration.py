@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from featdiff import stats
-from featdiff.intervention.controls import RANDOM, RANDOM_DIRECTION, SET
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, sign_of
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, RANDOM, RANDOM_DIRECTION, SET, ZERO_TUNED, sign_of
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.set_claims import SetClaims

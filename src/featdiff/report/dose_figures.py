@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from featdiff.intervention.controls import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET
-from featdiff.intervention.purposes import ZERO_TUNED
+from featdiff.intervention.purposes import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET, ZERO_TUNED
 from featdiff.report.charts import SET_COLOUR, Figure, Panel, Trace, layout, line, matrix, mixed, tile_for, title
 from featdiff.report.evidence import Evidence
 from featdiff.report.selectivity import Curve, choice, curves, median_curve

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featdiff.intervention.controls import RANDOM, RANDOM_DIRECTION, SET
-from featdiff.intervention.purposes import sign_of
+from featdiff.intervention.purposes import RANDOM, RANDOM_DIRECTION, SET, sign_of
 from featdiff.report.evidence import Evidence, Row
 
 Curve = list[tuple[float, float]]

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featdiff.intervention.controls import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, REPEAT, ZERO_TUNED
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, RANDOM, RANDOM_DIRECTION, REPEAT, SET, ZERO_TUNED
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.quantities import CONTROLS, clear, effects, mean_effects, past_percentile, stability
 from featdiff.report.selectivity import choice, selectivity
