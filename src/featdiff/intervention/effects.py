@@ -93,7 +93,7 @@ def _lines(
     paired = partial(stats.paired_difference, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
     change = {key: float(each["correct"].mean() - before["correct"].mean()) for key, each in marked.items()}
     draws = [value for (name, _), value in change.items() if name == RANDOM]
-    low_random, high_random = np.quantile(draws, [0.05, 0.95]) if draws else (np.nan, np.nan)
+    low_random, high_random = np.quantile(draws, [0.05, 0.95]).tolist() if draws else (None, None)
     lines = []
     for (control, number), each in marked.items():
         if control == "none":
@@ -112,8 +112,8 @@ def _lines(
                 **{name: float(each[name].mean()) for name in ("steps", "flexible", "unread", "alike")},
                 "steps_baseline": float(before["steps"].mean()),
                 "alike_baseline": float(before["alike"].mean()),
-                "random_low": float(low_random),
-                "random_high": float(high_random),
+                "random_low": low_random,
+                "random_high": high_random,
                 "beyond_random": sign * effect > max(sign * value for value in draws) if single and draws else None,
                 "p_random": stats.draws_p(effect, draws, sign) if single and draws else None,
                 "p_mcnemar": stats.mcnemar(each["correct"], before["correct"]),

@@ -103,7 +103,7 @@ class Answered:
 
     marks: dict[tuple[str, int], Marks]
     rows: list[Row]
-    """Whole answers without an edit, under the set and along :data:`DIRECTIONS`."""
+    """Whole answers without an edit, under one that changes nothing, under the set and along :data:`DIRECTIONS`."""
     nats: dict[tuple[str, int], dict[str, list[float]]]
 
 
@@ -116,7 +116,8 @@ def answer(model: EditableModel, made: Edits, samples: list[Sample], toward: Map
     def compute(part: Edits) -> list[Any]:
         answered = model.evaluator.answer_under(list(part.values()), samples, shared=prompts)
         whole = [
-            rows if control in ("none", SET, *DIRECTIONS) else None for (control, _), rows in zip(part, answered, strict=True)
+            rows if control in ("none", "noop", SET, *DIRECTIONS) else None
+            for (control, _), rows in zip(part, answered, strict=True)
         ]
         return [[marks(rows, toward) for rows in answered], whole]
 

@@ -44,7 +44,7 @@ def _effect(row: dict[str, Any]) -> str:
 
 
 def _band(row: dict[str, Any]) -> str:
-    return f"{row['random_low']:+.2f} … {row['random_high']:+.2f}"
+    return "–" if row["random_low"] is None else f"{row['random_low']:+.2f} … {row['random_high']:+.2f}"
 
 
 def fill(readme: str, summary: dict[str, Any]) -> str:
