@@ -235,8 +235,8 @@ def test_nothing_is_chosen_on_the_report_split_and_all_of_it_is_answered(done: D
     assert {row["purpose"] for row in done.result.search} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
     assert list(dict.fromkeys(row["purpose"] for row in done.result.samples)) == EVERY
     assert {row["split"] for row in done.result.samples} == {"report"}
-    assert {row["control"] for row in done.result.samples} == {"none", "set", *DIRECTIONS}
-    assert len(done.result.samples) == len(EVERY) * (2 + len(DIRECTIONS)) * 12
+    assert {row["control"] for row in done.result.samples} == {"none", "noop", "set", *DIRECTIONS}
+    assert len(done.result.samples) == len(EVERY) * (3 + len(DIRECTIONS)) * 12
     assert {row["task"] for row in done.result.effects} == set(TASKS)
 
 
@@ -411,7 +411,7 @@ def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
     assert found.marks["noop", 0] == found.marks["none", 0]
     assert not all(found.marks["set", 0]["alike"])
     assert {(row["control"], row["model"]) for row in found.rows} == {
-        (control, "after") for control in ("none", "set", "mean_difference")
+        (control, "after") for control in ("none", "noop", "set", "mean_difference")
     }
     for key in ("none", "set"):
         rows = [row for row in found.rows if row["control"] == key]
