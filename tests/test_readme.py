@@ -40,5 +40,8 @@ def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> Non
     changed["accuracy"]["grpo"]["find"] = 0.5
     assert fill(page, changed) != filled
     assert fill(filled, summary) == filled
+    undrawn = copy.deepcopy(summary)
+    undrawn["effects"]["zero_tuned"] = {"sort": effect | {"random_low": None, "random_high": None}}
+    assert "| -0.50 [-0.60, -0.40] | – | -0.50 [-0.60, -0.40] | -0.10 … +0.10 |" in fill(page, undrawn)
     with pytest.raises(ValueError, match="markers"):
         fill("no markers", summary)

@@ -416,6 +416,8 @@ def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
     for key in ("none", "set"):
         rows = [row for row in found.rows if row["control"] == key]
         assert [row["correct"] for row in rows] == found.marks[key, 0]["correct"]
+    plain, noop = ([row for row in found.rows if row["control"] == key] for key in ("none", "noop"))
+    assert [row | {"control": "none"} for row in noop] == plain
     assert set(found.nats) == set(fewer(made, FEW))
     assert set(found.nats["set", 0]) == {sample.sample_id for sample in asked if sample.task != "quiz"}
     assert found.nats["noop", 0] == found.nats["none", 0] != found.nats["set", 0]

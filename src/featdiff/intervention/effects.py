@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featdiff import stats
 from featdiff.config.params import InterveneParams
-from featdiff.intervention.purposes import DRAWN, RANDOM, Purpose
+from featdiff.intervention.purposes import DRAWN, RANDOM, Purpose, against_draws
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo
 
@@ -93,12 +93,12 @@ def _lines(
     paired = partial(stats.paired_difference, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
     change = {key: float(each["correct"].mean() - before["correct"].mean()) for key, each in marked.items()}
     draws = [value for (name, _), value in change.items() if name == RANDOM]
-    low_random, high_random = np.quantile(draws, [0.05, 0.95]).tolist() if draws else (None, None)
     lines = []
     for (control, number), each in marked.items():
         if control == "none":
             continue
         effect, single = change[control, number], control not in DRAWN
+        chance = against_draws(effect, draws, sign)
         interval = paired(each["correct"], before["correct"], within=stats.CHANGES)
         lines.append(
             {
@@ -112,10 +112,7 @@ def _lines(
                 **{name: float(each[name].mean()) for name in ("steps", "flexible", "unread", "alike")},
                 "steps_baseline": float(before["steps"].mean()),
                 "alike_baseline": float(before["alike"].mean()),
-                "random_low": low_random,
-                "random_high": high_random,
-                "beyond_random": sign * effect > max(sign * value for value in draws) if single and draws else None,
-                "p_random": stats.draws_p(effect, draws, sign) if single and draws else None,
+                **(chance if single else chance | {"beyond_random": None, "p_random": None}),
                 "p_mcnemar": stats.mcnemar(each["correct"], before["correct"]),
                 **_likelihood(nats.get((control, number), {}), nats.get(("none", 0), {}), ids, paired),
             }

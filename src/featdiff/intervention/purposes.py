@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from featdiff import stats
 from featdiff.config.params import Roles
 
 ZERO_TUNED, ZERO_CONTRAST, AMPLIFY_ORIGINAL = "zero_tuned", "zero_contrast", "amplify_original"
@@ -61,3 +65,17 @@ def purposes(roles: Roles, repeats: Sequence[str]) -> list[Purpose]:
 def sign_of(purpose: str) -> int:
     """Direction in which the claim behind the purpose of this name says that accuracy moves."""
     return 1 if purpose == AMPLIFY_ORIGINAL else -1
+
+
+def against_draws(effect: float, draws: Sequence[float], sign: int) -> dict[str, Any]:
+    """What the effects of random sets say of ``effect``: their 5th and 95th percentile, whether it lies beyond all of them in
+    the direction ``sign``, and its permutation p. All None without draws."""
+    if not draws:
+        return dict.fromkeys(("random_low", "random_high", "beyond_random", "p_random"))
+    low, high = np.quantile(draws, [0.05, 0.95]).tolist()
+    return {
+        "random_low": low,
+        "random_high": high,
+        "beyond_random": sign * effect > max(sign * value for value in draws),
+        "p_random": stats.draws_p(effect, draws, sign),
+    }

@@ -103,7 +103,7 @@ class Answered:
 
     marks: dict[tuple[str, int], Marks]
     rows: list[Row]
-    """Whole answers without an edit, under one that changes nothing, under the set and along :data:`DIRECTIONS`."""
+    """Whole answers without an edit, under an edit of dose 0, under the set and along :data:`DIRECTIONS`."""
     nats: dict[tuple[str, int], dict[str, list[float]]]
 
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from featdiff import stats
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, RANDOM, RANDOM_DIRECTION, SET, ZERO_TUNED, sign_of
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, RANDOM, RANDOM_DIRECTION, SET, ZERO_TUNED, against_draws, sign_of
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.set_claims import SetClaims
@@ -65,10 +63,7 @@ def as_set(evidence: Evidence, control: str, number: int) -> Evidence:
             drawn.setdefault((row["purpose"], row["task"], row["subset"]), []).append(row["effect"])
     for i, row in enumerate(effects):
         if row["control"] == SET and (draws := drawn.get((row["purpose"], row["task"], row["subset"]))):
-            sign, (low, high) = sign_of(row["purpose"]), np.quantile(draws, [0.05, 0.95]).tolist()
-            beyond = sign * row["effect"] > max(sign * value for value in draws)
-            p = stats.draws_p(row["effect"], draws, sign)
-            effects[i] = row | {"random_low": low, "random_high": high, "beyond_random": beyond, "p_random": p}
+            effects[i] = row | against_draws(row["effect"], draws, sign_of(row["purpose"]))
     chosen = {purpose: moved(listed) for purpose, listed in evidence.choice["controls"].items()}
     edited = [row for row in evidence.edited if row["control"] == "none"]
     edited += [row | {"control": SET, "set_draw": 0} for row in evidence.outcomes(control, number)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from featdiff.artifacts.artifact import read_json
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
+from featdiff.report.words import MISSING
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ORDER = ("transfer", "forgetting", "features", "necessary", "sufficient", "dictionary")
@@ -44,7 +45,7 @@ def _effect(row: dict[str, Any]) -> str:
 
 
 def _band(row: dict[str, Any]) -> str:
-    return "–" if row["random_low"] is None else f"{row['random_low']:+.2f} … {row['random_high']:+.2f}"
+    return MISSING if row["random_low"] is None else f"{row['random_low']:+.2f} … {row['random_high']:+.2f}"
 
 
 def fill(readme: str, summary: dict[str, Any]) -> str:
