@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featdiff.crosscoder.edits import Editor
-from featdiff.language.decode import PromptCache, generate, generate_under, left_pad, score_options
+from featdiff.language.decode import PromptCache, _Session, generate, generate_under, left_pad, score_options
 from featdiff.language.models import block
 from tiny import random_crosscoder
 
@@ -334,6 +334,41 @@ def test_passes_that_share_their_prompts_give_the_same_answers(model: Any, other
         again = score_options(model, contexts, OPTIONS, pad=0, batch_size=3, edit=edit, shared=shared)
         for one, two in zip(scores, again, strict=True):
             assert two == pytest.approx(one, abs=1e-4)
+
+
+def guesses(*answers: list[list[int]]) -> dict[tuple[int, ...], list[list[int]]]:
+    """By prompt, what each of ``answers`` says to it."""
+    return {tuple(prompt): list(said) for prompt, said in zip(PROMPTS, zip(*answers, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize("batch_size", [5, 500])
+@pytest.mark.parametrize("share", [False, True])
+def test_guesses_change_no_answer(
+    model: Any, other: Any, ask: Any, together: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int, *, share: bool
+) -> None:
+    kinds, places = ("zero", "add", "transplant"), ("prompt_last", "generated")
+    edits = edits_of(other, kinds, places if share else (*places, "prompt", "all"))
+    alone = [ask(model, edit=edit, batch_size=batch_size) for edit in edits]
+    cut = [answer[: len(answer) // 2] for answer in alone[1]]
+    astray = [[*answer[:3], *answer[:2], *answer[4:], 5, 6] for answer in alone[2]]
+    empty = [list[int]() for _ in PROMPTS]
+    for known in (guesses(*alone), guesses(alone[2], ask(model)), guesses(cut, empty), guesses(astray, empty, cut)):
+        assert together(edits, model, batch_size=batch_size, shared=PromptCache(known, reads_once=share)) == alone
+    passes: list[int] = []
+    feed = _Session.feed
+    monkeypatch.setattr(_Session, "feed", lambda self, *given, **how: passes.append(1) or feed(self, *given, **how))
+    own = ask(model, batch_size=batch_size)
+    unguessed, passes[:] = len(passes), []
+    assert together([None], model, batch_size=batch_size, shared=PromptCache(guesses(own))) == [own]
+    batches = -(-len(PROMPTS) // batch_size)
+    assert len(passes) <= 3 * batches < unguessed, "the prompts' last tokens, then long guesses and short ones"
+
+
+def test_sampling_takes_no_guess(model: Any, ask: Any) -> None:
+    def sample(**more: Any) -> Any:
+        return ask(model, temperature=1.0, generator=torch.Generator().manual_seed(3), **more)
+
+    assert sample(shared=PromptCache(guesses(ask(model)))) == sample(shared=PromptCache())
 
 
 def test_an_edit_of_the_whole_prompt_shares_no_prompt(model: Any, other: Any, ask: Any) -> None:

@@ -38,7 +38,9 @@ class Crosscoder(nn.Module):
         super().__init__()
         self.models, self.d_model, self.n_features, self.loss = list(models), d_model, n_features, loss
         m = len(models)
-        self.W_enc = nn.Parameter(torch.zeros(m, d_model, n_features))
+        # A feature's encoder weights lie side by side, as its decoder's do: sparse gradients are sums of such rows, and come
+        # to the optimizer without a copy.
+        self.W_enc = nn.Parameter(torch.zeros(n_features, m, d_model).permute(1, 2, 0))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(torch.zeros(n_features, m, d_model))
         self.b_dec = nn.Parameter(torch.zeros(m, d_model))

@@ -31,8 +31,8 @@ class Reader:
         chosen = torch.arange(crosscoder.n_features) if features is None else torch.tensor(features, dtype=torch.long)
         self.mean_D, self.scale = crosscoder.mean, crosscoder.scale[slot].item()
         # The same x in every slot: Σ_m x W_enc^m = x Σ_m W_enc^m, one product of [B, D] and [D, F] instead of M.
-        weights = crosscoder.W_enc.sum(0) if readout == "swap" else crosscoder.W_enc[slot]
-        self.W_DF = weights[:, chosen].contiguous()
+        weights_MDF = crosscoder.W_enc[..., chosen]
+        self.W_DF = (weights_MDF.sum(0) if readout == "swap" else weights_MDF[slot]).contiguous()
         self.b_F = crosscoder.b_enc[chosen]
         self.cutoff_F = crosscoder.cutoffs()[chosen]
         self.directions_FD = crosscoder.W_dec[chosen, slot] / self.scale

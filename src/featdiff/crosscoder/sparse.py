@@ -66,8 +66,13 @@ class _Autoencode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_rebuilt_BI, d_value_E = gradients
-        x_BI, W_dec_FI, row_E, column_E, value_E, _ = ctx.saved_tensors
-        d_value_E = d_value_E + (d_rebuilt_BI[row_E] * W_dec_FI[column_E]).sum(1)
+        x_BI, W_dec_FI, row_E, column_E, value_E, start_B = ctx.saved_tensors
+        # The gather g_b(e) · W_dec[k(e)] would write E·I numbers twice; the bag's own gradient of its weights sums as it goes.
+        with torch.enable_grad():
+            weight_E = value_E.detach().requires_grad_()
+            rebuilt_BI = _weighted_rows(W_dec_FI, column_E, start_B, weight_E)
+        (slope_E,) = torch.autograd.grad(rebuilt_BI, weight_E, d_rebuilt_BI)
+        d_value_E = d_value_E + slope_E
         order = column_E.argsort(stable=True)
         counts_F = torch.bincount(column_E, minlength=ctx.features)
         start_F = counts_F.cumsum(0) - counts_F

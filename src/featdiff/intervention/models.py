@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
-from featdiff.language.decode import last_token_streams
+from featdiff.language.decode import PromptCache, last_token_streams
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import load_model, load_tokenizer
 from featdiff.tasks.task import Sample, TaskInfo
@@ -30,9 +31,16 @@ class EditableModel:
         """Residual streams [Q, 1, D] of the model and of its donor at the last token of each prompt."""
         prompts, evaluator, editor = self.evaluator.prompts(samples), self.evaluator, self.editor
         pad, size = evaluator.tokenizer.pad_token_id, evaluator.batch_size
-        models = (evaluator.model, editor.donor or evaluator.model)
-        own, donors = (last_token_streams(each, prompts, editor.layer, pad=pad, batch_size=size) for each in models)
+        own, donors = (last_token_streams(each, prompts, editor.layer, pad=pad, batch_size=size) for each in self._both)
         return own[:, None].to(editor.device), donors[:, None].to(editor.device)
+
+    def prompts(self, samples: list[Sample]) -> PromptCache:
+        """For many passes over ``samples``. Under an edit the model mostly answers as it does without one, or as its donor."""
+        return PromptCache(self.evaluator.guesses(samples, self._both))
+
+    @property
+    def _both(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        return self.evaluator.model, self.editor.donor or self.evaluator.model
 
 
 @dataclass(frozen=True)

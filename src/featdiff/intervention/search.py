@@ -164,7 +164,7 @@ class _Search:
     def run(self) -> Searched:
         found = Control(SET, 0, tuple(self.found))
         few = first_of_each(self.samples, self.params.control_questions)
-        prompts, fewer = PromptCache(), PromptCache()
+        prompts, fewer = self.model.prompts(self.samples), self.model.prompts(few)
         unedited, unedited_few = (
             self.once(f"{self.name} {which} unedited", partial(self._ask, [None], group, cache))[0]
             for which, group, cache in (("tune", self.samples, prompts), ("few", few, fewer))

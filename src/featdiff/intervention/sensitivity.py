@@ -15,7 +15,6 @@ from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import RANDOM, SET
 from featdiff.intervention.search import Once, asked, mean_accuracy, on_a_bar
 from featdiff.intervention.study import InterventionResult
-from featdiff.language.decode import PromptCache
 from featdiff.tasks.task import Sample
 
 DRAWS = 5
@@ -71,7 +70,7 @@ def sensitivity(
     """One row per case: ``effect`` is the change in mean accuracy on ``samples`` (tune split, tasks used for finding),
     ``random`` the largest change in the claimed direction that any of :data:`DRAWS` random sets makes that are as long, and
     ``median`` their median change; None where a search found nothing or too few other features act."""
-    edited = {model.purpose.name: (model, PromptCache()) for model in (models.tuned, models.original)}
+    edited = {model.purpose.name: (model, model.prompts(samples)) for model in (models.tuned, models.original)}
     planned, rows = cases(result, otherwise), []
     with on_a_bar(once, "sensitivity", len(planned) + len(edited)) as once:
         before = {}

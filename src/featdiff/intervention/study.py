@@ -26,7 +26,7 @@ from featdiff.intervention.effects import Marks, effects, marks
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import DIRECTIONS, DRAWN, SET, SINGLE, ZERO_TUNED
 from featdiff.intervention.search import Once, Searched, on_a_bar, search
-from featdiff.language.decode import PromptCache, text_nats
+from featdiff.language.decode import text_nats
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, write_rows
 
@@ -110,7 +110,7 @@ class Answered:
 def answer(model: EditableModel, made: Edits, samples: list[Sample], toward: Mapping[str, Row], once: Once) -> Answered:
     """Answers to ``samples`` (report split, every task) under ``made``, marked beside those of ``toward``, and the likelihood
     of right answers under a few."""
-    name, prompts = model.purpose.name, PromptCache()
+    name, prompts = model.purpose.name, model.prompts(samples)
     found, kept = dict[tuple[str, int], Marks](), list[Row]()
 
     def compute(part: Edits) -> list[Any]:

@@ -1,15 +1,15 @@
 """Batched decoding with optional edits of the residual stream: answers by generation and by likelihood.
 
 Our own loop instead of ``generate``: sampling takes an explicit generator, finished rows leave the batch, options of a
-question share its context, many edits of the same questions share a batch, and an edit (featdiff.crosscoder.edits) sees
-every step of the model, with a donor model in lockstep where it needs one.
+question share its context, many edits of the same questions share a batch, an answer that can be guessed is read in one
+pass, and an edit (featdiff.crosscoder.edits) sees every step of the model, with a donor model in lockstep where it needs one.
 
-Shapes: B batch, Q questions, T token, D residual width, V vocabulary.
+Shapes: B batch, Q questions, T token, L tokens of a guess, D residual width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Protocol
@@ -68,11 +68,22 @@ class _Stream:
         self.cache.batch_select_indices(rows)
 
 
-class PromptCache:
-    """Prompts read once up to their last token, for many passes whose edits change nothing before it."""
+Guesses = Mapping[tuple[int, ...], Sequence[list[int]]]
+"""By prompt, answers that are likely to be given to it. They change no answer: where one is right, it is read in one pass."""
 
-    def __init__(self) -> None:
+
+class PromptCache:
+    """What many passes over the same prompts share: prompts read once up to their last token, for edits that change nothing
+    before it, and guesses of their answers."""
+
+    def __init__(self, guesses: Guesses | None = None, *, reads_once: bool = True) -> None:
+        self.guesses: Guesses = guesses or {}
+        self.reads_once = reads_once
         self._kept: dict[tuple[int, bytes], DynamicCache] = {}
+
+    def for_whole_prompts(self) -> PromptCache:
+        """The guesses alone, for edits that change the prompt."""
+        return PromptCache(self.guesses, reads_once=False)
 
     def start(self, stream: _Stream, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> None:
         """Leave ``stream`` as if it had read all but the last token of each prompt."""
@@ -125,7 +136,7 @@ class _Session:
 
         The donor reads them here: its residual stream is the same under every edit."""
         left = slice(None)
-        if prompts is not None and ids_QT.shape[1] > 1:
+        if prompts is not None and prompts.reads_once and ids_QT.shape[1] > 1:
             if any(edit is not None and edit.whole_prompt for edit in self.edits):
                 raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
             for stream in self._streams():
@@ -276,30 +287,115 @@ def generate_under(
     if temperature > 0 and generator is None:
         raise ValueError("sampling needs an explicit generator")
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in edits]
+    guesses = shared.guesses if shared is not None and temperature == 0 else {}
     for rows in tqdm(batches([len(p) for p in prompts], batch_size), desc=progress, unit="batch", disable=not progress):
         padded = left_pad([prompts[row] for row in rows], pad, model.device)
         together = max(1, batch_size // len(rows))
         for first in range(0, len(edits), together):
             session = _Session(model, edits[first : first + together])
             ids, mask, positions = session.start(shared, *padded)
-            active = torch.tensor(rows).repeat(len(session.edits))
+            texts = [under[row] for under in answers[first : first + together] for row in rows]
+            likely = [guesses.get(tuple(prompts[row]), ()) for row in rows] * len(session.edits)
+            going = _Unfinished(session, texts, likely, mask, positions, eos, max_new_tokens)
             with session.hooked():
-                for step in range(max_new_tokens):
-                    logits = session.feed(ids, mask, positions, prompt=step == 0)[:, -1].float()
-                    chosen = _choose(logits, temperature, generator)
-                    going = (chosen != eos).nonzero().squeeze(1)
-                    arms, kept = session.arms[going.cpu()].tolist(), active[going.cpu()]
-                    for arm, row, token in zip(arms, kept.tolist(), chosen[going].tolist(), strict=True):
-                        answers[first + arm][row].append(token)
-                    if len(going) == 0:
-                        break
-                    if len(going) < len(chosen):
-                        session.select(going)
-                        mask, positions, chosen, active = mask[going], positions[going], chosen[going], kept
-                    ids = chosen.unsqueeze(1)
-                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                    positions = positions[:, -1:] + 1
+                logits = session.feed(ids, mask, positions, prompt=True)[:, -1].float()
+                going.take(_choose(logits, temperature, generator))
+                for part in going.parts():
+                    part.check()
+                    while part.texts:
+                        part.take(_choose(part.feed().float(), temperature, generator))
     return answers
+
+
+class _Unfinished:
+    """Rows of a batch that are still being answered, from their prompts' last tokens on."""
+
+    def __init__(
+        self,
+        session: _Session,
+        texts: list[list[int]],
+        guesses: list[Sequence[list[int]]],
+        mask_BT: Tensor,
+        positions_BT: Tensor,
+        eos: int,
+        limit: int,
+    ) -> None:
+        self.session, self.eos, self.limit = session, eos, limit
+        self.texts, self.guesses = texts, guesses
+        """What each row has answered so far, at most ``limit`` tokens, filled in place; and what it is guessed to answer."""
+        self.mask_BT, self.place_B1 = mask_BT, positions_BT[:, -1:] + 1
+        """What each row may attend to, and the position of the token that is fed to it next."""
+        self.chosen_B = torch.empty(0, dtype=torch.long)
+        """That token."""
+
+    def take(self, chosen_B: Tensor) -> None:
+        """Write down the token chosen for each row, and go on with the rows that it does not end."""
+        going = []
+        for row, (text, token) in enumerate(zip(self.texts, chosen_B.tolist(), strict=True)):
+            if token != self.eos and len(text) < self.limit:
+                text.append(token)
+                if len(text) < self.limit:
+                    going.append(row)
+        self.chosen_B = chosen_B
+        if len(going) < len(self.texts):
+            rows = torch.tensor(going, dtype=torch.long, device=chosen_B.device)
+            self._keep(rows)
+
+    def _keep(self, rows: Tensor) -> None:
+        self.session.select(rows)
+        self.texts, self.guesses = ([each[row] for row in rows.tolist()] for each in (self.texts, self.guesses))
+        self.mask_BT, self.place_B1, self.chosen_B = self.mask_BT[rows], self.place_B1[rows], self.chosen_B[rows]
+
+    def parts(self) -> Iterator[_Unfinished]:
+        """Rows with long and with short guesses apart, so that little of what is checked is padding. Each part has the session
+        until the next is taken."""
+        lengths_B = torch.tensor([len(draft) for draft in self._drafts()], device=self.mask_BT.device)
+        long_B = lengths_B > lengths_B.max() / 2 if len(lengths_B) else lengths_B.bool()
+        if not long_B.any() or long_B.all():
+            yield self
+            return
+        state = self.session.branches()
+        for rows_B in (long_B, ~long_B):
+            part = copy(self)
+            self.session.resume(state)
+            part._keep(rows_B.nonzero().squeeze(1))
+            yield part
+
+    def _drafts(self) -> list[list[int]]:
+        return [_draft(text, guesses) for text, guesses in zip(self.texts, self.guesses, strict=True)]
+
+    def feed(self) -> Tensor:
+        """Logits [B, V] after the token of each row."""
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(self.mask_BT), 1)], dim=1)
+        logits_BV = self.session.feed(self.chosen_B[:, None], self.mask_BT, self.place_B1, prompt=False)[:, -1]
+        self.place_B1 = self.place_B1 + 1
+        return logits_BV
+
+    def check(self) -> None:
+        """Read in one pass what each row is guessed to answer, and take over what it would have chosen itself, with the token
+        that it chooses instead of the first wrong one (greedy speculative decoding; Leviathan et al. 2023)."""
+        drafts = self._drafts()
+        if not any(drafts):
+            return
+        # Row b is fed its chosen token and its draft d_1 … d_n, L = 1 + n at most. What it chooses after the token at place j is
+        # right as long as the tokens up to j are its own. Those that are not stay in the cache, where the mask hides them.
+        longest, device = 1 + max(map(len, drafts)), self.mask_BT.device
+        drafts_BL = torch.tensor([[*draft, *[-1] * (longest - len(draft))] for draft in drafts], device=device)
+        ids_BL = torch.cat([self.chosen_B[:, None], drafts_BL[:, :-1].clamp(min=0)], dim=1)
+        mask_BT = torch.cat([self.mask_BT, torch.ones_like(ids_BL)], dim=1)
+        places_BL = self.place_B1 + torch.arange(longest, device=device)
+        choices_BL = self.session.feed(ids_BL, mask_BT, places_BL, prompt=False, keep=0).argmax(-1)
+        right_B = (choices_BL == drafts_BL).cumprod(1).sum(1)
+        for text, draft, right in zip(self.texts, drafts, right_B.tolist(), strict=True):
+            text.extend(draft[:right])
+        self.mask_BT = torch.cat([self.mask_BT, (torch.arange(longest, device=device) <= right_B[:, None]).long()], dim=1)
+        self.place_B1 = self.place_B1 + 1 + right_B[:, None]
+        self.take(choices_BL.gather(1, right_B[:, None])[:, 0])
+
+
+def _draft(text: list[int], guesses: Sequence[list[int]]) -> list[int]:
+    """How the first of ``guesses`` that begins like ``text`` goes on."""
+    return next((guess[len(text) :] for guess in guesses if guess[: len(text)] == text), [])
 
 
 def _choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

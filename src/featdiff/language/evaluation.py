@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config.params import CheckpointsParams, EvaluateParams
-from featdiff.language.decode import Edit, PromptCache, generate_under, score_options
+from featdiff.language.decode import Edit, Guesses, PromptCache, generate_under, score_options
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
@@ -74,13 +74,20 @@ class Evaluator:
         for number, edit in enumerate(edits):
             alike.setdefault((edit is not None and edit.whole_prompt, id(edit and edit.donor)), []).append(number)
         for (whole, _), numbers in alike.items():
-            kept, group = None if whole else shared, [edits[number] for number in numbers]
+            kept, group = shared and shared.for_whole_prompts() if whole else shared, [edits[number] for number in numbers]
             answered = self.generate_under(group, by_generation, shared=kept, progress=progress)
             for number, edit, rows in zip(numbers, group, answered, strict=True):
                 for rule, asked in rules.items():
                     rows += self.choose(asked, rules=(rule,), edit=edit, shared=kept, progress=progress)
                 found[number] = sorted(rows, key=lambda row: order[row["sample_id"]])
         return found
+
+    def guesses(self, samples: list[Sample], models: Sequence[PreTrainedModel]) -> Guesses:
+        """The greedy answers of ``models`` to the prompts of ``samples``: what this model under an edit may well answer."""
+        asked = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
+        prompts = self.prompts(asked)
+        answers = zip(*(self._decode([None], prompts, model)[0] for model in models), strict=True)
+        return {tuple(prompt): list(found) for prompt, found in zip(prompts, answers, strict=True)}
 
     def prompts(self, samples: list[Sample]) -> list[list[int]]:
         """Token ids of each sample's prompt as its task's scoring rule reads it."""
@@ -116,18 +123,9 @@ class Evaluator:
             group = [sample for sample in samples if self.tasks[sample.task].chat is chat]
             if not group:
                 continue
-            answers = generate_under(
-                edits,
-                self.model,
-                encode_prompts(self.tokenizer, group, chat=chat),
-                max_new_tokens=self.max_new_tokens,
-                eos=self.tokenizer.eos_token_id,
-                pad=self.tokenizer.pad_token_id,
-                batch_size=self.batch_size,
-                temperature=temperature,
-                generator=generator,
-                shared=shared,
-                progress=progress,
+            prompts = encode_prompts(self.tokenizer, group, chat=chat)
+            answers = self._decode(
+                edits, prompts, temperature=temperature, generator=generator, shared=shared, progress=progress
             )
             for rows, ids in zip(found, answers, strict=True):
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -135,6 +133,20 @@ class Evaluator:
                     task = self.tasks[sample.task]
                     rows.append(_row(sample, mode, draw, text, grade(task.verifier, sample, text, task.grading)))
         return found
+
+    def _decode(
+        self, edits: Sequence[Edit | None], prompts: list[list[int]], model: PreTrainedModel | None = None, **how: Any
+    ) -> list[list[list[int]]]:
+        return generate_under(
+            edits,
+            model or self.model,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            eos=self.tokenizer.eos_token_id,
+            pad=self.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            **how,
+        )
 
     def likelihood(
         self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None

@@ -251,10 +251,15 @@ def restore(
     with torch.no_grad():
         for name, tensor in (dict(module.named_parameters()) | dict(module.named_buffers())).items():
             tensor.copy_(found.tensors[name])
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in found.tensors.items():
         if key.startswith("optimizer/"):
             _, i, name = key.split("/")
+            if (
+                tensor.shape == (weight := weights[int(i)]).shape
+            ):  # fused kernels take it that moments lie in memory as weights do
+                tensor = torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(i), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     schedule.last_epoch = found.step

@@ -54,7 +54,7 @@ def batchtopk_loss(
     f_BF = crosscoder.preactivations(x_BMD) if f_BF is None else f_BF
     # The choice of entries is a constant to the gradient: it moves only when two values change places.
     kept_BF = f_BF.detach() * crosscoder.decoder_norms().detach().sum(1) >= cutoff
-    error, _ = rebuild(crosscoder, x_BMD, f_BF, kept_BF)
+    error, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_BF)
     total = error.square().sum((1, 2)).mean() / variance
     dead = dead_F.nonzero().squeeze(1)
     if len(dead):
@@ -65,7 +65,7 @@ def batchtopk_loss(
         # by the error of its own rows, so with several processes the ratio is the mean of theirs (the one approximation).
         aux = (error.detach() - rebuilt).square().sum((1, 2)).mean() / error.detach().square().sum((1, 2)).mean()
         total = total + aux_weight * aux
-    return Step(total, error.detach(), f_BF.detach() * kept_BF)
+    return Step(total, error.detach(), code_BF)
 
 
 class BatchTopK(Loss):
