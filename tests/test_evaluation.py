@@ -11,7 +11,7 @@ import torch
 from featdiff import stats
 from featdiff.config.params import EvaluateParams
 from featdiff.language.decode import generate, score_options
-from featdiff.language.evaluation import LIKELIHOOD, Evaluator, accuracy_table, evaluate, primary_mode
+from featdiff.language.evaluation import LIKELIHOOD, Evaluator, accuracy_table, evaluate
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import LETTERS, Sample, TaskInfo
@@ -124,7 +124,7 @@ def test_answers_come_in_the_order_asked_each_under_its_tasks_rule(evaluator: Ev
     samples = [s for parts in zip(*(questions(task, 3) for task in TASKS), strict=True) for s in parts]
     rows = evaluator.answer(samples)
     assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
-    assert [row["mode"] for row in rows] == [primary_mode(TASKS[sample.task]) for sample in samples]
+    assert [row["mode"] for row in rows] == [TASKS[sample.task].primary_mode for sample in samples]
     assert evaluator.answer([]) == []
     assert evaluator.answer(samples[::-1]) == rows[::-1]
 
