@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from featdiff.artifacts.artifact import MANIFEST, sha256_file, write_json
+from featdiff.artifacts.tables import COMPLETIONS
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.processes.ranks import rank
 
@@ -17,5 +18,5 @@ with stage("arm", key=name, out=f"models/{name}", numbers=lambda study: study.nu
     if rank() == 0:
         write_json(run.out / "audit.json", audit)
     run.metrics({name: value for name, value in audit.items() if isinstance(value, (int, float))})
-    if (run.out / "completions.parquet").exists():
-        run.attach("completions.parquet")
+    if (run.out / COMPLETIONS.file).exists():
+        run.attach(COMPLETIONS.file)

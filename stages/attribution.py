@@ -4,11 +4,11 @@ from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.tables import FEATURES, SCALING
 from featdiff.attribution.norms import attribute, class_counts
 from featdiff.attribution.scaling import latent_scaling, scaling_rows
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.stage import stage
-from featdiff.tasks.task import write_rows
 
 with stage("attribution", out="analysis/attribution") as run:
     params, fits = run.params, run.study.fits
@@ -27,6 +27,6 @@ with stage("attribution", out="analysis/attribution") as run:
         rows += attribute(name, crosscoder, statistics, scaling, params, halves)
         read[name] = stop - start
         scaled += scaling_rows(name, scaling, params.nu_error, params.nu_reconstruction)
-    write_rows(run.out / "features.parquet", rows)
-    write_rows(run.out / "scaling.parquet", scaled)
+    FEATURES.write(run.out, rows)
+    SCALING.write(run.out, scaled)
     run.metrics(class_counts(rows) | {"heldout_rows": read})

@@ -3,11 +3,12 @@
 from functools import partial
 
 from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.tables import CHECKPOINT_ACCURACY, CHECKPOINT_DIVERGENCE, CHECKPOINT_SAMPLES
 from featdiff.language.divergence import Divergence, divergence_table
 from featdiff.language.evaluation import Evaluator, accuracy_table
 from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
-from featdiff.tasks.task import first_of_each, load_samples, load_tasks, write_rows
+from featdiff.tasks.task import first_of_each, load_samples, load_tasks
 
 name = stage_key("--arm", __doc__, lambda study: study.arms)
 
@@ -29,12 +30,11 @@ with stage("checkpoints", key=name, out=f"checkpoints/{name}") as run:
         asked = Evaluator(model, tokenizer, tasks, batch_size=run.params.batch_size, max_new_tokens=run.params.max_new_tokens)
         answers = scratch.part(f"answers {number}", partial(asked.answer, questions))
         found = scratch.part(f"divergence {number}", partial(divergence.measure, model, number, drawn))
-        for row in answers:
-            role, kept = tasks[row["task"]].role, {key: row[key] for key in ("task", "sample_id", "correct", "manner")}
-            samples.append(where | {"role": role} | kept)
-        for row in accuracy_table(answers, tasks, run.params, run.seed):
-            accuracy.append(where | {key: row[key] for key in ("task", "role", "n", "accuracy", "low", "high", "steps")})
+        samples += [CHECKPOINT_SAMPLES.kept(where | row | {"role": tasks[row["task"]].role}) for row in answers]
+        table = accuracy_table(answers, tasks, run.params, run.seed)
+        accuracy += [CHECKPOINT_ACCURACY.kept(where | row) for row in table]
         distance += [where | row for row in divergence_table(prompts, tasks, found, run.params, run.seed)]
-    for table, rows in {"samples": samples, "accuracy": accuracy, "divergence": distance}.items():
-        write_rows(run.out / f"{table}.parquet", rows)
+    CHECKPOINT_SAMPLES.write(run.out, samples)
+    CHECKPOINT_ACCURACY.write(run.out, accuracy)
+    CHECKPOINT_DIVERGENCE.write(run.out, distance)
     run.metrics({f"forward_kl/{row['role']}": row["forward_kl"] for row in distance if row["task"] is None})  # of the last

@@ -3,6 +3,7 @@
 from featdiff.activations.residual import token_stream
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json, write_json
+from featdiff.artifacts.tables import CONTEXTS, EVAL_SAMPLES, PROBES
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.description.describe import EMPTY, Sources, describe, summary, written_out
@@ -10,7 +11,7 @@ from featdiff.description.probe import manner_probes
 from featdiff.language.models import load_model, load_tokenizer
 from featdiff.pipeline.stage import stage
 from featdiff.processes.ranks import process_state
-from featdiff.tasks.task import load_samples, load_tasks, load_texts, read_rows, write_rows
+from featdiff.tasks.task import load_samples, load_tasks, load_texts
 
 with stage("describe", out="analysis/describe") as run:
     found = read_json(run.read("analysis/localize", "features.json") / "features.json")
@@ -20,13 +21,12 @@ with stage("describe", out="analysis/describe") as run:
         crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
         parts = [name for name in roles.models if name in crosscoder.models]
         folders = {name: run.read(f"models/{name}") for name in parts}
-        answers = {name: read_rows(run.read(f"evals/{name}", "samples.parquet") / "samples.parquet") for name in parts}
+        answers = {name: EVAL_SAMPLES.read(run.read(f"evals/{name}", "samples.parquet")) for name in parts}
         stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in (roles.original, roles.tuned)}
         device, tokenizer = process_state().device, load_tokenizer(folders[roles.original])
         models = {name: load_model(folder).to(device) for name, folder in folders.items()}
-        texts = load_texts(data, "corpus")
+        texts, largest = load_texts(data, "corpus"), largest_values(crosscoder, stores[roles.tuned])
         corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
-        largest = largest_values(crosscoder, stores[roles.tuned])
         editor = Editor(crosscoder, roles.original, layer, device, largest, donor_name=roles.tuned)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
         asked = tokenizer, load_tasks(data), load_samples(data, "eval"), answers, texts, corpus
@@ -34,7 +34,7 @@ with stage("describe", out="analysis/describe") as run:
         described, rows = describe(sources, run.params, run.seed)
         described, probed = written_out(described, tokenizer), manner_probes(sources, run.params, run.seed)
     write_json(run.out / "features.json", {name: found[name] for name in ("status", "fit")} | {"readout": "swap"} | described)
-    write_rows(run.out / "contexts.parquet", rows)
-    write_rows(run.out / "probes.parquet", probed)
+    CONTEXTS.write(run.out, rows)
+    PROBES.write(run.out, probed)
     run.attach("features.json")
     run.metrics({"status": found["status"]} | summary(described))

@@ -5,11 +5,11 @@ from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.tables import BOOTSTRAP, OVERLAP, TRAJECTORIES
 from featdiff.attribution.dynamics import Followed, follow, overlap_rows, refit
 from featdiff.config.params import BASE, PAIR
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.stage import stage, stage_key
-from featdiff.tasks.task import write_rows
 
 arm = stage_key("--arm", __doc__, lambda study: study.dynamics.arms)
 
@@ -32,8 +32,8 @@ with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
     ranked = {i: refit(pair, acts, training, run.seed, f"{arm} {i}") for i, acts in pairs.items()}
     again = refit(pair, pairs[len(after)], training, run.seed + 1, f"{arm} again")
     overlaps = found.overlap + overlap_rows(arm, "refit", ranked, (ranked[len(after)], again), params.top)
-    write_rows(run.out / "overlap.parquet", overlaps)
-    write_rows(run.out / "trajectories.parquet", found.trajectories)
-    write_rows(run.out / "bootstrap.parquet", found.bootstrap)
+    OVERLAP.write(run.out, overlaps)
+    TRAJECTORIES.write(run.out, found.trajectories)
+    BOOTSTRAP.write(run.out, found.bootstrap)
     wanted = {"method": "fixed", "a": 1, "b": len(after), "top": max(params.top)}
     run.metrics({"overlap_first_last": {row["arm"]: row["overlap"] for row in overlaps if wanted.items() <= row.items()}})

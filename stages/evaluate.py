@@ -1,10 +1,11 @@
 """Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
 
+from featdiff.artifacts.tables import EVAL_ACCURACY, EVAL_SAMPLES
 from featdiff.config.params import BASE
 from featdiff.language.evaluation import Evaluator, accuracy_table, evaluate
 from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
-from featdiff.tasks.task import load_samples, load_tasks, write_rows
+from featdiff.tasks.task import load_samples, load_tasks
 
 name = stage_key("--model", __doc__, lambda study: study.models)
 
@@ -21,7 +22,7 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
     )
     rows = evaluate(evaluator, load_samples(data, "eval"), run.params, run.seed, run.scratch())
     table = accuracy_table(rows, tasks, run.params, run.seed)
-    write_rows(run.out / "samples.parquet", rows)
-    write_rows(run.out / "accuracy.parquet", table)
-    run.attach("accuracy.parquet")
+    EVAL_SAMPLES.write(run.out, rows)
+    EVAL_ACCURACY.write(run.out, table)
+    run.attach(EVAL_ACCURACY.file)
     run.metrics({row["task"]: row["accuracy"] for row in table if row["primary"] and row["split"] == "report"})

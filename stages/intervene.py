@@ -4,6 +4,7 @@ from safetensors.torch import load_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.tables import EFFECTS
 from featdiff.crosscoder.edits import Editor
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention.controls import Draws
@@ -32,6 +33,6 @@ with stage("intervene", out="analysis/intervene") as run:
         otherwise = Otherwise(found["variants"], {name: found["seeds"]["sets"][name] for name in editors}, editors)
         tried = sensitivity(models, result, otherwise, questions.tune, run.seed, once)
         result.save(run.out, sensitivity=tried)
-        run.attach("effects.parquet")
+        run.attach(EFFECTS.file)
         summary = result.summary()
     run.metrics({"status": found["status"]} | summary)

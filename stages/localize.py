@@ -3,13 +3,14 @@
 from safetensors.torch import save_file
 
 from featdiff.artifacts.artifact import read_json, write_json
+from featdiff.artifacts.tables import EVAL_SAMPLES, SCORES, SWEEP
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.language.models import load_model, load_tokenizer, truncate
 from featdiff.localization.flipped import flipped_answers, read_flipped
 from featdiff.localization.localize import as_json, score_rows, select
 from featdiff.localization.search import Search
 from featdiff.pipeline.stage import stage
-from featdiff.tasks.task import load_samples, load_tasks, read_rows, write_rows
+from featdiff.tasks.task import load_samples, load_tasks
 
 with stage("localize", out="analysis/localize") as run:
     params, roles, data = run.params, run.study.roles, run.read("data", "tasks.json", "eval.parquet")
@@ -19,7 +20,7 @@ with stage("localize", out="analysis/localize") as run:
     folders = {name: run.read(f"models/{name}") for name in crosscoders[params.fit].models}
     layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders[roles.original])
     trunks = {name: truncate(load_model(folder), layer) for name, folder in folders.items()}
-    before, after = (read_rows(run.read(f"evals/{name}") / "samples.parquet") for name in (roles.original, roles.tuned))
+    before, after = (EVAL_SAMPLES.read(run.read(f"evals/{name}")) for name in (roles.original, roles.tuned))
     flipped = flipped_answers(before, after, tasks, "find")
     readings, skipped = {}, {}
     for name, task in tasks.items():
@@ -32,8 +33,8 @@ with stage("localize", out="analysis/localize") as run:
     found = select(search.differences(), skipped, params, run.seed)
     facts, sweep = search.robustness(found.features, run.seed) if readings else ({}, [])
     write_json(run.out / "features.json", as_json(found, params) | facts)
-    write_rows(run.out / "scores.parquet", score_rows(found))
-    write_rows(run.out / "sweep.parquet", sweep)
+    SCORES.write(run.out, score_rows(found))
+    SWEEP.write(run.out, sweep)
     save_file(search.directions(found.features, run.seed) if readings else {}, run.out / "directions.safetensors")
     run.attach("features.json")
     run.metrics({"status": found.status, "features": len(found.features), "expected_intersection": found.expected_intersection})

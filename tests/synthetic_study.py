@@ -1,6 +1,6 @@
 """Plausible artifacts of a whole study in a few seconds: what the report reads, without training.
 
-``write_study(root, Plan(...))`` publishes every folder in the schemas of the stages. Numbers are drawn from
+``write_study(root, Plan(...))`` publishes every folder, its tables through the schemas of the stages. Numbers are drawn from
 the pattern of the model organism (base rarely right away from math, GRPO mostly right, SFT right on math only);
 the plan turns parts of it off, so that every degenerate study can be written as well.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featdiff.artifacts import artifact
+from featdiff.artifacts import artifact, tables
 from featdiff.artifacts.artifact import write_json
 from featdiff.attribution.dynamics import overlap_rows, trajectory_rows
 from featdiff.attribution.norms import classify
@@ -26,10 +26,10 @@ from featdiff.intervention.controls import Control, Draws, Setting
 from featdiff.intervention.effects import effects, marks
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, SINGLE, ZERO_CONTRAST, ZERO_TUNED, Purpose, purposes
 from featdiff.intervention.search import Searched, edits_tried, gentlest
-from featdiff.intervention.study import FEW, OUTCOMES, Edits, InterventionResult, fewer
+from featdiff.intervention.study import FEW, Edits, InterventionResult, fewer
 from featdiff.language.evaluation import LIKELIHOOD, accuracy_table
 from featdiff.localization.localize import Selection, as_json, score_rows
-from featdiff.tasks.task import Sample, TaskInfo, write_rows
+from featdiff.tasks.task import Sample, TaskInfo
 
 STUDY = load_study(Path(__file__).parents[1] / "params.yaml")
 EVALUATED = STUDY.evaluate.model_copy(update={"bootstrap": 100})
@@ -184,7 +184,7 @@ def _write_data(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Ge
                 samples.append(Sample(*facts, options))
     with published(root, "data") as out:
         write_json(out / "tasks.json", [asdict(task) for task in tasks])
-        write_rows(out / "eval.parquet", [asdict(sample) for sample in samples])
+        tables.EVAL.write(out, [asdict(sample) for sample in samples])
     return samples
 
 
@@ -232,19 +232,20 @@ def _write_eval(
                 if mode in ("greedy", "option_text_norm"):
                     primary[sample.sample_id] = rows[-1]
     with published(root, f"evals/{model}") as out:
-        write_rows(out / "samples.parquet", rows)
-        write_rows(out / "accuracy.parquet", accuracy_table(rows, {task.name: task for task in tasks}, EVALUATED, plan.seed))
+        tables.EVAL_SAMPLES.write(out, rows)
+        known = {task.name: task for task in tasks}
+        tables.EVAL_ACCURACY.write(out, accuracy_table(rows, known, EVALUATED, plan.seed))
     return primary
 
 
 def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], samples: list[Sample], rng: np.random.Generator) -> None:
     asked = [sample for sample in samples if sample.split == "report" and int(sample.sample_id[-5:]) < 20]
-    known, kept = {task.name: task for task in tasks}, ("task", "role", "n", "accuracy", "low", "high", "steps")
+    known = {task.name: task for task in tasks}
     kl = {
         f"{kind}_{part}": value for kind in ("forward", "reverse") for part, value in (("kl", 0.4), ("low", 0.3), ("high", 0.5))
     }
     for arm in plan.arms:
-        tables: dict[str, list[Row]] = {"samples": [], "accuracy": [], "divergence": []}
+        given, accuracy, distance = list[Row](), list[Row](), list[Row]()
         for checkpoint in range(1, CHECKPOINTS + 1):
             share = checkpoint / CHECKPOINTS
             where = {"arm": arm, "checkpoint": checkpoint, "step": 50 * checkpoint, "share": share}
@@ -255,16 +256,16 @@ def _write_checkpoints(root: Path, plan: Plan, tasks: list[TaskInfo], samples: l
                 facts = {"sample_id": sample.sample_id, "task": sample.task, "split": "report", "mode": "greedy"}
                 facts |= {"correct": right, "strict": right, "flexible": right, "manner": "steps", "parsed": "x"}
                 answers.append(facts)
-                facts = {key: facts[key] for key in ("sample_id", "task", "correct", "manner")}
-                tables["samples"].append(where | facts | {"role": plan.roles[sample.task]})
+                given.append(tables.CHECKPOINT_SAMPLES.kept(where | facts | {"role": plan.roles[sample.task]}))
             table = accuracy_table(answers, known, EVALUATED, plan.seed)
-            tables["accuracy"] += [where | {key: row[key] for key in kept} for row in table]
+            accuracy += [tables.CHECKPOINT_ACCURACY.kept(where | row) for row in table]
             for task in tasks:
                 moved = {"role": task.role, "n": 10} | {key: share * value for key, value in kl.items()}
-                tables["divergence"] += [where | moved | {"task": name} for name in (task.name, None)]
+                distance += [where | moved | {"task": name} for name in (task.name, None)]
         with published(root, f"checkpoints/{arm}") as out:
-            for name, rows in tables.items():
-                write_rows(out / f"{name}.parquet", rows)
+            tables.CHECKPOINT_SAMPLES.write(out, given)
+            tables.CHECKPOINT_ACCURACY.write(out, accuracy)
+            tables.CHECKPOINT_DIVERGENCE.write(out, distance)
 
 
 def _write_crosscoders(root: Path, plan: Plan, rng: np.random.Generator) -> dict[str, Row]:
@@ -320,7 +321,7 @@ def _write_attribution(root: Path, plan: Plan, fits: dict[str, Row], rng: np.ran
                 }
             )  # fmt: skip
     with published(root, "analysis/attribution") as out:
-        write_rows(out / "features.parquet", rows)
+        tables.FEATURES.write(out, rows)
 
 
 def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
@@ -342,9 +343,9 @@ def _write_dynamics(root: Path, plan: Plan, rng: np.random.Generator) -> None:
         ]  # fmt: skip
         with published(root, f"analysis/dynamics/{arm}") as out:
             overlap = [row for how in ("fixed", "refit") for row in overlap_rows(arm, how, changes, floor, [10, 25, 50])]
-            write_rows(out / "overlap.parquet", overlap)
-            write_rows(out / "trajectories.parquet", trajectory_rows(arm, changes))
-            write_rows(out / "bootstrap.parquet", resampled)
+            tables.OVERLAP.write(out, overlap)
+            tables.TRAJECTORIES.write(out, trajectory_rows(arm, changes))
+            tables.BOOTSTRAP.write(out, resampled)
 
 
 def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
@@ -373,8 +374,8 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
     with published(root, "analysis/localize") as out:
         facts = {"seeds": _seeds(), "variants": [], "shuffled": list(SET)} if sought else {}
         write_json(out / "features.json", as_json(selection, params) | facts)
-        write_rows(out / "sweep.parquet", sweep)
-        write_rows(out / "scores.parquet", score_rows(selection))
+        tables.SWEEP.write(out, sweep)
+        tables.SCORES.write(out, score_rows(selection))
 
 
 def _seeds() -> Row:
@@ -480,8 +481,8 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
     corpus = {"corpus_tokens": 120_000 * bool(found), "corpus_texts": 2000 * bool(found)}
     with published(root, "analysis/describe") as out:
         write_json(out / "features.json", {**facts, **corpus, "features": features, "set": {"manner": told}})
-        write_rows(out / "contexts.parquet", contexts)
-        write_rows(out / "probes.parquet", probe_rows() if found and generated else [])
+        tables.CONTEXTS.write(out, contexts)
+        tables.PROBES.write(out, probe_rows() if found and generated else [])
         write_json(out / "metrics.json", {})
 
 
@@ -576,10 +577,10 @@ def _write_intervene(
             moved = rng.random(len(report)) < share
             rows = [(toward if far else own)[sample.sample_id] for sample, far in zip(report, moved, strict=True)]
             marked[control, number] = marks(rows, toward)
-            facts = {"purpose": purpose.name, "control": control, "set_draw": number}
-            outcomes += [facts | {key: row[key] for key in ("sample_id", "correct")} for row in rows]
+            facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
+            outcomes += [tables.OUTCOMES.kept(facts | row) for row in rows]
             if control in ("none", "set", *DIRECTIONS):
-                kept += [facts | {"model": purpose.model} | row for row in rows]
+                kept += [facts | row for row in rows]
             if (control, number) in few:
                 changed = 0.0 if control in ("none", "noop") else 0.02
                 spilled.append(facts | {"perplexity": 4.0, "change": changed, "low": -0.01, "high": 0.05, "n": 40})
@@ -600,7 +601,7 @@ def _write_intervene(
         for name, found in searched.items()
     }
     search = [row for each in searched.values() for row in each.rows]
-    columns = {name: [row[name] for row in outcomes] for name in OUTCOMES}
+    columns = {name: [row[name] for row in outcomes] for name in tables.OUTCOMES.columns}
     choice = {"features": list(SET), "controls": chosen}
     with published(root, "analysis/intervene") as out:
         write_json(out / "metrics.json", {"status": plan.status})

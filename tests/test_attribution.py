@@ -1,5 +1,7 @@
 """Decoder norms compared between models: NRN, MAS, classes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from featdiff.artifacts.tables import FEATURES
 from featdiff.attribution.norms import attribute, class_counts, classify, mas, nrn, own
 from featdiff.attribution.scaling import LatentScaling
 from featdiff.config.params import AttributionParams
@@ -155,7 +158,7 @@ def test_new_is_what_every_tuned_model_has_against_the_original_and_none_against
     assert own(scaling, params()) == ["new", None, None, "sft", "base", None]
 
 
-def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
+def test_one_row_per_feature_and_the_dead_have_no_class(tmp_path: Path) -> None:
     pair = random_crosscoder(("base", "sft"), n_features=5)
     pair.W_dec.data[:, 0] = 0
     rows = attribute("pair", pair, statistics(5, dead=(1, 4)), scaled(pair, {0: "sft", 2: "base", 4: "sft"}), params())
@@ -166,6 +169,7 @@ def test_one_row_per_feature_and_the_dead_have_no_class() -> None:
     assert [row["dead"] for row in rows] == [False, True, False, False, True]
     assert [(row["feature_id"], row["nrn"], row["mas"]) for row in rows] == [(k, 1.0, None) for k in range(5)]
     assert rows[0]["max_activation"] == 2.0
+    FEATURES.write(tmp_path, rows)
 
 
 def test_what_fires_on_no_row_is_untested_and_halves_tell_how_sure_a_call_is() -> None:
@@ -181,7 +185,7 @@ def test_what_fires_on_no_row_is_untested_and_halves_tell_how_sure_a_call_is() -
     assert [row["halves_agree"] for row in attribute("pair", pair, statistics(4), whole, params())] == [None] * 4
 
 
-def test_more_than_two_models_have_mas_in_their_order() -> None:
+def test_more_than_two_models_have_mas_in_their_order(tmp_path: Path) -> None:
     joint = random_crosscoder(("base", "sft", "grpo", "rft"), n_features=4)
     none = scaled(joint, {})
     rows = attribute("joint", joint, statistics(4), none, params())
@@ -189,6 +193,7 @@ def test_more_than_two_models_have_mas_in_their_order() -> None:
     for k, row in enumerate(rows):
         assert row["nrn"] is None
         assert row["mas"] == pytest.approx(shares[k].tolist())
+    FEATURES.write(tmp_path, rows)
     counts = class_counts(rows + attribute("other", joint, statistics(4, dead=(0,)), none, params()))
     assert sum(counts["joint"].values()) == sum(counts["other"].values()) == 4
     assert counts["other"]["dead"] == 1

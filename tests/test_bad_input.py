@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from featdiff.artifacts import artifact
-from featdiff.tasks.task import Data, Sample, TaskInfo, Text, read_rows, write_rows
+from featdiff.artifacts.tables import CONTEXTS, EVAL_SAMPLES, SCORES
+from featdiff.tasks.task import Data, Sample, TaskInfo, Text
 from project import ALPHABET, ROOT, Project
 
 FORKS = """
@@ -438,12 +439,12 @@ def test_too_few_flipped_samples_are_a_result(study: Project, run: Run) -> None:
         rows = [
             {
                 "sample_id": f"t-find-{i}", "task": "t", "split": "find", "mode": "greedy", "draw": 0, "completion": "abc.",
-                "parsed": "abc", "correct": right, "manner": "direct",
+                "parsed": "abc", "correct": right, "manner": "direct", "strict": right, "flexible": right,
             }
             for i in range(2)
         ]  # fmt: skip
         with study.publishing(f"evals/{name}") as folder:
-            write_rows(folder / "samples.parquet", rows)
+            EVAL_SAMPLES.write(folder, rows)
     crosscoder = Crosscoder(["base", "sft", "grpo"], 16, 32, "batchtopk")
     crosscoder.initialise(0.1, torch.Generator().manual_seed(0))
     with study.publishing("crosscoders/joint_topk") as folder:
@@ -460,13 +461,13 @@ def test_too_few_flipped_samples_are_a_result(study: Project, run: Run) -> None:
     found = artifact.read_json(folder / "features.json")
     assert (found["status"], found["features"]) == ("too_few_flipped", [])
     assert found["skipped"] == {"t": "2 flipped samples, 3 needed"}
-    assert read_rows(folder / "scores.parquet") == []
+    assert SCORES.read(folder) == []
     result = run("stages/describe.py")
     assert result.returncode == 0, result.stderr
     artifact.verify(study.path / "analysis/describe")
     described = artifact.read_json(study.path / "analysis/describe/features.json")
     assert (described["status"], described["features"]) == ("too_few_flipped", [])
-    assert read_rows(study.path / "analysis/describe/contexts.parquet") == []
+    assert CONTEXTS.read(study.path / "analysis/describe") == []
     assert artifact.read_json(study.path / "analysis/describe/metrics.json")["status"] == "too_few_flipped"
     result = run("stages/intervene.py")
     assert result.returncode == 0, result.stderr
@@ -485,6 +486,6 @@ def test_the_same_artifacts_unharmed_are_evaluated(study: Project, run: Run) -> 
     result = run("stages/evaluate.py", "--model", "sft")
     assert result.returncode == 0, result.stderr
     artifact.verify(study.path / "evals/sft")
-    rows = read_rows(study.path / "evals/sft/samples.parquet")
+    rows = EVAL_SAMPLES.read(study.path / "evals/sft")
     assert len(rows) == 6 * (1 + 2)
     assert [path.name for path in (study.path / "evals").iterdir()] == ["sft"]

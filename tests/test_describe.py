@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featdiff.activations.residual import TokenStream, read_residual
 from featdiff.activations.store import ActivationStore
+from featdiff.artifacts.tables import CONTEXTS
 from featdiff.config.params import DescribeParams
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.readout import Reader
@@ -45,7 +46,7 @@ def listed(
     return list(contexts(reading, sources, labels, starts or [None] * len(sources), [5], TOKENIZER, params(**changes)))
 
 
-def test_contexts_hold_the_largest_values_of_each_source() -> None:
+def test_contexts_hold_the_largest_values_of_each_source(tmp_path: Path) -> None:
     tuned = [[0, 1, 0, 0, 3, 0, 0, 2], [0, 7, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 9, 0]]
     original = [[value / 2 for value in part] for part in tuned]
     texts = ["abcdefgh", "ijkl", "mnop", "qrst", "uvwx"]
@@ -59,6 +60,7 @@ def test_contexts_hold_the_largest_values_of_each_source() -> None:
     assert longest["original"] == [0.5, 0, 0, 1.5, 0, 0, 1]
     assert all(row["tuned"][row["peak"]] == max(row["tuned"]) for row in made)
     assert {row["feature_id"] for row in made} == {5}
+    CONTEXTS.write(tmp_path, made)
 
 
 def test_equal_contexts_stand_once_and_silence_is_no_context() -> None:

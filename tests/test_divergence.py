@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import scipy.stats
 import torch
 
 from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.tables import CHECKPOINT_DIVERGENCE
 from featdiff.config.params import CheckpointsParams
 from featdiff.language import divergence
 from featdiff.language.divergence import Divergence, divergence_table, token_divergence
@@ -132,7 +134,7 @@ def test_vocabularies_of_different_size_are_refused(make_model: Callable[..., An
         along(make_model(), other)
 
 
-def test_the_table_has_every_task_and_the_mean_of_each_role() -> None:
+def test_the_table_has_every_task_and_the_mean_of_each_role(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     measured = {way: rng.exponential(size=len(SAMPLES)).tolist() for way in ("forward", "reverse")}
     table = divergence_table(SAMPLES, TASKS, measured, PARAMS, 0)
@@ -145,6 +147,8 @@ def test_the_table_has_every_task_and_the_mean_of_each_role() -> None:
         tasks = [by[name, "train"][f"{way}_kl"] for name in ("add", "sub")]
         assert by[None, "train"][f"{way}_kl"] == pytest.approx(np.mean(tasks))
         assert all(row[f"{way}_low"] < row[f"{way}_kl"] < row[f"{way}_high"] for row in table)
+    where = {"arm": "sft", "checkpoint": 1, "step": None, "share": 1.0}
+    CHECKPOINT_DIVERGENCE.write(tmp_path, [where | row for row in table])
 
 
 def test_the_first_of_each_task_are_kept_in_their_order() -> None:

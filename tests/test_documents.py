@@ -6,10 +6,13 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
 
+from featdiff.artifacts import tables
+from featdiff.artifacts.tables import Table, in_words
 from featdiff.config.params import Study
 from featdiff.config.reading import flatten
 
@@ -44,10 +47,9 @@ def definitions(module: str) -> set[str]:
 
 
 @cache
-def names_written(path: Path) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
-    """Names that a module can give to a column: its short strings, fields and keywords, and patterns of its f-strings."""
+def names_written(path: Path) -> frozenset[str]:
+    """Names that a module can give to a key: its strings, fields and keywords."""
     names: set[str] = set()
-    patterns = []
     for node in ast.walk(ast.parse(text(path))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             names.add(node.value)
@@ -55,11 +57,7 @@ def names_written(path: Path) -> tuple[frozenset[str], tuple[re.Pattern[str], ..
             names.add(node.target.id)
         elif isinstance(node, ast.keyword) and node.arg:
             names.add(node.arg)
-        elif isinstance(node, ast.JoinedStr):
-            parts = [str(part.value) if isinstance(part, ast.Constant) else None for part in node.values]
-            if sum(len(part) for part in parts if part) > 2:
-                patterns.append(re.compile("".join("[a-z_]+" if part is None else re.escape(part) for part in parts)))
-    return frozenset(names), tuple(patterns)
+    return frozenset(names)
 
 
 @pytest.mark.parametrize(("page", "module", "name"), named(PAGES, CITED))
@@ -109,24 +107,33 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 SECTION = re.compile(r"^### (`.*)$")
-ROW = re.compile(r"^\| (`[^|]*`) \|")
+ROW = re.compile(r"^\| (`[^|]*`) \|([^|]*)\|")
+TABLES = {table.name: table for table in vars(tables).values() if isinstance(table, Table)}
 
 
-def tables() -> dict[str, tuple[list[str], list[Path]]]:
-    """By file of docs/artifacts.md: its columns or keys, and the modules that write it."""
-    found: dict[str, tuple[list[str], list[Path]]] = {}
-    columns: list[str] | None = None
+class Described(NamedTuple):
+    """What docs/artifacts.md says of a file."""
+
+    rows: list[tuple[list[str], str]]
+    """Columns or keys, and what stands under ``type``."""
+    modules: list[Path]
+    """Those that write it."""
+
+
+def described() -> dict[str, Described]:
+    found: dict[str, Described] = {}
+    file: Described | None = None
     for line in text(ROOT / "docs/artifacts.md").splitlines():
         if heading := SECTION.match(line):
-            columns, modules = [], []
-            found |= dict.fromkeys(re.findall(r"`([^`]+)`", heading[1]), (columns, modules))
+            file = Described([], [])
+            found |= dict.fromkeys(re.findall(r"`([^`]+)`", heading[1]), file)
         elif line.startswith("#"):
-            columns = None
-        elif columns is not None:
-            modules += [PACKAGE / module for module, _ in CITED.findall(line)] + [
-                ROOT / stage for stage in re.findall(r"`(stages/\w+\.py)`", line)
-            ]
-            columns += re.findall(r"`(\w+)`", row[1]) if (row := ROW.match(line)) else []
+            file = None
+        elif file is not None:
+            file.modules.extend(PACKAGE / module for module, _ in CITED.findall(line))
+            file.modules.extend(ROOT / stage for stage in re.findall(r"`(stages/\w+\.py)`", line))
+            if row := ROW.match(line):
+                file.rows.append((re.findall(r"`(\w+)`", row[1]), row[2].strip()))
     return found
 
 
@@ -137,35 +144,26 @@ def imported(path: Path) -> set[Path]:
     return {module for module in modules if module.is_file()}
 
 
-@pytest.mark.parametrize("file", tables())
-def test_columns_are_written_by_the_code(file: str) -> None:
-    columns, modules = tables()[file]
-    assert columns
-    known = [names_written(writer) for writer in set(modules).union(*map(imported, modules))]
-    for column in columns:
-        assert any(column in names or any(each.fullmatch(column) for each in patterns) for names, patterns in known), column
+@pytest.mark.parametrize("file", [file for file in described() if file not in TABLES])
+def test_keys_are_written_by_the_code(file: str) -> None:
+    rows, modules = described()[file]
+    assert rows
+    known = frozenset[str]().union(*map(names_written, set(modules).union(*map(imported, modules))))
+    assert {key for keys, _ in rows for key in keys} <= known
 
 
-def test_columns_that_the_report_reads_are_documented() -> None:
-    source = text(PACKAGE / "report/evidence.py")
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    reads = []
-    for call in calls:
-        if isinstance(call.func, ast.Name) and call.func.id in ("_rows", "_joined"):
-            path, columns = call.args[:2] if call.func.id == "_rows" else call.args[1:3]
-            reads.append((path.right if isinstance(path, ast.BinOp) else path, columns))
-    effects = re.findall(r"effects = \((.*?)\)", source, re.DOTALL)[0]
-    documented: dict[str, set[str]] = {}
-    for file, (described, _) in tables().items():
-        documented.setdefault(file.rpartition("/")[2], set()).update(described)
-    seen = 0
-    for path, columns in reads:
-        if isinstance(path, ast.Constant):
-            file = str(path.value)
-            wanted = str(columns.value) if isinstance(columns, ast.Constant) else effects if "effects" in file else ""
-            assert set(re.findall(r"\w+", wanted)) <= documented[file], file
-            seen += bool(wanted)
-    assert seen > 10
+@pytest.mark.parametrize("file", TABLES)
+def test_columns_are_described_as_their_schema_has_them(file: str) -> None:
+    found = []
+    for columns, said in described()[file].rows:
+        null, types = said.endswith(", null"), said.removesuffix(", null").split(", ")
+        for column, of in zip(columns, types * (len(columns) if len(types) == 1 else 1), strict=True):
+            found.append((column, f"{of}, null" if null else of))
+    assert sorted(found) == sorted((field.name, in_words(field)) for field in TABLES[file].schema)
+
+
+def test_only_tables_with_a_schema_are_described() -> None:
+    assert {file for file in described() if file.endswith(".parquet")} == TABLES.keys()
 
 
 def test_every_output_of_the_graph_is_described() -> None:

@@ -1,5 +1,7 @@
 """Features over checkpoints: change, overlap, trajectories."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.tables import BOOTSTRAP
 from featdiff.attribution import dynamics
 from featdiff.attribution.dynamics import (
     BLOCKS,
@@ -117,11 +120,12 @@ def test_an_early_checkpoint_that_has_changed_less_is_not_taken_for_another_one(
     assert relative(rows, 1)[0] == pytest.approx(1, abs=0.15)
 
 
-def test_draws_are_the_same_for_every_arm_and_change_is_the_sum_over_features() -> None:
+def test_draws_are_the_same_for_every_arm_and_change_is_the_sum_over_features(tmp_path: Path) -> None:
     strength, rows_K = torch.linspace(0, 1, 50), torch.full((8,), 10.0)
     sums = block_sums(strength, 3, blocks=8)
     once = bootstrap_rows("a", {1: sums / 2, 2: sums}, rows_K, [5, 10, 99], 20, 4)
     assert once == bootstrap_rows("a", {1: sums / 2, 2: sums}, rows_K, [5, 10], 20, 4)
+    BOOTSTRAP.write(tmp_path, once)
     assert once[0]["change"] == pytest.approx((sums / 2).sum().item() / 80)
     doubled = bootstrap_rows("b", {1: sums, 2: 2 * sums}, rows_K, [5, 10], 20, 4)
     assert [row["change"] for row in doubled] == pytest.approx([2 * row["change"] for row in once])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from featdiff import stats
+from featdiff.artifacts.tables import EVAL_ACCURACY, EVAL_SAMPLES
 from featdiff.config.params import EvaluateParams
 from featdiff.language.decode import generate, score_options
-from featdiff.language.evaluation import LIKELIHOOD, Evaluator, accuracy_table, evaluate, primary_mode
+from featdiff.language.evaluation import LIKELIHOOD, Evaluator, accuracy_table, evaluate
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import LETTERS, Sample, TaskInfo
@@ -124,15 +126,17 @@ def test_answers_come_in_the_order_asked_each_under_its_tasks_rule(evaluator: Ev
     samples = [s for parts in zip(*(questions(task, 3) for task in TASKS), strict=True) for s in parts]
     rows = evaluator.answer(samples)
     assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
-    assert [row["mode"] for row in rows] == [primary_mode(TASKS[sample.task]) for sample in samples]
+    assert [row["mode"] for row in rows] == [TASKS[sample.task].primary_mode for sample in samples]
     assert evaluator.answer([]) == []
     assert evaluator.answer(samples[::-1]) == rows[::-1]
 
 
-def test_a_whole_evaluation(evaluator: Evaluator) -> None:
+def test_a_whole_evaluation(evaluator: Evaluator, tmp_path: Path) -> None:
     samples = questions("gen", 6) + questions("norm", 3)
     rows = evaluate(evaluator, samples, PARAMS, seed=0, scratch=Scratch())
     assert len(rows) == 6 * (1 + PARAMS.draws) + 3 * len(LIKELIHOOD)
+    EVAL_SAMPLES.write(tmp_path, rows)
+    EVAL_ACCURACY.write(tmp_path, accuracy_table(rows, TASKS, PARAMS, 0))
     assert rows == evaluate(evaluator, samples, PARAMS, seed=0, scratch=Scratch())
     sampled = [r["completion"] for r in rows if r["mode"] == "sampled"]
     assert sampled[:6] != sampled[6:]  # every draw has a generator of its own

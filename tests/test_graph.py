@@ -271,9 +271,9 @@ def test_arms_start_from_one_base_on_the_same_problems(nano: Repository) -> None
 
 @pytest.mark.graph
 def test_no_op_arm_gives_the_bytes_of_the_unedited_model(nano: Repository) -> None:
-    from featdiff.tasks.task import read_rows
+    from featdiff.artifacts.tables import EDITED_SAMPLES
 
-    rows = read_rows(nano.path / "analysis/intervene/samples.parquet")
+    rows = EDITED_SAMPLES.read(nano.path / "analysis/intervene")
     kept = ("purpose", "sample_id", "completion", "parsed", "correct", "manner")
     arms = {arm: [[row[key] for key in kept] for row in rows if row["control"] == arm] for arm in ("none", "noop")}
     assert arms["none"]

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featdiff.artifacts.artifact import ContractError, begin, sha256_file, write_json
+from featdiff.artifacts.tables import OWN_ANSWERS, TRAIN
 from featdiff.config.params import METHODS, DPOParams, Pretraining, RFTParams
 from featdiff.language.decode import score_options
 from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, read_rows, write_rows
+from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks
 from featdiff.training import own_answers as own_answers_module
 from featdiff.training.dpo import pairs
 from featdiff.training.own_answers import Answer, Answers, own_answers
@@ -59,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_data(folder: Path, tasks: list[TaskInfo], samples: list[Sample]) -> None:
     folder.mkdir()
     write_json(folder / "tasks.json", [asdict(task) for task in tasks])
-    write_rows(folder / "train.parquet", [asdict(sample) for sample in samples])
+    TRAIN.write(folder, [asdict(sample) for sample in samples])
 
 
 def trained(
@@ -190,7 +191,7 @@ def test_an_answer_that_was_cut_off_is_neither_right_nor_wrong(world: Path) -> N
 
 def test_rejection_sampling_learns_from_right_answers_alone(world: Path, tmp_path: Path) -> None:
     out, audit = trained("rft", world, tmp_path / "rft", kept=1, steps=24)
-    rows = read_rows(out / "answers.parquet")
+    rows = OWN_ANSWERS.read(out)
     solved = {row["sample_id"] for row in rows if row["correct"] and row["whole"]}
     assert audit["taught"] == len(solved) == 24 - audit["problems_left_out"]
     assert audit["answers"] == len(rows) == 24 * 6

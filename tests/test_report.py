@@ -398,7 +398,7 @@ def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "analysis/intervene/effects.parquet"
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["random_low"]), path)
-    with pytest.raises(ContractError, match=r"effects\.parquet: columns: expected random_low"):
+    with pytest.raises(ContractError, match=r"effects\.parquet: random_low: expected float, null, found nothing"):
         load(lambda name, *_: tmp_path / name, plan.study)
 
 

@@ -1,11 +1,14 @@
 """Would the selection have come out otherwise: sweep, shuffled identities, seeds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from featdiff.artifacts.tables import SWEEP
 from featdiff.config.params import LocalizeParams
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.localization.flipped import FlippedStreams
@@ -24,9 +27,10 @@ def differences(samples: int = 40, n_features: int = 60, planted: float = 2.0) -
     return made
 
 
-def test_a_planted_set_stands_over_a_range_of_thresholds_and_not_by_chance() -> None:
+def test_a_planted_set_stands_over_a_range_of_thresholds_and_not_by_chance(tmp_path: Path) -> None:
     made = differences()
     rows = {row["threshold"]: row for row in sweep(made, [0.001, 0.4, 0.6], PLANTED, 50, torch.Generator().manual_seed(1))}
+    SWEEP.write(tmp_path, list(rows.values()))
     assert (rows[0.4]["size"], rows[0.4]["jaccard"]) == (2, 1.0)
     assert rows[0.001]["size"] > 2
     assert rows[0.001]["jaccard"] == 2 / rows[0.001]["size"]

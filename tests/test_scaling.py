@@ -11,6 +11,7 @@ from torch import Tensor
 
 from featdiff.activations import store
 from featdiff.activations.tensor import ActivationTensor
+from featdiff.artifacts.tables import SCALING
 from featdiff.attribution.scaling import LatentScaling, latent_scaling, ratio, scaling_rows
 from featdiff.config.params import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
@@ -179,9 +180,10 @@ def test_a_ratio_needs_a_clearly_positive_beta_in_its_own_model(own: float) -> N
     assert not LatentScaling(["base", "grpo"], beta, beta).specific(1.0, 1.0)[0, 1].any()
 
 
-def test_one_row_per_feature_and_ordered_pair() -> None:
+def test_one_row_per_feature_and_ordered_pair(tmp_path: Path) -> None:
     scaling = latent_scaling(random_crosscoder(MODELS), ActivationTensor(list(MODELS), activations(1)), 0, 40)
     rows = scaling_rows("joint", scaling, *BOUNDS)
+    SCALING.write(tmp_path, rows)
     assert [(row["owner"], row["other"], row["feature_id"]) for row in rows] == [
         (MODELS[t], MODELS[o], k) for o, t in permutations(range(3), 2) for k in range(12)
     ]

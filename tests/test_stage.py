@@ -224,7 +224,8 @@ def test_a_stage_ends_with_the_process_that_started_it(project: Project, launche
 WRITES = [
     "(run.out / 'large').write_bytes(bytes(1 << 20))",
     "import numpy, safetensors.numpy as s; s.save_file({'a': numpy.zeros(1 << 17)}, run.out / 'a.safetensors')",
-    "from featdiff.tasks.task import write_rows; write_rows(run.out / 't.parquet', [{'a': os.urandom(1 << 20)}])",
+    "from featdiff.artifacts.tables import CORPUS"
+    "; CORPUS.write(run.out, [dict.fromkeys(CORPUS.columns, os.urandom(1 << 20).hex())])",
 ]
 
 

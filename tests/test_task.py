@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.tasks.task import Data, Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, read_rows
+from featdiff.tasks.task import Data, Sample, TaskInfo, Text, load_samples, load_tasks, load_texts
 
 TASK = TaskInfo("t", "find", "questions", "option_text", "letter", "strict", False, 4)
 
@@ -57,11 +57,3 @@ def test_right_option_is_the_letter_of_the_answer() -> None:
 def test_chance_is_that_of_a_guess_among_the_options() -> None:
     assert TASK.chance == 0.25
     assert TaskInfo("t", "find", "words", "generation", "organism", "strict", False, 0).chance == 0
-
-
-def test_missing_and_broken_tables_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match="rerun the stage"):
-        read_rows(tmp_path / "eval.parquet")
-    (tmp_path / "eval.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(ContractError, match="a parquet table"):
-        read_rows(tmp_path / "eval.parquet")

@@ -22,7 +22,6 @@ from featdiff.activations.store import ActivationStore, in_order
 from featdiff.config.params import Roles
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
-from featdiff.language.evaluation import primary_mode
 from featdiff.localization.flipped import answer_text, sequences
 from featdiff.tasks.task import Sample, TaskInfo
 
@@ -129,7 +128,7 @@ def answered(
     """The first ``most`` questions of every task on the find split, with the answers in ``rows``."""
     found = Answered([], [], [])
     for name, task in tasks.items():
-        given = {row["sample_id"]: row for row in rows if row["task"] == name and row["mode"] == primary_mode(task)}
+        given = {row["sample_id"]: row for row in rows if row["task"] == name and row["mode"] == task.primary_mode}
         chosen = [sample for sample in samples if sample.task == name and sample.split == "find"][:most]
         if chosen:
             answers = [answer_text(task, given[sample.sample_id]) for sample in chosen]

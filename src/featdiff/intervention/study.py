@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from featdiff import stats
 from featdiff.artifacts.artifact import write_json
+from featdiff.artifacts.tables import COLLATERAL, EDITED_SAMPLES, EFFECTS, OUTCOMES, SEARCH, SENSITIVITY
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws
@@ -28,12 +27,10 @@ from featdiff.intervention.purposes import DIRECTIONS, DRAWN, SET, SINGLE, ZERO_
 from featdiff.intervention.search import Once, Searched, on_a_bar, search
 from featdiff.language.decode import text_nats
 from featdiff.language.evaluation import Row
-from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts, write_rows
+from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts
 
 FEW = 5
 """Random sets and directions whose effect on likelihoods and on free text is measured."""
-OUTCOMES = ("purpose", "control", "set_draw", "sample_id", "correct")
-"""Columns of the table of outcomes."""
 TOGETHER = 8
 """Controls answered under in one part of the work, which a kill costs."""
 
@@ -169,17 +166,19 @@ class InterventionResult:
     effects: list[dict[str, Any]]
     collateral: list[dict[str, Any]]
     outcomes: dict[str, list[Any]]
-    """Whether each answer to the report split was right, under every control: columns of a table."""
+    """Whether each answer to the report split was right, under every control: columns of :data:`OUTCOMES`."""
     searched: dict[str, Searched]
     """By purpose, of the two for which settings are chosen."""
 
-    def save(self, out: Path, **more: list[dict[str, Any]]) -> None:
-        """Write ``choice.json``, every table and ``more`` tables by name into ``out``."""
+    def save(self, out: Path, *, sensitivity: list[dict[str, Any]]) -> None:
+        """Write ``choice.json``, every table and the table ``sensitivity`` into ``out``."""
         write_json(out / "choice.json", self.choice)
-        tables = {name: getattr(self, name) for name in ("search", "samples", "effects", "collateral")}
-        for name, rows in (tables | more).items():
-            write_rows(out / f"{name}.parquet", rows)
-        pq.write_table(pa.table(self.outcomes), out / "outcomes.parquet", compression="zstd")
+        SEARCH.write(out, self.search)
+        EDITED_SAMPLES.write(out, self.samples)
+        EFFECTS.write(out, self.effects)
+        COLLATERAL.write(out, self.collateral)
+        SENSITIVITY.write(out, sensitivity)
+        OUTCOMES.write_columns(out, self.outcomes)
 
     def summary(self) -> dict[str, Any]:
         """Per purpose and task: accuracy and share of answers step by step before and after the edit of the set, and whether
@@ -232,7 +231,7 @@ def intervene(
         right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in unedited.items()}
         flipped = right[models.tuned.purpose.model] - right[models.original.purpose.model]
         rows, table, spilled = list[Row](), list[dict[str, Any]](), list[dict[str, Any]]()
-        columns: tuple[list[Any], ...] = tuple([] for _ in OUTCOMES)
+        columns: tuple[list[Any], ...] = tuple([] for _ in OUTCOMES.columns)
         for purpose in models.purposes:
             model, source = models.open(purpose), searched[purpose.name if purpose.chosen else ZERO_TUNED]
             toward = unedited[purpose.toward]
@@ -258,7 +257,7 @@ def intervene(
         samples=rows,
         effects=table,
         collateral=spilled,
-        outcomes=dict(zip(OUTCOMES, columns, strict=True)),
+        outcomes=dict(zip(OUTCOMES.columns, columns, strict=True)),
         searched=searched,
     )
 

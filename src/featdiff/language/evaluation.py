@@ -32,11 +32,6 @@ and is lost as a whole by a kill."""
 LIKELIHOOD = ("option_text", "option_text_norm", "option_letter")
 
 
-def primary_mode(task: TaskInfo) -> str:
-    """:attr:`TaskInfo.primary_mode` of ``task``."""
-    return task.primary_mode
-
-
 class Evaluator:
     """A model with its tokenizer and the tasks it is asked about."""
 
@@ -295,7 +290,7 @@ def accuracy_table(
                             "domain": task.domain,
                             "split": split,
                             "mode": mode,
-                            "primary": mode == primary_mode(task),
+                            "primary": mode == task.primary_mode,
                             "n": interval.n,
                             "accuracy": interval.value,
                             "low": interval.low,

@@ -16,7 +16,6 @@ from featdiff.activations.residual import TokenStream, read_residual
 from featdiff.config.params import Readout, Roles
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import read_all
-from featdiff.language.evaluation import primary_mode
 from featdiff.language.models import encode_prompts
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import GENERATION, Sample, TaskInfo
@@ -37,7 +36,7 @@ def flipped_answers(
 
     def primary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {
-            row["sample_id"]: row for row in rows if row["split"] == split and row["mode"] == primary_mode(tasks[row["task"]])
+            row["sample_id"]: row for row in rows if row["split"] == split and row["mode"] == tasks[row["task"]].primary_mode
         }
 
     before, after = primary(original_rows), primary(tuned_rows)

@@ -9,12 +9,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from featdiff.artifacts.artifact import ContractError, read_json
+from featdiff.artifacts import tables
+from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.tables import Table
 from featdiff.config.params import Arm, Roles, Study
 from featdiff.report.names import Names
-from featdiff.tasks.task import Sample, TaskInfo, load_tasks, read_rows
+from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 
 ROLES = ("train", "find", "heldout", "control")
 """Of tasks, in the order in which they are shown."""
@@ -62,7 +62,7 @@ class FitFacts:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The artifacts of one study. Tables are lists of rows in the schema of the stage that wrote them."""
+    """The artifacts of one study. Tables are lists of rows (featdiff.artifacts.tables)."""
 
     roles: Roles
     arms: Mapping[str, Arm]
@@ -156,7 +156,7 @@ class Evidence:
 def load(read: Callable[..., Path], study: Study) -> Evidence:
     """Open every artifact of ``study`` through ``read``, which verifies a folder and returns it.
 
-    Raises ContractError where a table lacks a column or a crosscoder that attribution names is missing."""
+    Raises ContractError where a table is not of its schema or a crosscoder that attribution names is missing."""
     data = read("data", "tasks.json", "eval.parquet")
     known = load_tasks(data)
     evals = {model: read(f"evals/{model}") for model in study.models}
@@ -164,115 +164,60 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         read(f"analysis/{name}") for name in ("attribution", "localize", "describe", "intervene")
     )
     dynamics = [read(f"analysis/dynamics/{arm}") for arm in study.dynamics.arms]
-    features = _rows(
-        attribution / "features.parquet",
-        "fit feature_id dead firing_rate nrn mas feature_class tested scaling_owner specific halves_agree",
-    )
+    checkpoints = [read(f"checkpoints/{arm}") for arm in study.arms]
+    features = tables.FEATURES.read(attribution)
     found = read_json(localize / "features.json")
     return Evidence(
         roles=study.roles,
         arms=study.arms,
         repeats={runs[0]: runs for runs in map(study.repeats, study.arms)},
         tasks={name: task for role in ROLES for name, task in known.items() if task.role == role},
-        questions={
-            row["sample_id"]: Sample(**row | {"options": tuple(row["options"] or ())})
-            for row in read_rows(data / "eval.parquet")
-            if row["split"] == "report"
-        },
+        questions={sample.sample_id: sample for sample in load_samples(data, "eval") if sample.split == "report"},
         models={model: _model(f"models/{model}", read) for model in study.models},
-        accuracy={
-            model: _rows(
-                folder / "accuracy.parquet",
-                "task role split mode primary n accuracy low high strict flexible parse_failures steps foreign direct",
-            )
-            for model, folder in evals.items()
-        },
-        answers={
-            model: _rows(
-                folder / "samples.parquet",
-                "sample_id task split mode draw completion parsed correct manner",
-                ("split", ["report"]),
-            )
-            for model, folder in evals.items()
-        },
+        accuracy={model: tables.EVAL_ACCURACY.read(folder) for model, folder in evals.items()},
+        answers={model: tables.EVAL_SAMPLES.read(folder, split="report") for model, folder in evals.items()},
         fits={
             name: _fit(read(f"crosscoders/{name}"), study.null(name)) for name in dict.fromkeys(row["fit"] for row in features)
         },
         features=features,
-        checkpoints=_checkpoints([read(f"checkpoints/{arm}") for arm in study.arms]),
-        overlap=_joined(dynamics, "overlap.parquet", "arm method top a b overlap"),
-        trajectories=_joined(dynamics, "trajectories.parquet", "arm checkpoint feature_id change rank"),
-        resampled=_joined(dynamics, "bootstrap.parquet", "arm checkpoint draw overlap ceiling chance change"),
+        checkpoints={
+            "accuracy": _joined(tables.CHECKPOINT_ACCURACY, checkpoints),
+            "divergence": _joined(tables.CHECKPOINT_DIVERGENCE, checkpoints),
+            "samples": _joined(tables.CHECKPOINT_SAMPLES, checkpoints),
+        },
+        overlap=_joined(tables.OVERLAP, dynamics),
+        trajectories=_joined(tables.TRAJECTORIES, dynamics),
+        resampled=_joined(tables.BOOTSTRAP, dynamics),
         localize=found,
-        scores=_rows(localize / "scores.parquet", "task feature_id score frequency"),
-        sweep=_rows(localize / "sweep.parquet", "threshold size expected_independent expected_shuffled p_shuffled jaccard"),
+        scores=tables.SCORES.read(localize),
+        sweep=tables.SWEEP.read(localize),
         described=read_json(describe / "features.json"),
-        contexts=_rows(describe / "contexts.parquet", "feature_id source rank text peak answer_from tokens original tuned"),
-        probes=_rows(
-            describe / "probes.parquet",
-            "of models n steps tasks reason probe columns auc auc_low auc_high accuracy minus_dense minus_dense_low "
-            "minus_dense_high",
-        ),
+        contexts=tables.CONTEXTS.read(describe),
+        probes=tables.PROBES.read(describe),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )
 
 
-def _checkpoints(folders: list[Path]) -> dict[str, list[Row]]:
-    kl = "arm checkpoint step share task role n forward_kl forward_low forward_high reverse_kl reverse_low reverse_high"
-    return {
-        "accuracy": _joined(folders, "accuracy.parquet", "arm checkpoint step share task role n accuracy low high steps"),
-        "divergence": _joined(folders, "divergence.parquet", kl),
-        "samples": _joined(folders, "samples.parquet", "arm checkpoint step share task role sample_id correct manner"),
-    }
-
-
-def _joined(folders: list[Path], file: str, columns: str) -> list[Row]:
+def _joined(table: Table, folders: list[Path]) -> list[Row]:
     """The rows of one table in every folder."""
-    return [row for folder in folders for row in _rows(folder / file, columns)]
+    return [row for folder in folders for row in table.read(folder)]
 
 
 def _interventions(folder: Path) -> dict[str, Any]:
     """The tables of `intervene`, which writes them where there is a feature set to test."""
-    effects = (
-        "purpose model control set_draw task role subset n accuracy baseline effect low high steps steps_baseline unread "
-        "unread_toward alike alike_baseline random_low random_high beyond_random p_random p_mcnemar start_nats rest_nats"
-    )
-    answers = "purpose model control set_draw sample_id task completion parsed correct manner"
-    search = "purpose control set_draw edit positions dose norm acting unscaled task role n accuracy steps unread chosen"
-    tried = "purpose varied choice size edit positions dose effect random median"
     return {
         "choice": read_json(folder / "choice.json"),
-        "search": _rows(folder / "search.parquet", search),
-        "effects": _rows(folder / "effects.parquet", effects),
-        "collateral": _rows(folder / "collateral.parquet", "purpose control set_draw perplexity change low high n"),
-        "sensitivity": _rows(folder / "sensitivity.parquet", tried),
-        "edited": _rows(folder / "samples.parquet", answers),
-        "outcomes": partial(_outcomes, folder / "outcomes.parquet"),
+        "search": tables.SEARCH.read(folder),
+        "effects": tables.EFFECTS.read(folder),
+        "collateral": tables.COLLATERAL.read(folder),
+        "sensitivity": tables.SENSITIVITY.read(folder),
+        "edited": tables.EDITED_SAMPLES.read(folder),
+        "outcomes": partial(_outcomes, folder),
     }
 
 
-def _outcomes(path: Path, control: str, number: int) -> list[Row]:
-    wanted = [("control", "=", control), ("set_draw", "=", number)]
-    rows: list[Row] = pq.read_table(path, columns=["purpose", "sample_id", "correct"], filters=wanted).to_pylist()
-    return rows
-
-
-def _rows(path: Path, columns: str, only: tuple[str, list[str]] | None = None) -> list[Row]:
-    """Rows with ``columns`` (names in one string), optionally those whose column is one of some values.
-
-    A table without rows may lack columns."""
-    wanted = columns.split()
-    if not path.exists():
-        return read_rows(path)
-    head = pq.read_metadata(path)
-    if head.num_rows == 0:
-        return []
-    for column in wanted:
-        if column not in head.schema.to_arrow_schema().names:
-            raise ContractError(path, "columns", column, "a table without it", "rerun the stage that makes it")
-    filters = [(only[0], "in", only[1])] if only else None
-    rows: list[Row] = pq.read_table(path, columns=wanted, filters=filters).to_pylist()
-    return rows
+def _outcomes(folder: Path, control: str, number: int) -> list[Row]:
+    return tables.OUTCOMES.read(folder, "purpose sample_id correct", control=control, set_draw=number)
 
 
 def _model(name: str, read: Callable[..., Path]) -> ModelFacts:

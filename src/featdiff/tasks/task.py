@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from featdiff.artifacts.artifact import ContractError, read_json, write_json
+from featdiff.artifacts.tables import CORPUS, EVAL, PRETRAIN, TRAIN
 from featdiff.config.params import Grading
 
+TABLES = {"train": TRAIN, "eval": EVAL, "corpus": CORPUS, "pretrain": PRETRAIN}
+"""Of the data artifact, by the field of :class:`Data` that is in it."""
 SPLITS = ("find", "tune", "report")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GENERATION = "generation"
@@ -144,25 +145,8 @@ class Data:
 
     def save(self, folder: Path) -> None:
         write_json(folder / "tasks.json", [asdict(task) for task in self.tasks])
-        for name in ("train", "eval", "corpus", "pretrain"):
-            write_rows(folder / f"{name}.parquet", [asdict(row) for row in getattr(self, name)])
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
-
-
-def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of a parquet file; ContractError if it is missing or unreadable."""
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
-    except FileNotFoundError:
-        raise ContractError(path, "file", "a table", "nothing", "rerun the stage that makes it") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ContractError(
-            path, "content", "a parquet table", str(error).splitlines()[0], "rerun the stage that makes it"
-        ) from None
-    return rows
+        for name, table in TABLES.items():
+            table.write(folder, [asdict(row) for row in getattr(self, name)])
 
 
 def load_tasks(data: Path) -> dict[str, TaskInfo]:
@@ -172,7 +156,7 @@ def load_tasks(data: Path) -> dict[str, TaskInfo]:
 
 def load_samples(data: Path, table: str) -> list[Sample]:
     """``train`` or ``eval`` rows of a data artifact."""
-    return [Sample(**row | {"options": tuple(row["options"])}) for row in read_rows(data / f"{table}.parquet")]
+    return [Sample(**row | {"options": tuple(row["options"])}) for row in TABLES[table].read(data)]
 
 
 def first_of_each(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -188,4 +172,4 @@ def first_of_each(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 def load_texts(data: Path, table: str) -> list[Text]:
     """``corpus`` or ``pretrain`` rows of a data artifact."""
-    return [Text(**row) for row in read_rows(data / f"{table}.parquet")]
+    return [Text(**row) for row in TABLES[table].read(data)]

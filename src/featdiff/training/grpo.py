@@ -9,11 +9,12 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.tables import COMPLETIONS
 from featdiff.config.params import GRPOParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
-from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks, write_rows
+from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, common_arguments, finish
 
@@ -108,5 +109,5 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
         "reward_last": sum(rewards[-tenth:]) / tenth,
     }
     if state.is_main_process:
-        write_rows(out / "completions.parquet", reward.state["kept"])
+        COMPLETIONS.write(out, reward.state["kept"])
     return finish(trainer, recorder, out, facts)

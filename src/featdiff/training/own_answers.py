@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.tables import OWN_ANSWERS
 from featdiff.config.params import DPOParams, RFTParams
 from featdiff.language.decode import generate
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
-from featdiff.tasks.task import Sample, TaskInfo, write_rows
+from featdiff.tasks.task import Sample, TaskInfo
 from featdiff.tasks.verify import grade
 
 
@@ -104,7 +105,7 @@ def _ask(
 
 
 def summary(answers: list[Answers], used: list[list[Any]], what: str, base: Path, out: Path) -> dict[str, Any]:
-    """Write all answers of ``base`` to ``answers.parquet`` in ``out``; returns how many there are, and how much of them is
+    """Write all answers of ``base`` into ``out``; returns how many there are, and how much of them is
     taught. ``used`` holds what is taught of each problem. Raises ContractError where that is nothing: ``what`` is missing."""
     rows = [
         {"sample_id": sample.sample_id, "task": sample.task, **answer._asdict()}
@@ -116,7 +117,7 @@ def summary(answers: list[Answers], used: list[list[Any]], what: str, base: Path
         todo = "sample more (samples, temperature, max_new_tokens), or train on problems that the base sometimes solves"
         raise ContractError(base, "own answers", f"{what} to at least one problem", f"{right} right of {len(rows)}", todo)
     if process_state().is_main_process:
-        write_rows(out / "answers.parquet", rows)
+        OWN_ANSWERS.write(out, rows)
     return {
         "problems": len(answers),
         "problems_left_out": sum(not several for several in used),
