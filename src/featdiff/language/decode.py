@@ -377,8 +377,8 @@ class _Unfinished:
         drafts = self._drafts()
         if not any(drafts):
             return
-        # Row b is fed its chosen token and its draft d_1 … d_n, L = 1 + n at most. What it chooses after the token at place j is
-        # right as long as the tokens up to j are its own. Those that are not stay in the cache, where the mask hides them.
+        # Row b is fed its chosen token and its draft d_1 … d_n; L is 1 + n for the longest. What it chooses after the token at
+        # place j is right as long as the tokens up to j are its own. Those that are not stay in the cache; the mask hides them.
         longest, device = 1 + max(map(len, drafts)), self.mask_BT.device
         drafts_BL = torch.tensor([[*draft, *[-1] * (longest - len(draft))] for draft in drafts], device=device)
         ids_BL = torch.cat([self.chosen_B[:, None], drafts_BL[:, :-1].clamp(min=0)], dim=1)

@@ -18,7 +18,7 @@ from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.sparse import autoencode
 
 SPARSE_BELOW = 0.05
-"""Share of active entries below which sparse sums are faster than dense products, for widths of 96 and of 576 (measured on CPUs)."""
+"""Share of active entries below which sparse sums are faster than dense products (measured on CPUs, widths of 96 and 576)."""
 
 
 class Step(NamedTuple):
