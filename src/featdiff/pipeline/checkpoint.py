@@ -256,9 +256,8 @@ def restore(
     for key, tensor in found.tensors.items():
         if key.startswith("optimizer/"):
             _, i, name = key.split("/")
-            if (
-                tensor.shape == (weight := weights[int(i)]).shape
-            ):  # fused kernels take it that moments lie in memory as weights do
+            # Fused kernels take it that the moments of a weight lie in memory as it does itself.
+            if tensor.shape == (weight := weights[int(i)]).shape:
                 tensor = torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(i), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
