@@ -1,6 +1,7 @@
 """Statistics as pure functions on arrays: every number of the study gets its n, interval and test here.
 
-A difference is always between two treatments of the same samples. N samples, R bootstrap resamples.
+A difference is always between two treatments of the same samples. N samples, R bootstrap resamples. scipy is imported where it
+is used: most stages need none of it, and it takes half a second.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, rankdata
-from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
 Range = tuple[float, float]
@@ -85,6 +84,8 @@ def over_runs(means_R: Sequence[float], *, confidence: float) -> Interval:
     runs, value = len(means_R), float(np.mean(means_R))
     reach = float("nan")
     if runs > 1:
+        from scipy.stats import t as student
+
         reach = float(student.ppf((1 + confidence) / 2, runs - 1) * np.std(means_R, ddof=1) / np.sqrt(runs))
     return Interval(value, value - reach, value + reach, runs)
 
@@ -113,6 +114,8 @@ def binomial(found: int, n: int, confidence: float) -> Interval:
     """``found`` of ``n`` as a share, with the exact binomial interval (Clopper and Pearson 1934); of none, 0 to 1."""
     if n == 0:
         return Interval(float("nan"), 0.0, 1.0, 0)
+    from scipy.stats import binomtest
+
     limits = binomtest(found, n).proportion_ci(confidence_level=confidence, method="exact")
     return Interval(found / n, float(limits.low), float(limits.high), n)
 
@@ -152,6 +155,8 @@ def mcnemar(after_N: ArrayLike, before_N: ArrayLike) -> float:
     """Exact two-sided p-value that as many samples were won as lost (McNemar 1947); 1 where nothing changed."""
     change_N = paired(after_N, before_N)
     won, changed = int((change_N > 0).sum()), int((change_N != 0).sum())
+    from scipy.stats import binomtest
+
     return float(binomtest(won, changed).pvalue) if changed else 1.0
 
 
@@ -197,6 +202,8 @@ def rank_correlation(x_N: Floats, y_N: Floats) -> float:
     """Spearman's rank correlation, ties sharing their mean rank; NaN where one of the two never varies."""
     if not (np.ptp(x_N) and np.ptp(y_N)):
         return float("nan")
+    from scipy.stats import rankdata
+
     # scipy's spearmanr, without the p-value that takes most of its time: a bootstrap asks a thousand times.
     return float(np.corrcoef(rankdata(x_N), rankdata(y_N))[0, 1])
 

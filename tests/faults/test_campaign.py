@@ -81,9 +81,13 @@ def test_killed_from_outside_in_every_stage_the_study_ends_in_the_same_bytes(stu
     stages = set(yaml.safe_load((repository.path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]) - {"check"}
     hits: Counter[str] = Counter()
     most = 0
-    while sum(hits.values()) < LEAST or {name.partition("@")[0] for name in hits} < stages:
+
+    def enough() -> bool:
+        return sum(hits.values()) >= LEAST and {name.partition("@")[0] for name in hits} >= stages
+
+    while not enough():
         most += 1
-        while attacked(repository, rng, hits, most, rng.choice(KILLS)):
+        while attacked(repository, rng, hits, 0 if enough() else most, rng.choice(KILLS)):
             pass
         for out, _ in GRAPH:
             folder = repository.path / out

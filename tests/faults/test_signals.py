@@ -71,13 +71,14 @@ class Stand(Project):
         """Of the launcher, accelerate's launcher or a rank of the running stage."""
         for pid, environment in sorted(running(self.path).items()):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            rank = command[1:2] == ["stages/base.py"] or command[2:3] == ["stages/base.py"]
-            launcher = (
-                "featdiff.processes.launch"
-                if "featdiff.processes.launch" in command
-                else "accelerate" * ("accelerate_launch" in str(command))
-            )
-            if wanted == (f"rank {environment.get('RANK', '0')}" if rank else launcher):
+            name = ""
+            if "stages/base.py" in command[1:3]:
+                name = f"rank {environment.get('RANK', '0')}"
+            elif "featdiff.processes.launch" in command:
+                name = "launcher"
+            elif "accelerate_launch" in str(command):  # it becomes the rank where there is one only
+                name = "accelerate" if "2ranks" in environment.get("ACCELERATE_CONFIG", "") else "rank 0"
+            if name == wanted:
                 return pid
         raise AssertionError(f"no {wanted} among the processes of {self.path}")
 
@@ -128,7 +129,7 @@ def test_the_step_in_hand_is_finished_and_kept_whatever_is_signalled(tmp_path: P
         elif cell.target == "dvc":
             process.send_signal(cell.number)
         else:
-            os.kill(project.pid("featdiff.processes.launch" if cell.target == "launcher" else "rank 0"), cell.number)
+            os.kill(project.pid("launcher" if cell.target == "launcher" else "rank 0"), cell.number)
     for cell, project in stands.items():
         assert (processes[cell].wait(STEPS * length + 30) == 0) != cell.heard, (cell, project.said())
         wait_for(lambda project=project: not running(project.path), length + 30)
@@ -166,8 +167,7 @@ def test_with_two_ranks_as_well(tmp_path: Path, number: signal.Signals, target: 
     if target == "group":
         os.killpg(process.pid, number)
     else:
-        name = "featdiff.processes.launch" if target == "launcher" else target
-        os.kill(project.pid(name), number)
+        os.kill(project.pid(target), number)
     process.wait(60)
     wait_for(lambda: not running(project.path), 60)
     said = project.said()
@@ -185,9 +185,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, target: str) -> None:
     wait_for(lambda: "step 1\n" in project.said())
     for _ in range(2):
         time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT) if target == "group" else os.kill(
-            project.pid("featdiff.processes.launch"), signal.SIGTERM
-        )
+        os.killpg(process.pid, signal.SIGINT) if target == "group" else os.kill(project.pid("launcher"), signal.SIGTERM)
     began = time.monotonic()
     process.wait(30)
     wait_for(lambda: not running(project.path))
@@ -266,7 +264,7 @@ def test_a_stage_that_nothing_is_known_of_is_cleaned_up(tmp_path: Path) -> None:
     process = project.start_dvc()
     wait_for(lambda: running(project.path) and "Running stage" in project.said())
     with contextlib.suppress(AssertionError):
-        os.kill(project.pid("featdiff.processes.launch"), signal.SIGTERM)
+        os.kill(project.pid("launcher"), signal.SIGTERM)
     process.wait(30)
     wait_for(lambda: not running(project.path))
     assert process.returncode != 0 or (project.path / "models/base").exists()

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import get_wsd_schedule
 
 from featdiff.activations.store import ActivationSource, moments
 from featdiff.artifacts.artifact import ContractError
@@ -84,7 +84,8 @@ def fit(
     objective = LOSSES[loss](crosscoder, params, variance, accelerator)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=params.lr, fused=True)
     warmup, decay = (round(share * params.steps) for share in (params.warmup_share, params.decay_share))
-    schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=params.steps, decay_type="linear")
+    # Up, level, down to 0. transformers has such a schedule, and takes three seconds to import.
+    schedule = LambdaLR(optimizer, lambda step: min(step / max(1, warmup), 1.0, (params.steps - step) / max(1, decay)))
     batches = source.shuffled(params.batch_tokens, torch.Generator().manual_seed(seed + 1), 0, train_rows)
     done, idle_F = 0, torch.zeros(crosscoder.n_features, device=accelerator.device)  # tokens since each feature fired
     if checkpoint := scratch.load():
@@ -115,7 +116,7 @@ def fit(
                 for weight in crosscoder.parameters():
                     weight.grad = accelerator.reduce(weight.grad, "mean")
             norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
-            point = {"loss": result.total.item(), "grad_norm": norm.item(), "learning_rate": schedule.get_last_lr()[0]}
+            point = {"loss": result.total.item(), "grad_norm": norm.item(), "learning_rate": float(schedule.get_last_lr()[0])}
             # Asked before the optimizer's step: no checkpoint can hold what came of a NaN.
             require_finite(point, step, log, "lower crosscoder.training.lr", label)
             optimizer.step()

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -131,15 +132,31 @@ def _hardware(path: Path) -> tuple[int, bool]:
 
 
 def accelerate_launch() -> None:
-    """``accelerate launch`` that leaves it to the ranks to say why they ended: its own report and traceback would bury that."""
-    import logging
+    """``accelerate launch`` that leaves it to the ranks to say why they ended: its own report and traceback would bury that.
 
-    from accelerate.commands.launch import main
+    Where there is one rank only, this process becomes it, with the environment that accelerate prepares for it: a second one
+    would spend two seconds on importing once more what is here already."""
+    import logging
+    import runpy
+
+    from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    start = launch.simple_launcher
+
+    def become_the_rank(arguments: Namespace) -> None:
+        if arguments.num_processes != 1:
+            return start(arguments)
+        (_, script, *rest), environment = launch.prepare_simple_launcher_cmd_env(arguments)
+        os.environ.update(environment)
+        sys.argv = [script, *rest]
+        runpy.run_path(script, run_name="__main__")
+        return None
+
+    launch.simple_launcher = become_the_rank
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        main()
+        launch.main()
     except ChildFailedError:
         sys.exit(1)
 
