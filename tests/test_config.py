@@ -91,6 +91,8 @@ def test_a_typo_names_the_key_and_the_nearest_one(change: dict[str, Any], key: s
         ({"arms.theirs": {"method": "imported"}}, ["arms.theirs.source: missing"]),
         ({"arms.own": {"method": "sft", "lrr": 0.1}}, ["arms.own.lrr: unknown key; did you mean lr?"]),
         ({"arms.own": {"method": "sft", "lr": -0.1}}, ["arms.own: lr:", "greater than 0", "-0.1"]),
+        ({"noise.size": 0.0}, ["noise.size:", "greater than 0"]),
+        ({"arms.noisy": {"method": "noise", "size": 11.0}}, ["arms.noisy: size:", "less than or equal to 10", "11.0"]),
         ({"arms": {}}, ["arms:", "at least 1"]),
         ({"roles.tuned": "gpro"}, ["roles: 'gpro' is no arm; did you mean grpo?"]),
         ({"roles.contrast": "grpo"}, ["roles: original, tuned and contrast are different models"]),

@@ -1,4 +1,4 @@
-"""The methods by which an arm is trained, each with its real trainer on a tiny base that is right half of the time."""
+"""The methods by which an arm comes from the base, each as it is, on a tiny base that is right half of the time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "grpo": {"steps": 6, "prompts_per_step": 2, "rollouts": 4, "micro_batch_size": 8, "max_new_tokens": 4, "lr": 0.01},
     "rft": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 4, "samples": 6, "lr": 0.01},
     "dpo": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 4, "samples": 6, "lr": 0.01},
+    "noise": {"size": 0.2},
 }
+TRAINED = [method for method in SMALL if method != "noise"]
 PROBLEMS = [f"{a}{b}=" for a in "abcde" for b in "12345"][:24]
 
 
@@ -88,15 +90,8 @@ def hashes(out: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", SMALL)
 def test_a_method_moves_every_weight_keeps_checkpoints_and_repeats_exactly(method: str, world: Path, tmp_path: Path) -> None:
-    points: list[tuple[int, dict[str, float]]] = []
-    out, audit = trained(method, world, tmp_path / "one", log=lambda *point: points.append(point))
-    assert audit["updates"] == 6
-    assert audit["checkpoints"] == [2, 4, 6]
-    assert audit["problems"] == 24
-    assert audit["samples_seen"] > 0
-    assert audit["tokens_seen"] > 0
-    assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
-    assert points[0][1].keys() >= {"loss", "grad_norm", "learning_rate"}
+    out, audit = trained(method, world, tmp_path / "one")
+    assert len(audit["checkpoints"]) == 3
     models = [load_model(world / "base"), *map(load_model, checkpoint_folders(out))]
     assert len(models) == 4
     for before, after in pairwise(models):
@@ -112,11 +107,19 @@ class KilledError(Exception):
     """Stands for a kill between two updates."""
 
 
-@pytest.mark.parametrize("method", SMALL)
-def test_a_method_that_was_killed_ends_in_the_same_bytes(
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_training_tells_its_steps_and_ends_in_the_same_bytes_after_a_kill(
     method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, audit = trained(method, world, tmp_path / "whole")
+    points: list[tuple[int, dict[str, float]]] = []
+    whole, audit = trained(method, world, tmp_path / "whole", log=lambda *point: points.append(point))
+    assert audit["updates"] == 6
+    assert audit["checkpoints"] == [2, 4, 6]
+    assert audit["problems"] == 24
+    assert audit["samples_seen"] > 0
+    assert audit["tokens_seen"] > 0
+    assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
+    assert points[0][1].keys() >= {"loss", "grad_norm", "learning_rate"}
 
     def kill(step: int, _: dict[str, float]) -> None:
         if step == 5:
@@ -135,6 +138,23 @@ def test_a_method_that_was_killed_ends_in_the_same_bytes(
     assert asked == []
     assert again == audit
     assert hashes(out) == hashes(whole)
+
+
+def test_noise_is_as_long_as_asked_equally_strong_on_every_weight_and_on_one_line(world: Path, tmp_path: Path) -> None:
+    before = hashes(world / "base")
+    out, audit = trained("noise", world, tmp_path / "noise")
+    assert hashes(world / "base") == before
+    assert audit == {"updates": 0, "checkpoints": [1, 2, 3], "problems": 0, "moved": pytest.approx(0.2, rel=1e-5)}
+    base, *models = (load_model(folder).state_dict() for folder in (world / "base", *checkpoint_folders(out)))
+    every = torch.cat([weight.flatten() for name, weight in base.items() if name != "lm_head.weight"])  # which is tied
+    spread = 0.2 * every.norm().item() / len(every) ** 0.5
+    for name, start in base.items():
+        way = models[-1][name] - start
+        assert way.square().mean().sqrt().item() == pytest.approx(spread, rel=4 / (2 * way.numel()) ** 0.5), name
+        for number, model in enumerate(models, start=1):
+            torch.testing.assert_close(model[name] - start, way * number / 3, rtol=0, atol=1e-6)
+    kept, _ = trained("noise", world, tmp_path / "kept", checkpoints=1)
+    assert hashes(kept)["model.safetensors"] == hashes(out)["model.safetensors"]
 
 
 def test_sft_is_taught_in_the_wording_asked_for(world: Path, tmp_path: Path) -> None:

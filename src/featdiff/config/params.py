@@ -324,12 +324,22 @@ class ImportedParams(Params):
     dtype: Literal["float32", "bfloat16"]
 
 
+class NoiseParams(Params):
+    """The base with noise on its weights, which was taught nothing."""
+
+    size: Annotated[float, Field(gt=0, le=10)]
+    """Length of the noise over that of the base's weights, all tensors together."""
+    checkpoints: Positive
+    """Equal steps to the whole noise, each of which is kept."""
+
+
 METHODS: dict[str, type[Params]] = {
     "sft": SFTParams,
     "grpo": GRPOParams,
     "rft": RFTParams,
     "dpo": DPOParams,
     "imported": ImportedParams,
+    "noise": NoiseParams,
 }
 """How an arm may come from the base: a section of params.yaml, and a module of featdiff.training of that name."""
 
@@ -706,6 +716,7 @@ class Study(Params):
     rft: RFTParams
     dpo: DPOParams
     imported: ImportedParams
+    noise: NoiseParams
     evaluate: EvaluateParams
     checkpoints: CheckpointsParams
     activations: ActivationsParams
