@@ -14,7 +14,7 @@ from featdiff.tasks.task import load_samples, load_tasks
 
 with stage("localize", out="analysis/localize") as run:
     params, roles, data = run.params, run.study.roles, run.read("data", "tasks.json", "eval.parquet")
-    fits = {name: run.read(f"crosscoders/{name}") for name in (params.fit, *params.seeds)}
+    fits = {name: run.read(f"crosscoders/{name}") for name in params.fits}
     crosscoders = {name: Crosscoder.load(folder) for name, folder in fits.items()}
     tasks, samples = load_tasks(data), {sample.sample_id: sample for sample in load_samples(data, "eval")}
     folders = {name: run.read(f"models/{name}") for name in crosscoders[params.fit].models}

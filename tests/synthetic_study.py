@@ -24,7 +24,17 @@ from featdiff.attribution.norms import classify
 from featdiff.config.params import Study, load_study
 from featdiff.intervention.controls import Control, Draws, Setting
 from featdiff.intervention.effects import effects, marks
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, SINGLE, ZERO_CONTRAST, ZERO_TUNED, Purpose, purposes
+from featdiff.intervention.purposes import (
+    AMPLIFY_ORIGINAL,
+    DIRECTIONS,
+    RANDOM_DICTIONARY,
+    RIVALS,
+    SINGLE,
+    ZERO_CONTRAST,
+    ZERO_TUNED,
+    Purpose,
+    purposes,
+)
 from featdiff.intervention.search import Searched, edits_tried, gentlest
 from featdiff.intervention.study import FEW, Edits, InterventionResult, fewer
 from featdiff.language.evaluation import LIKELIHOOD, accuracy_table
@@ -372,7 +382,7 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
     sizes = {0.1: 9, 0.2: len(features), 0.4: 2} if sought else {}
     sweep = [{"threshold": bound, "size": n, "jaccard": 1.0 if bound == 0.2 else 0.5} | by_chance for bound, n in sizes.items()]
     with published(root, "analysis/localize") as out:
-        facts = {"seeds": _seeds(), "variants": [], "shuffled": list(SET)} if sought else {}
+        facts = {"seeds": _seeds(), "variants": [], "shuffled": list(SET), "random_dictionary": None} if sought else {}
         write_json(out / "features.json", as_json(selection, params) | facts)
         tables.SWEEP.write(out, sweep)
         tables.SCORES.write(out, score_rows(selection))
@@ -490,6 +500,7 @@ STRENGTH = {
     "mean_difference": 0.2,
     "first_component": 0.1,
     "set_change": 0.25,
+    "random_dictionary": 0.15,
     "reconstruction": 0.02,
     "noop": 0.0,
     "alone": 0.7,
@@ -551,7 +562,17 @@ def _write_intervene(
     params = study.intervene.model_copy(update={"bootstrap": 100})
     directions = {name: torch.eye(8)[i] for i, name in enumerate(DIRECTIONS)}
     shares_FM, length_QF = rng.dirichlet([1, 1, 1], plan.n_features), rng.exponential(size=(8, plan.n_features))
-    draws = Draws(plan.random_sets, 5, params.single_features, shares_FM, 0, [5, 6, 7], directions, plan.seed)
+    draws = Draws(
+        plan.random_sets,
+        5,
+        params.single_features,
+        shares_FM,
+        0,
+        [5, 6, 7],
+        directions,
+        plan.seed,
+        Control(RANDOM_DICTIONARY, 0, (1, 2, 3)),
+    )
     right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in answers.items()}
     searched: dict[str, Searched] = {}
     kept, table, spilled, outcomes = list[Row](), list[Row](), list[Row](), list[Row]()
@@ -579,7 +600,7 @@ def _write_intervene(
             marked[control, number] = marks(rows, toward)
             facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
             outcomes += [tables.OUTCOMES.kept(facts | row) for row in rows]
-            if control in ("none", "set", *DIRECTIONS):
+            if control in ("none", "set", *RIVALS):
                 kept += [facts | row for row in rows]
             if (control, number) in few:
                 changed = 0.0 if control in ("none", "noop") else 0.02

@@ -1,5 +1,6 @@
 """Controls: which sets and directions are drawn, and that each moves the stream as far as the set does."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -171,6 +172,26 @@ def test_what_the_set_is_held_against() -> None:
     small = [control.name for control in draws(DRAWN, single_features=2).controls(FOUND, 1, length_QF)]
     assert not {"alone", "without"} & set(small), "only of sets small enough"
     assert "alone" not in [control.name for control in draws(DRAWN).controls([3], 1, length_QF)]
+
+
+def test_features_of_another_dictionary_are_edited_in_it_for_the_same_model_and_donor() -> None:
+    editor, (own, donors) = maker(), streams()
+    other = random_crosscoder(d_model=6, n_features=12, threshold=0.1, seed=5).requires_grad_(False)
+    foreign = Editor(other, "grpo", 1, torch.device("cpu"), torch.ones(12), donor_name="base")
+    rival = Control("random_dictionary", 0, (1, 11), editor=foreign)
+    length_QF = lengths(editor, "zero", own, donors)
+    without, held = (replace(draws(DRAWN), random_dictionary=each).controls(FOUND, 1, length_QF) for each in (None, rival))
+    assert [each.label for each in held if each.label not in [other.label for other in without]] == [rival.label]
+    for edit in ("zero", "transplant"):
+        setting = Setting(edit, "prompt", 0.5)
+        delta = rival.change(editor, FOUND, setting).delta(own, donors)
+        plain = replace(foreign, model="base", donor_name="grpo").edit(edit, [1, 11], "prompt", 0.5).delta(own, donors)
+        like = editor.edit(edit, FOUND, "prompt", 0.5).delta(own, donors).norm(dim=-1)
+        acts = (plain.norm(dim=-1) > 1e-6) & (like > 0)
+        assert acts.any()
+        torch.testing.assert_close(delta.norm(dim=-1)[acts], like[acts])
+        cosine = torch.nn.functional.cosine_similarity(delta[acts], plain[acts], dim=-1)
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
 
 
 def test_directions_point_the_claimed_way_and_one_of_no_length_is_no_control() -> None:

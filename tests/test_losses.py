@@ -377,7 +377,20 @@ def test_without_delta_features_the_loss_is_refused() -> None:
         running(Delta, random_crosscoder(MODELS), delta_share=0.05)
 
 
-@pytest.mark.parametrize("kind", ["dedicated", "delta"])
+def test_a_frozen_decoder_stays_bit_for_bit_and_its_encoder_learns() -> None:
+    dead: list[float] = []
+    changes = {"k": 1, "dead_after_tokens": 32}
+    before, after = (
+        trained("frozen", log=lambda _, point: dead.append(point["dead"]), steps=steps, **changes) for steps in (1, 40)
+    )
+    assert max(dead) > 0, "the auxiliary loss was at work, too"
+    assert torch.equal(after.W_dec, before.W_dec)
+    assert torch.equal(after.W_dec, after.W_dec[:, :1].expand_as(after.W_dec)), "the same direction in every model"
+    assert ((after.W_enc - before.W_enc).abs().amax((0, 1)) > 0).all()
+    assert (after.b_dec != before.b_dec).any()
+
+
+@pytest.mark.parametrize("kind", ["dedicated", "delta", "frozen"])
 def test_a_killed_fit_goes_on_and_ends_in_the_same_bytes(kind: str, tmp_path: Path) -> None:
     whole, steps = trained(kind), []
 

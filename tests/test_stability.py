@@ -35,7 +35,9 @@ def search(crosscoders: dict[str, Crosscoder], gained_SD: Tensor) -> Search:
     base_SD = torch.randn(gained_SD.shape, generator=torch.Generator().manual_seed(0))
     reading = FlippedStreams({"base": base_SD, "grpo": base_SD + gained_SD}, torch.arange(len(base_SD)), len(base_SD))
     first = next(iter(crosscoders))
-    params = params_of(LocalizeParams, "localize", fit=first, seeds=list(crosscoders)[1:], thresholds=[0.2], shuffles=2)
+    params = params_of(
+        LocalizeParams, "localize", fit=first, seeds=list(crosscoders)[1:], thresholds=[0.2], shuffles=2, random_dictionary=None
+    )
     return Search(crosscoders, {task: {"prompt_last": reading} for task in ("a", "b")}, params, ROLES)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from featdiff.intervention.purposes import RIVALS
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.selectivity import selectivity
@@ -300,16 +301,20 @@ def test_a_model_that_pushes_of_no_meaning_tip_shows_nothing(full: Evidence) -> 
 
 
 @pytest.mark.parametrize(("purpose", "where"), [("zero_tuned", "taken away"), ("amplify_original", "amplified")])
-def test_the_set_has_to_do_more_than_the_best_direction(full: Evidence, purpose: str, where: str) -> None:
-    best = changed(full, "mean_difference", purpose, effect=0.88 if where == "amplified" else -0.88)
-    assert "mean difference" in criterion(best, "dictionary", where).text
-    as_good = answered(best, "mean_difference", "set", purpose=purpose)
+@pytest.mark.parametrize("rival", ["mean_difference", "random_dictionary"])
+def test_the_set_has_to_do_more_than_what_needs_no_learned_features(
+    full: Evidence, purpose: str, where: str, rival: str
+) -> None:
+    called, sign = rival.replace("_", " "), 1 if where == "amplified" else -1
+    best = changed(full, rival, purpose, effect=0.88 * sign)
+    assert called in criterion(best, "dictionary", where).text
+    as_good = answered(best, rival, "set", purpose=purpose)
     assert criterion(as_good, "dictionary", where).holds is False
     assert of_set(as_good)["dictionary"].status == "not supported"
-    assert "mean difference" in of_set(as_good)["dictionary"].weakest_link
-    nearly = answered(best, "mean_difference", "set", 0.92, purpose)
+    assert called in of_set(as_good)["dictionary"].weakest_link
+    nearly = answered(best, rival, "set", 0.92, purpose)
     assert criterion(nearly, "dictionary", where).holds is None
-    untried = without(full, "effects", "mean_difference", "first_component", "set_change")
+    untried = without(full, "effects", *RIVALS)
     assert [each.holds for each in of_set(untried)["dictionary"].criteria] == [None, None]
 
 

@@ -59,7 +59,7 @@ Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
 Readout = Literal["swap", "slot", "contribution"]
 """What "the value of a feature in one model" means (featdiff.crosscoder.readout)."""
-LossName = Literal["batchtopk", "l1", "dedicated", "delta"]
+LossName = Literal["batchtopk", "l1", "dedicated", "delta", "frozen"]
 """Keys of ``featdiff.crosscoder.losses.table.LOSSES``, which cannot be asked here: it imports torch."""
 
 
@@ -563,6 +563,8 @@ class LocalizeParams(Params):
     """The crosscoder in which features are found."""
     seeds: list[Name]
     """The same crosscoder with other seeds: does the set come out again?"""
+    random_dictionary: Name | None
+    """A crosscoder with a frozen random dictionary, in which the same search finds a set to hold the found one against."""
     least_cosine: Fraction
     """Decoder cosine from which two features that are each other's best match across seeds count as the same."""
     readout: Readout
@@ -578,6 +580,11 @@ class LocalizeParams(Params):
     """Fewest samples that the original model fails and the tuned one solves for a task to take part."""
     bootstrap: Resamples
     batch_size: Positive
+
+    @property
+    def fits(self) -> list[str]:
+        """Every crosscoder in which a set is sought."""
+        return [self.fit, *self.seeds, *([self.random_dictionary] if self.random_dictionary else [])]
 
 
 class DescribeParams(Params):
@@ -695,7 +702,7 @@ class ReportParams(Params):
     selectivity: Rate
     """How many times as long a change the median control must need for half of the set's gain."""
     dictionary_margin: Fraction
-    """What the set must do beyond the best single direction for the dictionary to be needed."""
+    """What the set must do beyond the best single direction or random dictionary for the dictionary to be needed."""
     control_share: Fraction
     """Share of the set's effect that a set which ought to do nothing may have."""
     stable_effect: Fraction
@@ -794,12 +801,15 @@ class Study(Params):
             )
         if BASE not in self.fits[self.dynamics.fit].models:
             raise ValueError(f"dynamics.fit = {self.dynamics.fit} does not hold {BASE}, where arms start; take another fit")
-        first = self.fits[self.localize.fit]
-        for name in self.localize.seeds:
-            if name not in self.fits or self.fits[name].models != first.models:
-                raise ValueError(
-                    f"localize.seeds: {name} is no fit of the models of {self.localize.fit}; add it or leave it out"
-                )
+        first, other = self.fits[self.localize.fit], self.localize.random_dictionary
+        for key, names in {"seeds": self.localize.seeds, "random_dictionary": [other] if other else []}.items():
+            for name in names:
+                if name not in self.fits or self.fits[name].models != first.models:
+                    raise ValueError(
+                        f"localize.{key}: {name} is no fit of the models of {self.localize.fit}; add it or leave it out"
+                    )
+        if other and self.fits[other].loss != "frozen":
+            raise ValueError(f"localize.random_dictionary: {other} has another loss than frozen; take another fit")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ Shapes: B batch, T token, D residual width, S features of the set.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -170,6 +170,10 @@ class Editor:
     def of(cls, crosscoder: Crosscoder, layer: int, device: torch.device, tuned: ActivationSource, roles: Roles) -> Editor:
         """One that edits the tuned model, whose activations ``tuned`` holds, towards the original."""
         return cls(crosscoder, roles.tuned, layer, device, largest_values(crosscoder, tuned), roles.original)
+
+    def like(self, other: Editor) -> Editor:
+        """This dictionary's editor for the model and the donor of ``other``."""
+        return replace(self, model=other.model, donor_name=other.donor_name, donor=other.donor)
 
     def reader(self, model: str, features: list[int] | None) -> Reader:
         """Reads ``features`` (all where None) of ``model`` under the swap readout."""

@@ -47,6 +47,8 @@ class Control:
     number: int = 0
     features: tuple[int, ...] = ()
     direction_D: Tensor | None = None
+    editor: Editor | None = None
+    """Of the dictionary that the features are of, where it is another one; model and donor are not read."""
 
     @property
     def label(self) -> str:
@@ -60,7 +62,8 @@ class Control:
             return Push(like.layer, like.positions, like.dose, self.direction_D.to(editor.device), like)
         if self.name in (SET, *SINGLE):
             return editor.edit(setting.edit, list(self.features), setting.positions, setting.dose)
-        own = editor.edit(setting.edit, list(self.features), setting.positions, setting.dose)
+        maker = editor if self.editor is None else self.editor.like(editor)
+        own = maker.edit(setting.edit, list(self.features), setting.positions, setting.dose)
         return AsLong(like.layer, like.positions, like.dose, own, like)
 
 
@@ -180,6 +183,7 @@ class Draws:
     directions: Mapping[str, Tensor]
     """Those of :data:`DIRECTIONS`, from the original to the tuned model [D]."""
     seed: int
+    random_dictionary: Control | None = None
 
     @classmethod
     def of(
@@ -190,17 +194,19 @@ class Draws:
         shuffled: Sequence[int],
         directions: Mapping[str, Tensor],
         seed: int,
+        random_dictionary: Control | None = None,
     ) -> Draws:
         """For sets of one crosscoder, which holds the model ``original``."""
         counts = (params.random_sets, params.random_directions, params.single_features)
         shares_FM, column = mas(crosscoder.W_dec).numpy(), crosscoder.slot(original)
-        return cls(*counts, shares_FM, column, shuffled, directions, seed)
+        return cls(*counts, shares_FM, column, shuffled, directions, seed, random_dictionary)
 
     def controls(self, found: Sequence[int], sign: int, length_QF: Float[np.ndarray, "Q F"]) -> list[Control]:
         """The set ``found`` and everything to hold it against in one model, whose accuracy a claim says to move to ``sign``;
         ``length_QF`` is what each feature changes at the questions asked (:func:`lengths`)."""
         made = [Control(SET, 0, tuple(found))]
         made += [Control(name, 0, members) for name, members in self._sets(found, length_QF).items()]
+        made += [self.random_dictionary] if self.random_dictionary else []
         for name in DIRECTIONS:
             if (length := self.directions[name].norm()) > 0:
                 made.append(Control(name, 0, direction_D=sign * self.directions[name] / length))

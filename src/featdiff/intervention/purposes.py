@@ -24,6 +24,10 @@ DRAWN = (RANDOM, RANDOM_DIRECTION)
 """Controls of which many are drawn: their spread is what chance gives."""
 DIRECTIONS = ("mean_difference", "first_component", "set_change")
 """Directions that tell the two models apart, without features or as the mean of what the set changes."""
+RANDOM_DICTIONARY = "random_dictionary"
+"""As many features of a frozen random dictionary, found in it by the same search."""
+RIVALS = (*DIRECTIONS, RANDOM_DICTIONARY)
+"""What does without learned features, and was found with the tuned model at hand as the set was."""
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,7 @@ def sensitivity(
         for case in planned:
             model, prompts = edited[case.purpose]
             if case.fit:
-                held, other = model.editor, otherwise.editors[case.fit]
-                kept = replace(other, model=held.model, donor_name=held.donor_name, donor=held.donor)
-                model = replace(model, editor=kept)
+                model = replace(model, editor=otherwise.editors[case.fit].like(model.editor))
             changes: list[float] = []
             if case.features:
                 drawn = _with_draws(model, case, samples, seed)

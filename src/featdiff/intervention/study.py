@@ -23,7 +23,7 @@ from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws
 from featdiff.intervention.effects import Marks, effects, marks
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import DIRECTIONS, DRAWN, SET, SINGLE, ZERO_TUNED
+from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE, ZERO_TUNED
 from featdiff.intervention.search import Once, Searched, on_a_bar, search
 from featdiff.language.decode import text_nats
 from featdiff.language.evaluation import Row
@@ -100,7 +100,7 @@ class Answered:
 
     marks: dict[tuple[str, int], Marks]
     rows: list[Row]
-    """Whole answers without an edit, under an edit of dose 0, under the set and along :data:`DIRECTIONS`."""
+    """Whole answers without an edit, under an edit of dose 0, under the set and its :data:`RIVALS`."""
     nats: dict[tuple[str, int], dict[str, list[float]]]
 
 
@@ -113,7 +113,7 @@ def answer(model: EditableModel, made: Edits, samples: list[Sample], toward: Map
     def compute(part: Edits) -> list[Any]:
         answered = model.evaluator.answer_under(list(part.values()), samples, shared=prompts)
         whole = [
-            rows if control in ("none", "noop", SET, *DIRECTIONS) else None
+            rows if control in ("none", "noop", SET, *RIVALS) else None
             for (control, _), rows in zip(part, answered, strict=True)
         ]
         return [[marks(rows, toward) for rows in answered], whole]

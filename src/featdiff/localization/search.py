@@ -1,5 +1,5 @@
 """One search for features, and the same search done otherwise: with another readout, at other positions, in the
-dictionary of another seed, with identities shuffled, and with no dictionary at all.
+dictionary of another seed, in one of random directions, with identities shuffled, and with no dictionary at all.
 
 S samples, K features of a set, D residual width, F features.
 """
@@ -77,15 +77,17 @@ class Search(NamedTuple):
     def robustness(self, features: list[int], seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The searches done otherwise as part of ``features.json``, and the threshold sweep."""
         p, differences = self.params, self.differences()
-        sets = {name: common(self.differences(name), p.threshold) for name in self.crosscoders}
+        other = p.random_dictionary
+        sets = {name: common(self.differences(name), p.threshold) for name in (p.fit, *p.seeds)}
         changes = {name: self.set_changes(found, name) for name, found in sets.items()}
         spans = {name: self.decoder_rows(found, name) for name, found in sets.items()}
-        generator = torch.Generator().manual_seed(seed)
+        generator, size = torch.Generator().manual_seed(seed), max(1, len(features))
         facts = {
             "seeds": seed_stability(sets, self.crosscoders, p.least_cosine)
             | effect_stability(changes, spans, self.mean_difference(), seed),
             "variants": self.variants(),
-            "shuffled": strongest(shuffled_identities(differences, generator), max(1, len(features))),
+            "shuffled": strongest(shuffled_identities(differences, generator), size),
+            "random_dictionary": {"fit": other, "features": strongest(self.differences(other), size)} if other else None,
         }
         return facts, sweep(differences, p.thresholds, features, p.shuffles, generator)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from featdiff.intervention.purposes import DIRECTIONS
+from featdiff.intervention.purposes import RIVALS
 from featdiff.report.charts import ROLE_NAMES
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.quantities import CONTROLS, RULES, effects, likelihood_change, mean_effects, owner, stability
@@ -26,6 +26,7 @@ NAMES = {
     "mean_difference": "mean difference of the models",
     "first_component": "first component of the differences",
     "set_change": "mean change of the set, one direction",
+    "random_dictionary": "set found in a random dictionary",
     "reconstruction": "reconstruction only",
     "noop": "the edit at dose 0",
 }
@@ -73,7 +74,7 @@ def controls(evidence: Evidence, purpose: str) -> Table | None:
             continue
         cells = [_spread(list(found.get(control, {}).values())) for found in means.values()]
         cells += [_spread(likelihood_change(evidence, purpose, control, part)) for part in ("start_nats", "rest_nats")]
-        note = "uses no dictionary" if control in DIRECTIONS else "ought to do nothing" if control in CONTROLS else ""
+        note = "uses no learned features" if control in RIVALS else "ought to do nothing" if control in CONTROLS else ""
         rows.append([label(name, note), *_moved(evidence, purpose, control), *cells, _nats(spilled.get(control, []))])
     likelihood = ["first token of the right worked answer, nats", "the rest of it, nats per token"]
     head = ["edited", "dose", "‖Δh‖ / ‖h‖", "before it was made as long", *(f"change on tasks {name}" for name in means)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from featdiff.intervention.purposes import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET, ZERO_TUNED
+from featdiff.intervention.purposes import RANDOM, RANDOM_DIRECTION, RIVALS, SET, ZERO_TUNED
 from featdiff.report.charts import SET_COLOUR, Figure, Panel, Trace, layout, line, matrix, mixed, tile_for, title
 from featdiff.report.evidence import Evidence
 from featdiff.report.selectivity import Curve, choice, curves, median_curve
@@ -15,9 +15,9 @@ from featdiff.report.set_figures import claimed, heading
 
 COLOURS = {RANDOM: "#858d99", RANDOM_DIRECTION: "#4fae9b"}
 LABELS = {RANDOM: "random sets", RANDOM_DIRECTION: "random directions"}
-DASHES = dict(zip(DIRECTIONS, ("solid", "dash", "dot"), strict=True))
+DASHES = dict(zip(RIVALS, ("solid", "dash", "dot", "dashdot"), strict=True))
 INK = "#b08d3c"
-"""Of directions that tell the two models apart."""
+"""Of what does without learned features."""
 
 
 def tuning(evidence: Evidence) -> Panel | None:
@@ -67,7 +67,7 @@ def lengths(evidence: Evidence) -> Panel | None:
         for control, colour in COLOURS.items():
             if control in drawn:
                 traces += _spread(drawn[control], colour, LABELS[control])
-        for name in DIRECTIONS:
+        for name in RIVALS:
             for curve in drawn.get(name, []):
                 traces.append(_line(curve, INK, name.replace("_", " "), DASHES[name]))
         traces.append(_line(drawn[SET][0], SET_COLOUR, "the set", width=2.5))
@@ -85,7 +85,8 @@ def lengths(evidence: Evidence) -> Panel | None:
         "line inside: median. All controls are as long as the set at the same dose. Dotted: the dose chosen for the set."
     )
     legend = [("feature set", SET_COLOUR), *((LABELS[name], colour) for name, colour in COLOURS.items())]
-    legend.append(("mean difference, first component (dashed), mean change of the set (dotted)", INK))
+    directions = "mean difference, first component (dashed), mean change of the set (dotted)"
+    legend.append((f"{directions}, features of a random dictionary (dots and dashes)", INK))
     return Panel(figures, caption, legend, tile_for(len(figures), 2)) if figures else None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, RANDOM, RANDOM_DIRECTION, REPEAT, SET, ZERO_TUNED
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, RANDOM, RANDOM_DIRECTION, REPEAT, RIVALS, SET, ZERO_TUNED
 from featdiff.report.evidence import Evidence, Row
 from featdiff.report.quantities import CONTROLS, clear, effects, mean_effects, past_percentile, stability
 from featdiff.report.selectivity import choice, selectivity
@@ -64,17 +64,17 @@ class SetClaims:
         return self._tested("sufficient", claim, AMPLIFY_ORIGINAL, 1, self._selective())
 
     def dictionary(self) -> Verdict:
-        """The set does more than the best single direction, so that a crosscoder was needed to find it."""
-        claim = "The dictionary is needed: the set does more than the best single direction"
+        """The set does more than what needs no learned features, so that a crosscoder was needed to find it."""
+        claim = "The dictionary is needed: the set does more than the best single direction or random dictionary"
         rows = {row["task"]: row for row in effects(self.evidence, ZERO_TUNED, SET)}
         if reason := nothing_to_edit(self.evidence, rows):
             return Verdict("dictionary", claim, "undecided", reason, "No feature set was tested.", ())
         margin, criteria, said, measured = self.params.dictionary_margin, [], [], {}
         for purpose, sign, where in ((ZERO_TUNED, -1, "taken away"), (AMPLIFY_ORIGINAL, 1, "amplified")):
             means = mean_effects(self.evidence, purpose, self.found)
-            known = [name for name in DIRECTIONS if name in means]
+            known = [name for name in RIVALS if name in means]
             if not known:
-                criteria.append(Criterion(f"{where}: no direction was tried", None))
+                criteria.append(Criterion(f"{where}: no direction and no random dictionary was tried", None))
                 continue
             best = max(known, key=lambda name: sign * means[name][0])
             outcomes = self.claims.outcomes
@@ -82,13 +82,13 @@ class SetClaims:
             words = f"{best.replace('_', ' ')} {signed(means[best][0])}, the set {signed(means[SET][0])}"
             ahead = ahead if sign > 0 else reversed_sign(ahead)
             criteria.append(
-                Criterion(f"{where}, at least {number(margin)} more than the best direction ({words}): {change(ahead)}",
+                Criterion(f"{where}, at least {number(margin)} more than the best of them ({words}): {change(ahead)}",
                           at_least(ahead, margin))
             )  # fmt: skip
             said.append(f"{where.capitalize()}: {words}, difference {change(ahead)}")
             measured[where] = ahead
         status = decide(criteria)
-        weak = "Directions are means over the same questions, so they too were found with the tuned model at hand."
+        weak = "Its rivals were found with the tuned model at hand as well, on the same questions."
         if failed := next((criterion for criterion in criteria if not criterion.holds), None):
             weak = f"It fails or stays open at this: {failed.text}."
         estimates = {name: found for name, found in measured.items() if found is not None}

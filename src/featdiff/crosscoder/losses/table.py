@@ -3,6 +3,7 @@
 from featdiff.crosscoder.losses.batchtopk import BatchTopK
 from featdiff.crosscoder.losses.dedicated import Dedicated
 from featdiff.crosscoder.losses.delta import Delta
+from featdiff.crosscoder.losses.frozen import Frozen
 from featdiff.crosscoder.losses.l1 import L1
 from featdiff.crosscoder.losses.loss import Loss
 
@@ -11,4 +12,5 @@ LOSSES: dict[str, type[Loss]] = {
     "l1": L1,
     "dedicated": Dedicated,
     "delta": Delta,
+    "frozen": Frozen,
 }
