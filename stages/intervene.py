@@ -7,9 +7,9 @@ from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.tables import EFFECTS
 from featdiff.crosscoder.edits import Editor
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.intervention.controls import Control, Draws
+from featdiff.intervention.controls import Draws
 from featdiff.intervention.models import EditableModels
-from featdiff.intervention.purposes import RANDOM_DICTIONARY, purposes
+from featdiff.intervention.purposes import purposes
 from featdiff.intervention.sensitivity import Otherwise, sensitivity
 from featdiff.intervention.study import Questions, intervene
 from featdiff.pipeline.stage import stage
@@ -26,10 +26,9 @@ with stage("intervene", out="analysis/intervene") as run:
         layer, device = read_json(fits[found["fit"]] / "config.json")["layer"], process_state().device
         editors = {name: Editor.of(Crosscoder.load(fit), layer, device, store, roles) for name, fit in fits.items()}
         main, asked = editors.pop(found["fit"]), purposes(roles, run.study.repeats(roles.tuned))
-        rival = Control(RANDOM_DICTIONARY, 0, tuple(other["features"]), editor=editors[other["fit"]]) if other else None
         folders = {each: run.read(f"models/{each.model}") for each in asked if each.slot_in(main.crosscoder.models)}
         directions = load_file(localized / "directions.safetensors")
-        draws = Draws.of(params, main.crosscoder, roles.original, found["shuffled"], directions, run.seed, rival)
+        draws = Draws.of(params, main.crosscoder, roles.original, found, editors, directions, run.seed)
         questions, once = Questions.load(data, params.collateral_texts), run.scratch().part
         models = EditableModels(folders, main, questions.tasks, params)
         result = intervene(models, draws, found["features"], questions, params, run.seed, once)

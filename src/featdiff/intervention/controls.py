@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from featdiff.attribution.norms import mas
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import SILENT, AsLong, Change, Editor, Push
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.intervention.purposes import DIRECTIONS, RANDOM, RANDOM_DIRECTION, SET, SINGLE
+from featdiff.intervention.purposes import DIRECTIONS, RANDOM, RANDOM_DICTIONARY, RANDOM_DIRECTION, SET, SINGLE
 
 NEIGHBOURS = 10
 LEAST_ACTING = 0.9
@@ -191,15 +191,18 @@ class Draws:
         params: InterveneParams,
         crosscoder: Crosscoder,
         original: str,
-        shuffled: Sequence[int],
+        found: Mapping[str, Any],
+        editors: Mapping[str, Editor],
         directions: Mapping[str, Tensor],
         seed: int,
-        random_dictionary: Control | None = None,
     ) -> Draws:
-        """For sets of one crosscoder, which holds the model ``original``."""
+        """For sets of one crosscoder, which holds the model ``original``. ``found`` is what localization wrote, ``editors``
+        make edits in other crosscoders, by fit."""
         counts = (params.random_sets, params.random_directions, params.single_features)
         shares_FM, column = mas(crosscoder.W_dec).numpy(), crosscoder.slot(original)
-        return cls(*counts, shares_FM, column, shuffled, directions, seed, random_dictionary)
+        other = found["random_dictionary"]
+        rival = other and Control(RANDOM_DICTIONARY, 0, tuple(other["features"]), editor=editors[other["fit"]])
+        return cls(*counts, shares_FM, column, found["shuffled"], directions, seed, rival)
 
     def controls(self, found: Sequence[int], sign: int, length_QF: Float[np.ndarray, "Q F"]) -> list[Control]:
         """The set ``found`` and everything to hold it against in one model, whose accuracy a claim says to move to ``sign``;
