@@ -43,6 +43,9 @@ faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
+studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise locked-101"; hours), and fill docs/calibration.md
+	@$(BIN)/python -m featdiff.pipeline.studies $(STUDIES)
+
 check: $(STAMP)  ## format, lint, types, quick tests
 	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults"
 
@@ -52,4 +55,4 @@ format: $(STAMP)  ## format and mend what the linter can
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test verify faults golden check format ui
+.PHONY: help install profile repro test verify faults golden studies check format ui

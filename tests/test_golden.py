@@ -10,15 +10,13 @@ import torch
 
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.documents import fill
 from featdiff.attribution import golden
 from featdiff.attribution.golden import (
-    BEGIN,
-    END,
     Case,
     GoldenParams,
     called_own,
     examine,
-    fill,
     match,
     missed,
     share,
@@ -328,7 +326,7 @@ def test_make_golden_writes_metrics_and_tables_and_fails_where_the_figures_are_m
     monkeypatch.setattr(golden, "SETTINGS", ROOT / golden.SETTINGS)
     monkeypatch.chdir(tmp_path)
     golden.DOCUMENT.parent.mkdir()
-    golden.DOCUMENT.write_text(f"top\n{BEGIN}\nold\n{END}\nbottom\n", encoding="utf-8")
+    golden.DOCUMENT.write_text("top\n<!-- golden:begin -->\nold\n<!-- golden:end -->\nbottom\n", encoding="utf-8")
     rows = made_up(60)
     monkeypatch.setattr(golden, "examine_all", lambda params: rows)
     with pytest.raises(SystemExit):
@@ -337,15 +335,17 @@ def test_make_golden_writes_metrics_and_tables_and_fails_where_the_figures_are_m
     params = parse(GoldenParams, SETTINGS, "golden.yaml")
     assert written == {"rows": rows, "summary": summarise(rows, params)}
     page = golden.DOCUMENT.read_text(encoding="utf-8")
-    assert page == f"top\n{BEGIN}\n{tables(written['summary'], params)}\n{END}\nbottom\n"
+    assert page == f"top\n<!-- golden:begin -->\n{tables(written['summary'], params)}\n<!-- golden:end -->\nbottom\n"
     assert capsys.readouterr().err.startswith("featdiff: Missed: moderate, batchtopk, nrn_scaling: 37.5 (")
-    with pytest.raises(ValueError, match="expected the markers"):
-        fill("nothing", "text")
+    with pytest.raises(ValueError, match="without the markers"):
+        fill("nothing", "golden", "text")
 
 
 def test_the_document_shows_the_committed_metrics() -> None:
     page, metrics = (ROOT / golden.DOCUMENT).read_text(encoding="utf-8"), read_json(ROOT / golden.METRICS)
-    assert fill(page, tables(metrics["summary"], parse(GoldenParams, SETTINGS, "golden.yaml"))) == page, "run make golden"
+    assert fill(page, "golden", tables(metrics["summary"], parse(GoldenParams, SETTINGS, "golden.yaml"))) == page, (
+        "run make golden"
+    )
     assert metrics["summary"] == summarise(metrics["rows"], parse(GoldenParams, SETTINGS, "golden.yaml"))
 
 

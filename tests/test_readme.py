@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.report.readme import BEGIN, END, fill
+from featdiff.report.readme import with_results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,7 +17,7 @@ def test_readme_shows_the_committed_summary() -> None:
     readme, path = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "metrics/summary.json"
     if not path.is_file():
         pytest.skip("no committed run")
-    assert fill(readme, json.loads(path.read_text(encoding="utf-8"))) == readme, "run python -m featdiff.report.readme"
+    assert with_results(readme, json.loads(path.read_text(encoding="utf-8"))) == readme, "run python -m featdiff.report.readme"
 
 
 def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> None:
@@ -29,19 +29,19 @@ def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> Non
         "accuracy": {"base": {"find": 0.25}, "grpo": {"find": 0.75}},
         "effects": {"zero_tuned": {"sort": effect}, "amplify_original": {"sort": effect}},
     }
-    page = f"top\n{BEGIN}\nold\n{END}\nbottom\n"
-    filled = fill(page, summary)
-    assert filled.startswith(f"top\n{BEGIN}\n")
-    assert filled.endswith(f"{END}\nbottom\n")
+    page = "top\n<!-- results:begin -->\nold\n<!-- results:end -->\nbottom\n"
+    filled = with_results(page, summary)
+    assert filled.startswith("top\n<!-- results:begin -->\n")
+    assert filled.endswith("<!-- results:end -->\nbottom\n")
     assert "old" not in filled
     assert "| claim of features | **supported** |" in filled
     assert "-0.50 [-0.60, -0.40]" in filled
     changed = copy.deepcopy(summary)
     changed["accuracy"]["grpo"]["find"] = 0.5
-    assert fill(page, changed) != filled
-    assert fill(filled, summary) == filled
+    assert with_results(page, changed) != filled
+    assert with_results(filled, summary) == filled
     undrawn = copy.deepcopy(summary)
     undrawn["effects"]["zero_tuned"] = {"sort": effect | {"random_low": None, "random_high": None}}
-    assert "| -0.50 [-0.60, -0.40] | – | -0.50 [-0.60, -0.40] | -0.10 … +0.10 |" in fill(page, undrawn)
+    assert "| -0.50 [-0.60, -0.40] | – | -0.50 [-0.60, -0.40] | -0.10 … +0.10 |" in with_results(page, undrawn)
     with pytest.raises(ValueError, match="markers"):
-        fill("no markers", summary)
+        with_results("no markers", summary)

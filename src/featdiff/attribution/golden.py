@@ -9,7 +9,7 @@ N token rows, M models, D width, P true features, F learned features.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from io import StringIO
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.artifacts.artifact import write_json
+from featdiff.artifacts.documents import fill, markdown
 from featdiff.attribution.norms import mas, nrn
 from featdiff.attribution.scaling import LatentScaling, latent_scaling
 from featdiff.config.params import (
@@ -54,7 +55,6 @@ from featdiff.stats import Interval, over_runs
 SETTINGS = Path("conf/golden.yaml")
 METRICS = Path("metrics/golden.json")
 DOCUMENT = Path("docs/golden.md")
-BEGIN, END = "<!-- golden:begin -->", "<!-- golden:end -->"
 OWN = "tuned_only"
 
 Method = Literal["nrn", "mas", "scaling", "nrn_scaling"]
@@ -317,10 +317,6 @@ def _cell(found: dict[str, float] | None) -> str:
     return "{} ({}–{})".format(*digits)
 
 
-def _markdown(head: list[str], body: Iterable[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
-
-
 def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
     """The summary as Markdown: the case of ``reach`` by loss and method, what its crosscoders hold, the cases of one kind, and
     the rest."""
@@ -335,7 +331,7 @@ def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
     parts = [
         f"Case `{reach.case}`, seeds: {main[0]['seeds']}. Percent of the planted features of each kind that were called the "
         f"tuned model's own, with {100 * params.confidence:g} % interval; of all learned features called, percent that are.",
-        _markdown(
+        markdown(
             ["loss", "method", *(f"{kind} ({params.kinds[kind].count})" for kind in kinds), "right of all called"],
             (
                 [row["loss"], row["method"], *(_cell(row["called"][kind]) for kind in kinds), _cell(row["right"])]
@@ -343,7 +339,7 @@ def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
             ),
         ),
         "The same crosscoders: percent of the planted features that have a learned one.",
-        _markdown(
+        markdown(
             ["loss", "FVE", "L0", *kinds],
             (
                 [row["loss"], f"{row['fve']:.3f}", f"{row['l0']:.1f}", *(_cell(row["matched"][kind]) for kind in kinds)]
@@ -352,7 +348,7 @@ def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
             ),
         ),
         "Cases whose features are all of one kind: percent of all living learned features that each method calls.",
-        _markdown(
+        markdown(
             ["case", "kind", "seeds", "loss", *methods],
             (
                 [name, str(params.cases[name].only), str(rows[reach.method]["seeds"]), loss]
@@ -361,7 +357,7 @@ def tables(summary: list[dict[str, Any]], params: GoldenParams) -> str:
             ),
         ),
         f"Other cases: percent of {OWN} and {SHARED} that {reach.method} calls; for each method percent right of all called.",
-        _markdown(
+        markdown(
             ["case", "seeds", "loss", OWN, SHARED, *(f"right: {method}" for method in methods)],
             (
                 [name, str(rows[reach.method]["seeds"]), loss]
@@ -398,15 +394,6 @@ def missed(summary: list[dict[str, Any]], params: GoldenParams) -> str:
     return f"Missed: {_figures(summary, params)}."
 
 
-def fill(page: str, text: str) -> str:
-    """``page`` with ``text`` between its markers. Raises ValueError without markers."""
-    before, found, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"{DOCUMENT}: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def main() -> None:
     """``python -m featdiff.attribution.golden``: writes counts, summary and the tables of the document, and exits with 1 where
     ``reach`` is missed."""
@@ -417,7 +404,7 @@ def main() -> None:
     write_json(METRICS, {"rows": rows, "summary": summary})
     text = tables(summary, params)
     print(text)
-    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), text), encoding="utf-8")
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), "golden", text), encoding="utf-8")
     if line := missed(summary, params):
         print(f"featdiff: {line}", file=sys.stderr)
         raise SystemExit(1)

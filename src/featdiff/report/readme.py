@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.documents import fill
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
 from featdiff.report.words import MISSING
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ORDER = ("transfer", "forgetting", "features", "necessary", "sufficient", "dictionary")
 """Of the claims: JSON has them by name."""
 ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out", "control": "control"}
@@ -48,15 +48,11 @@ def _band(row: dict[str, Any]) -> str:
     return MISSING if row["random_low"] is None else f"{row['random_low']:+.2f} … {row['random_high']:+.2f}"
 
 
-def fill(readme: str, summary: dict[str, Any]) -> str:
-    """``readme`` with the text between its markers replaced; raises ValueError without markers."""
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{results(summary)}\n{END}{after}"
+def with_results(readme: str, summary: dict[str, Any]) -> str:
+    """``readme`` with the results of ``summary``; raises ValueError without markers."""
+    return fill(readme, "results", results(summary))
 
 
 if __name__ == "__main__":
     path = Path("README.md")
-    path.write_text(fill(path.read_text(encoding="utf-8"), read_json(Path("metrics/summary.json"))), encoding="utf-8")
+    path.write_text(with_results(path.read_text(encoding="utf-8"), read_json(Path("metrics/summary.json"))), encoding="utf-8")
