@@ -23,7 +23,7 @@ from featdiff.attribution.dynamics import overlap_rows, trajectory_rows
 from featdiff.attribution.norms import classify
 from featdiff.config.params import Study, load_study
 from featdiff.intervention.controls import Control, Draws, Setting
-from featdiff.intervention.effects import effects, marks
+from featdiff.intervention.effects import effects, marks, questions_under
 from featdiff.intervention.purposes import (
     AMPLIFY_ORIGINAL,
     DIRECTIONS,
@@ -595,8 +595,9 @@ def _write_intervene(
         for control, number in made:
             setting = source.chosen.get(f"{control} {number}", source.setting)
             share = 0.0 if control == "none" else _share(plan, purpose, control, number, setting)
-            moved = rng.random(len(report)) < share
-            rows = [(toward if far else own)[sample.sample_id] for sample, far in zip(report, moved, strict=True)]
+            asked = questions_under(control, report, params)
+            moved = rng.random(len(asked)) < share
+            rows = [(toward if far else own)[sample.sample_id] for sample, far in zip(asked, moved, strict=True)]
             marked[control, number] = marks(rows, toward)
             facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
             outcomes += [tables.OUTCOMES.kept(facts | row) for row in rows]

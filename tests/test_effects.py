@@ -8,7 +8,7 @@ import pytest
 
 from featdiff import stats
 from featdiff.config.params import InterveneParams
-from featdiff.intervention.effects import Marks, Nats, effects, marks
+from featdiff.intervention.effects import Marks, Nats, effects, marks, questions_under
 from featdiff.intervention.purposes import Purpose, purposes
 from featdiff.tasks.task import Sample, TaskInfo
 from tiny import ROLES, answers, params_of
@@ -141,6 +141,28 @@ def test_random_directions_are_draws_but_chance_is_that_of_random_sets() -> None
     assert one(table, "random_direction")["p_random"] is one(table, "random_direction")["beyond_random"] is None
     assert (one(table, "shared")["p_random"], one(table, "shared")["beyond_random"]) == (pytest.approx(2 / 3), False)
     assert one(table, "random_direction")["effect"] == pytest.approx(0.6)
+
+
+def test_draws_are_asked_less_and_paired_with_the_same_questions_unedited() -> None:
+    few = 4
+    p = params().model_copy(update={"draw_questions": few})
+    given = answered(9, [4, 7])
+    for key in given:
+        if key[0] == "random":
+            given[key] = {name: values[: 2 * few] for name, values in given[key].items()}
+    assert len(questions_under("random", SAMPLES, p)) == 2 * few
+    assert questions_under("set", SAMPLES, p) == SAMPLES
+    unread = {"words": 0.25, "sums": 0.5}
+    table = effects(ZEROED, given, {}, SAMPLES, {"words-0", "words-9"}, unread, TASKS, p, 0)
+    for draw, right in ((0, 4), (1, 7)):
+        row = one(table, "random", set_draw=draw)
+        assert row["n"] == few
+        assert row["baseline"] == np.mean(BASELINE[:few])
+        assert row["effect"] == np.mean(shifted(right)[:few]) - np.mean(BASELINE[:few])
+    assert one(table)["n"] == N
+    assert one(table)["random_low"] <= one(table)["random_high"]
+    assert one(table, "random", "flipped", set_draw=0)["n"] == 1, "the other one was not asked"
+    assert one(table, "set", "flipped")["n"] == 2
 
 
 def test_no_effect_is_zero_within_what_so_few_samples_can_tell() -> None:

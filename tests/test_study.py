@@ -27,7 +27,7 @@ from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import save_model
 from featdiff.report import evidence
 from featdiff.report.selectivity import curves, selectivity
-from featdiff.tasks.task import Sample, TaskInfo, Text
+from featdiff.tasks.task import Sample, TaskInfo, Text, first_of_each
 from tiny import params_of, random_crosscoder, tiny_model
 
 T = TypeVar("T")
@@ -403,10 +403,17 @@ def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
     asked = QUESTIONS.report
     toward = {row["sample_id"]: row for row in model.evaluator.answer(asked)}
     made = edits(model, [3, 5], outcome(Setting("add", "prompt_last", 2.0), Setting("add", "generated", 1.0)), CONTROLS)
-    found = answer(model, made, asked, toward, lambda name, compute: names.append(name) or compute())
+    p = params(draw_questions=2)
+    found = answer(model, made, asked, toward, p, lambda name, compute: names.append(name) or compute())
     assert len(set(names)) == len(names)
-    assert list(found.marks) == list(made)
-    assert all(len(values) == len(asked) for each in found.marks.values() for values in each.values())
+    assert found.marks.keys() == made.keys()
+    few = first_of_each(asked, 2)
+    assert 0 < len(few) < len(asked)
+    for (control, _), each in found.marks.items():
+        n = len(few if control in ("random", "random_direction") else asked)
+        assert {len(values) for values in each.values()} == {n}, control
+    drawn = answer(model, {("random", 0): made["random", 0]}, few, toward, p, lambda _, compute: compute())
+    assert found.marks["random", 0] == drawn.marks["random", 0]
     assert found.marks["none", 0]["alike"] == [True] * len(asked)
     assert found.marks["noop", 0] == found.marks["none", 0]
     assert not all(found.marks["set", 0]["alike"])

@@ -640,6 +640,8 @@ class InterveneParams(Params):
     """How many of both are tried in models in which nothing is chosen: the contrast and repeats of the tuned model."""
     control_questions: Positive
     """Questions per task of the tune split on which the setting of a control is chosen."""
+    draw_questions: Positive
+    """Questions per task of the report split that are asked under random sets and directions, of which many are drawn."""
     single_features: Annotated[int, Field(ge=0, le=10**6)]
     """Up to this size of the set, each feature is also edited alone and left out."""
     collateral_texts: Positive

@@ -16,10 +16,12 @@ from featdiff import stats
 from featdiff.config.params import InterveneParams
 from featdiff.intervention.purposes import DRAWN, RANDOM, Purpose, against_draws
 from featdiff.language.evaluation import Row
-from featdiff.tasks.task import Sample, TaskInfo
+from featdiff.tasks.task import Sample, TaskInfo, first_of_each
 
 Marks = dict[str, list[bool]]
 """What became of each answer, in the order of the questions, by column of :func:`marks`."""
+Marked = Mapping[str, NDArray[np.bool_]]
+"""The same of some questions."""
 Nats = Mapping[str, Sequence[float]]
 """Nats of the start and of the rest of the right answer, by ``sample_id``."""
 
@@ -56,54 +58,66 @@ def effects(
     """Change of accuracy against the unedited model per control, task and subset, with paired bootstrap intervals, the band of
     the random sets, and the change in likelihood of right answers.
 
-    ``answered`` holds the marks of ``samples`` by control and number (``none`` is unedited); ``flipped`` the sample ids that
-    the original model fails and the tuned one solves: chosen by outcome, so read it beside the full set. ``unread_toward``
-    is the share of unread answers of the model ``purpose.toward``, by task."""
+    ``answered`` holds the marks of what was asked of ``samples`` (:func:`questions_under`), by control and number (``none`` is
+    unedited); ``flipped`` the sample ids that the original model fails and the tuned one solves: chosen by outcome, so read it
+    beside the full set. ``unread_toward`` is the share of unread answers of the model ``purpose.toward``, by task."""
     table: list[dict[str, Any]] = []
+    ids = {key: [sample.sample_id for sample in questions_under(key[0], samples, params)] for key in answered}
     for task in tasks.values():
-        rows = np.array([i for i, sample in enumerate(samples) if sample.task == task.name], dtype=int)
-        chosen = np.array([i for i in rows if samples[i].sample_id in flipped], dtype=int)
-        for subset, group in (("all", rows), ("flipped", chosen)):
-            if len(group):
+        rows = {sample.sample_id for sample in samples if sample.task == task.name}
+        for subset, group in (("all", rows), ("flipped", rows & flipped)):
+            marked = {key: _of(each, ids[key], group) for key, each in answered.items()}
+            before = {key: _of(answered["none", 0], ids["none", 0], group.intersection(ids[key])) for key in answered}
+            if group:
                 facts = {
                     "purpose": purpose.name,
                     "model": purpose.model,
                     "task": task.name,
                     "role": task.role,
                     "subset": subset,
+                    "unread_toward": unread_toward[task.name],
                 }
-                marked = {
-                    key: {name: np.array(values)[group] for name, values in each.items()} for key, each in answered.items()
-                }
-                ids = [samples[i].sample_id for i in group]
-                known = facts | {"n": len(group), "unread_toward": unread_toward[task.name]}
-                table += [known | line for line in _lines(marked, nats, ids, purpose.sign, params, seed)]
+                named = [key for key in ids["none", 0] if key in group]
+                table += [facts | line for line in _lines(marked, before, nats, named, purpose.sign, params, seed)]
     return table
 
 
+def questions_under(control: str, samples: Sequence[Sample], params: InterveneParams) -> list[Sample]:
+    """What a model is asked under ``control``: of every task the first ``params.draw_questions`` where many are drawn, whose
+    means are then noisier than that of the set, which favours no claim; else all."""
+    return first_of_each(samples, params.draw_questions) if control in DRAWN else list(samples)
+
+
+def _of(marked: Marks, ids: Sequence[str], group: set[str]) -> Marked:
+    rows = [i for i, key in enumerate(ids) if key in group]
+    return {name: np.array(values)[rows] for name, values in marked.items()}
+
+
 def _lines(
-    marked: Mapping[tuple[str, int], Mapping[str, NDArray[np.bool_]]],
+    marked: Mapping[tuple[str, int], Marked],
+    unedited: Mapping[tuple[str, int], Marked],
     nats: Mapping[tuple[str, int], Nats],
     ids: Sequence[str],
     sign: int,
     params: InterveneParams,
     seed: int,
 ) -> list[dict[str, Any]]:
-    before = marked["none", 0]
     paired = partial(stats.paired_difference, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
-    change = {key: float(each["correct"].mean() - before["correct"].mean()) for key, each in marked.items()}
+    marked = {key: each for key, each in marked.items() if len(each["correct"])}
+    change = {key: float(each["correct"].mean() - unedited[key]["correct"].mean()) for key, each in marked.items()}
     draws = [value for (name, _), value in change.items() if name == RANDOM]
     lines = []
     for (control, number), each in marked.items():
         if control == "none":
             continue
-        effect, single = change[control, number], control not in DRAWN
+        effect, single, before = change[control, number], control not in DRAWN, unedited[control, number]
         chance = against_draws(effect, draws, sign)
         interval = paired(each["correct"], before["correct"], within=stats.CHANGES)
         lines.append(
             {
                 "control": control,
                 "set_draw": number,
+                "n": len(each["correct"]),
                 "accuracy": float(each["correct"].mean()),
                 "baseline": float(before["correct"].mean()),
                 "effect": effect,

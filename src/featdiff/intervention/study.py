@@ -21,7 +21,7 @@ from featdiff.artifacts.tables import COLLATERAL, EDITED_SAMPLES, EFFECTS, OUTCO
 from featdiff.config.params import InterveneParams
 from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws
-from featdiff.intervention.effects import Marks, effects, marks
+from featdiff.intervention.effects import Marks, effects, marks, questions_under
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE, ZERO_TUNED
 from featdiff.intervention.search import Once, Searched, on_a_bar, search
@@ -104,30 +104,39 @@ class Answered:
     nats: dict[tuple[str, int], dict[str, list[float]]]
 
 
-def answer(model: EditableModel, made: Edits, samples: list[Sample], toward: Mapping[str, Row], once: Once) -> Answered:
+def answer(
+    model: EditableModel,
+    made: Edits,
+    samples: list[Sample],
+    toward: Mapping[str, Row],
+    params: InterveneParams,
+    once: Once,
+) -> Answered:
     """Answers to ``samples`` (report split, every task) under ``made``, marked beside those of ``toward``, and the likelihood
     of right answers under a few."""
     name, prompts = model.purpose.name, model.prompts(samples)
     found, kept = dict[tuple[str, int], Marks](), list[Row]()
 
-    def compute(part: Edits) -> list[Any]:
-        answered = model.evaluator.answer_under(list(part.values()), samples, shared=prompts)
+    def compute(part: Edits, questions: list[Sample]) -> list[Any]:
+        answered = model.evaluator.answer_under(list(part.values()), questions, shared=prompts)
         whole = [
             rows if control in ("none", "noop", SET, *RIVALS) else None
             for (control, _), rows in zip(part, answered, strict=True)
         ]
         return [[marks(rows, toward) for rows in answered], whole]
 
-    for label, part in chunks(made):
-        marked, whole = once(f"{name} {label}", partial(compute, part))
-        for (control, number), each, rows in zip(part, marked, whole, strict=True):
-            found[control, number] = each
-            facts = {"purpose": name, "model": model.purpose.model, "control": control, "set_draw": number}
-            kept += [facts | row for row in rows or []]
+    for drawn in (False, True):
+        for label, part in chunks({key: edit for key, edit in made.items() if (key[0] in DRAWN) is drawn}):
+            questions = questions_under(next(iter(part))[0], samples, params)
+            marked, whole = once(f"{name} {label}", partial(compute, part, questions))
+            for (control, number), each, rows in zip(part, marked, whole, strict=True):
+                found[control, number] = each
+                facts = {"purpose": name, "model": model.purpose.model, "control": control, "set_draw": number}
+                kept += [facts | row for row in rows or []]
     nats = {}
     for (control, number), edit in fewer(made, FEW).items():
         shared = None if edit is not None and edit.whole_prompt else prompts
-        read = partial(model.evaluator.likelihood, samples, edit=edit, shared=shared)
+        read = partial(model.evaluator.likelihood, questions_under(control, samples, params), edit=edit, shared=shared)
         nats[control, number] = {
             key: list(value) for key, value in once(f"{name} {control} {number}, likelihood", read).items()
         }
@@ -237,11 +246,12 @@ def intervene(
             toward = unedited[purpose.toward]
             made = edits(model, found, source, source.controls)
             made = made if purpose.chosen else fewer(made, params.other_draws)
-            answered = answer(model, made, samples, toward, once)
+            answered = answer(model, made, samples, toward, params, once)
             rows += answered.rows
             for (control, number), marked in answered.marks.items():
-                n = len(samples)
-                facts = ([purpose.name] * n, [control] * n, [number] * n, [sample.sample_id for sample in samples])
+                ids = [sample.sample_id for sample in questions_under(control, samples, params)]
+                n = len(ids)
+                facts = ([purpose.name] * n, [control] * n, [number] * n, ids)
                 each: tuple[list[Any], ...] = (*facts, marked["correct"])
                 for column, values in zip(columns, each, strict=True):
                     column.extend(values)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -405,8 +405,15 @@ def _choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | 
     return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(logits_BV.device)
 
 
-@torch.inference_mode()
 def score_options(
+    model: PreTrainedModel, contexts: list[list[int]], options: list[list[list[int]]], **how: Any
+) -> list[list[float]]:
+    """Summed log-probability in nats of every option's tokens after its context; the rest as for :func:`score_tokens`."""
+    return [list(map(sum, scored)) for scored in score_tokens(model, contexts, options, **how)]
+
+
+@torch.inference_mode()
+def score_tokens(
     model: PreTrainedModel,
     contexts: list[list[int]],
     options: list[list[list[int]]],
@@ -416,18 +423,18 @@ def score_options(
     edit: Edit | None = None,
     shared: PromptCache | None = None,
     progress: str = "",
-) -> list[list[float]]:
-    """Summed log-probability in nats of every option's tokens after its context. The context is read once per question, and
+) -> list[list[list[float]]]:
+    """Log-probability in nats of each token of every option after its context. The context is read once per question, and
     with ``shared`` once for all passes.
 
     ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
-    scores: list[list[float]] = [[] for _ in contexts]
+    scores: list[list[list[float]]] = [[] for _ in contexts]
     for rows in tqdm(batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
         session = _Session(model, [edit])
         ids, mask, positions = session.start(shared, *left_pad([contexts[row] for row in rows], pad, model.device))
         lengths = {(i, j): len(option) for i, row in enumerate(rows) for j, option in enumerate(options[row])}
         pairs = sorted(lengths, key=lengths.__getitem__, reverse=True)
-        totals: dict[tuple[int, int], float] = {}
+        read: dict[tuple[int, int], list[float]] = {}
         with session.hooked():
             first_BV = session.feed(ids, mask, positions, prompt=True)[:, -1].float().log_softmax(-1)
             branches = session.branches()
@@ -437,9 +444,9 @@ def score_options(
                 owner = torch.tensor([i for i, _ in chunk], device=model.device)
                 texts = [options[rows[i]][j] for i, j in chunk]
                 found = _follow(session, texts, first_BV[owner], mask[owner], positions[owner], owner, pad)
-                totals |= zip(chunk, found, strict=True)
+                read |= zip(chunk, found, strict=True)
         for i, row in enumerate(rows):
-            scores[row].extend(totals[i, j] for j in range(len(options[row])))
+            scores[row].extend(read[i, j] for j in range(len(options[row])))
     return scores
 
 
@@ -451,12 +458,12 @@ def _follow(
     positions_BT: Tensor,
     owner_B: Tensor,
     pad: int,
-) -> list[float]:
-    """Log-likelihood of each continuation, given the log-probabilities of its first token and the contexts' caches."""
+) -> list[list[float]]:
+    """Log-likelihood of each token of each continuation, given those of its first token and the contexts' caches."""
     # log p(t_1 … t_L | context) = Σ_i log p(t_i | context, t_1 … t_i−1). The context's last logits give the first term, and
     # feeding t_1 … t_L−1 gives the rest: the last token is never fed, as nothing is asked about what follows it.
     # Continuations are padded on the right. Padding comes after every real token of its row, so causal attention never sees
-    # it from one, and `real` takes its own terms out of the sum. `owner_B` is the row of each continuation's context.
+    # it from one, and its own terms are cut off. `owner_B` is the row of each continuation's context.
     longest, device = max(map(len, texts)), mask_BT.device
     ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
     real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
@@ -467,7 +474,7 @@ def _follow(
         later_mask = torch.cat([mask_BT, real[:, :-1]], dim=1)
         later = session.feed(ids[:, :-1], later_mask, later_positions, prompt=False, keep=0).float().log_softmax(-1)
         picked = torch.cat([picked, later.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)], dim=1)
-    return (picked * real).sum(1).tolist()
+    return [row[: len(text)] for row, text in zip(picked.tolist(), texts, strict=True)]
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config.params import CheckpointsParams, EvaluateParams
-from featdiff.language.decode import Edit, Guesses, PromptCache, generate_under, score_options
+from featdiff.language.decode import Edit, Guesses, PromptCache, generate_under, score_options, score_tokens
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
@@ -157,17 +157,17 @@ class Evaluator:
                 continue
             right = [sample.solution or " " * sample.prompt.endswith(ANSWER) + sample.answer for sample in group]
             ids = self.tokenizer(right, add_special_tokens=False)["input_ids"]
-            scores = score_options(
+            scores = score_tokens(
                 self.model,
                 encode_prompts(self.tokenizer, group, chat=chat),
-                [[text[:1], text] for text in ids],
+                [[text] for text in ids],
                 pad=self.tokenizer.pad_token_id,
                 batch_size=self.batch_size,
                 edit=edit,
                 shared=shared,
             )
-            for sample, text, (first, whole) in zip(group, ids, scores, strict=True):
-                found[sample.sample_id] = -first, (first - whole) / max(1, len(text) - 1)
+            for sample, ((first, *rest),) in zip(group, scores, strict=True):
+                found[sample.sample_id] = -first, -sum(rest) / max(1, len(rest))
         return found
 
     def choose(
