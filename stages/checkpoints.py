@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from tqdm import tqdm
+
 from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.tables import CHECKPOINT_ACCURACY, CHECKPOINT_DIVERGENCE, CHECKPOINT_SAMPLES
 from featdiff.language.divergence import Divergence, divergence_table
@@ -16,14 +18,13 @@ with stage("checkpoints", key=name, out=f"checkpoints/{name}") as run:
     data, base, folder = run.read("data", "tasks.json", "eval.parquet"), run.read("models/base"), run.read(f"models/{name}")
     require_same_tokenizer(folder, base)
     tasks, tokenizer, scratch = load_tasks(data), load_tokenizer(base), run.scratch()
-    reported = [sample for sample in load_samples(data, "eval") if sample.split == "report"]
-    questions = first_of_each(reported, run.params.questions)
+    questions = first_of_each([each for each in load_samples(data, "eval") if each.split == "report"], run.params.questions)
     prompts = first_of_each(questions, run.params.prompts)
     divergence = Divergence(load_model(base), tokenizer, prompts, tasks, run.params, run.seed)
     drawn = scratch.part("base", partial(divergence.answers, divergence.base))
     folders, samples, accuracy, distance = checkpoint_folders(folder), [], [], []
     steps = read_json(folder / "audit.json")["checkpoints"] or [None] * len(folders)  # not known of imported ones
-    for number, (path, step) in enumerate(zip(folders, steps, strict=True), 1):
+    for number, (path, step) in enumerate(tqdm(list(zip(folders, steps, strict=True)), name, unit="checkpoint"), 1):
         share = number / len(folders) if step is None else step / steps[-1]
         where = {"arm": name, "checkpoint": number, "step": step, "share": share}
         model = load_model(path)
@@ -31,8 +32,7 @@ with stage("checkpoints", key=name, out=f"checkpoints/{name}") as run:
         answers = scratch.part(f"answers {number}", partial(asked.answer, questions))
         found = scratch.part(f"divergence {number}", partial(divergence.measure, model, number, drawn))
         samples += [CHECKPOINT_SAMPLES.kept(where | row | {"role": tasks[row["task"]].role}) for row in answers]
-        table = accuracy_table(answers, tasks, run.params, run.seed)
-        accuracy += [CHECKPOINT_ACCURACY.kept(where | row) for row in table]
+        accuracy += [CHECKPOINT_ACCURACY.kept(where | row) for row in accuracy_table(answers, tasks, run.params, run.seed)]
         distance += [where | row for row in divergence_table(prompts, tasks, found, run.params, run.seed)]
     CHECKPOINT_SAMPLES.write(run.out, samples)
     CHECKPOINT_ACCURACY.write(run.out, accuracy)

@@ -453,7 +453,7 @@ def test_too_few_flipped_samples_are_a_result(study: Project, run: Run) -> None:
         save_file({name: torch.ones(32) for name in names}, folder / "features.safetensors")
     assert run("stages/activations.py", "--model", "grpo").returncode == 0
 
-    study.set({"localize.min_flipped": 3, "localize.bootstrap": 20, "localize.seeds": []})
+    study.set({"localize.min_flipped": 3, "localize.bootstrap": 20, "localize.seeds": [], "localize.random_dictionary": None})
     result = run("stages/localize.py")
     assert result.returncode == 0, result.stderr
     folder = study.path / "analysis/localize"

@@ -132,7 +132,7 @@ def unhurried() -> None:
 
     def slowed(original: Callable[..., Any]) -> Callable[..., Any]:
         def later(*given: Any) -> Any:
-            time.sleep(0.05)
+            time.sleep(0.3)
             return original(*given)
 
         return later

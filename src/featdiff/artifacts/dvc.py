@@ -86,7 +86,7 @@ def set_aside_half(root: Path) -> list[str]:
             if not path.is_file():
                 break
             try:
-                load(path, COMPILED_LOCKFILE_SCHEMA) if name == LOCK else json.loads(path.read_bytes() or b"{}")
+                load(path, COMPILED_LOCKFILE_SCHEMA) if name == LOCK else json.loads(path.read_bytes())
                 break
             except (DvcException, ValueError):
                 time.sleep(0.2)

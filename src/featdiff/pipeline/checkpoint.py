@@ -115,10 +115,10 @@ class Scratch:
         try:
             self._pending[name] = value = compute()
         except signals.Stopped:
-            self._write_pending()
+            self.write_pending()
             raise
         if self._late():
-            self._write_pending()
+            self.write_pending()
         return value
 
     def _late(self) -> bool:
@@ -126,8 +126,10 @@ class Scratch:
         self._due = time.monotonic()
         return self._due - self._saved >= self.interval
 
-    def _write_pending(self) -> None:
-        assert self.root is not None
+    def write_pending(self) -> None:
+        """Write the parts that are not written yet, for a stage that is asked to stop between two of them."""
+        if self.root is None:
+            return
         with signals.deferred():  # a request in the middle of writing would lose what it is about
             self._due, values, self._pending = time.monotonic(), self._pending, {}
             if values:

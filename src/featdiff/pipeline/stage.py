@@ -46,6 +46,7 @@ class Run:
         self.parents: dict[str, str] = {}
         self.door_seconds = 0.0
         """Spent on verifying what is read and publishing what is written."""
+        self.kept: Scratch | None = None
         self.out = artifact.staging_path(out)
         self.beside: dict[Path, Any] = {}
         """JSON files outside of the artifact by path, written whole once it is published."""
@@ -65,7 +66,8 @@ class Run:
                 if other.name != key:
                     shutil.rmtree(other)
         resume = self.study.resume
-        return Scratch(place / key, resume.every_seconds, resume.share, self.record)
+        self.kept = Scratch(place / key, resume.every_seconds, resume.share, self.record)
+        return self.kept
 
     def read(self, path: str, *files: str) -> Path:
         """Folder of the artifact at ``path``, after its files (or only ``files``) were hashed against the manifest."""
@@ -148,6 +150,8 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
                 status = "FINISHED"
             except Stopped:
                 status = "KILLED"
+                if run.kept:
+                    run.kept.write_pending()
                 raise
             finally:
                 signals.close()
