@@ -362,7 +362,8 @@ class _Unfinished:
             yield part
 
     def _drafts(self) -> list[list[int]]:
-        return [_draft(text, guesses) for text, guesses in zip(self.texts, self.guesses, strict=True)]
+        known = zip(self.texts, self.guesses, strict=True)
+        return [_draft(text, guesses)[: self.limit - len(text)] for text, guesses in known]
 
     def feed(self) -> Tensor:
         """Logits [B, V] after the token of each row."""
