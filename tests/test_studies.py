@@ -93,6 +93,8 @@ def test_a_study_is_a_clone_with_its_profile_its_seed_and_this_cache(tmp_path: P
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "one"]):
         subprocess.run(["git", *command], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, text=True, capture_output=True).stdout.strip()
+    elsewhere = tmp_path / "elsewhere"
+    subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "cache.dir", str(elsewhere)], check=True)
     folder = Path("studies/noise-7")
     for seed in (3, 7):  # a second time over what a first one left
         prepare(folder, commit, "null_noise", seed)
@@ -100,4 +102,13 @@ def test_a_study_is_a_clone_with_its_profile_its_seed_and_this_cache(tmp_path: P
     study = load_study()
     assert (study.profile, study.seed, study.roles.tuned) == ("null_noise", 7, "noise")
     cache = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], check=True, text=True, capture_output=True).stdout
-    assert Path(cache.strip()) == home / ".dvc/cache"
+    assert Path(cache.strip()) == elsewhere, "wherever it is"
+
+
+def test_stopped_by_hand_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies, "run", interrupted)
+    assert main(["noise-0"]) == 75
+    assert capsys.readouterr().err.count("\n") == 1

@@ -114,7 +114,7 @@ class Scratch:
             return value
         try:
             self._pending[name] = value = compute()
-        except signals.Stopped:
+        except signals.Stopped:  # the stage does so for its own scratch; a method may keep parts in one of its own
             self.write_pending()
             raise
         if self._late():

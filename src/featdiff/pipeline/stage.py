@@ -47,6 +47,7 @@ class Run:
         self.door_seconds = 0.0
         """Spent on verifying what is read and publishing what is written."""
         self.kept: Scratch | None = None
+        """What :meth:`scratch` gave; a stop writes what it still holds."""
         self.out = artifact.staging_path(out)
         self.beside: dict[Path, Any] = {}
         """JSON files outside of the artifact by path, written whole once it is published."""

@@ -17,9 +17,11 @@ from pydantic import Field
 
 from featdiff.artifacts.artifact import ContractError, read_json, write_json
 from featdiff.artifacts.documents import fill, markdown
+from featdiff.artifacts.dvc import cache_folder
 from featdiff.config.params import Name, Params, Seed, parse
 from featdiff.config.reading import PARAMS, ConfigError, closest, read_yaml
-from featdiff.processes.signals import say
+from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.signals import EXIT_STOPPED, say
 from featdiff.stats import binomial
 
 SETTINGS = Path("conf/studies.yaml")
@@ -78,7 +80,8 @@ def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
         _run(Path(), "git", "clone", "--quiet", "--no-checkout", ".", str(folder))
     _run(folder, "git", "fetch", "--quiet", "origin")
     _run(folder, "git", "checkout", "--quiet", "--force", "--detach", commit)
-    _run(folder, sys.executable, "-m", "dvc", "config", "--quiet", "--local", "cache.dir", str(Path(".dvc/cache").resolve()))
+    cache = cache_folder(Path()).parents[1].resolve()  # above files/md5: what DVC calls its cache holds the run cache, too
+    _run(folder, sys.executable, "-m", "dvc", "config", "--quiet", "--local", "cache.dir", str(cache))
     _run(folder, sys.executable, "-m", "featdiff.config.profiles", "use", profile, "--discard")
     params = folder / PARAMS
     text, count = re.subn(r"^seed: .*$", f"seed: {seed}", params.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -105,13 +108,14 @@ def run(name: str, plan: Plan, seed: int) -> None:
 
 def tables(plans: Plans) -> str:
     """Verdicts of every study that has a result, beside the truth, and how often the two differ."""
-    found = {name: read_json(path) for name in plans.chosen([]) if (path := RESULTS / f"{name}.json").is_file()}
+    every = plans.chosen([])
+    found = {name: read_json(path) for name in every if (path := RESULTS / f"{name}.json").is_file()}
     if not found:
         return "No study has a result yet."
     claims = sorted({claim for result in found.values() for claim in result["summary"]["verdicts"]})
     rows, counted = [], dict[tuple[str, bool], list[bool]]()
     for name, result in found.items():
-        plan, _ = plans.chosen([name])[name]
+        plan, _ = every[name]
         cells = []
         for claim in claims:
             verdict, truth = result["summary"]["verdicts"][claim], plan.truth(claim)
@@ -144,7 +148,10 @@ def main(wanted: list[str]) -> int:
         DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), "studies", tables(plans)), encoding="utf-8")
     except (ContractError, ConfigError) as error:
         say(str(error))
-        return 2
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        say("stopped; what was computed is kept: say it again")
+        return EXIT_STOPPED
     return 0
 
 
