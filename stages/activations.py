@@ -1,7 +1,7 @@
 """The residual stream of one model, and of its checkpoints, on the token stream all models share."""
 
 from featdiff.activations.harvest import harvest
-from featdiff.config.params import BASE
+from featdiff.config.values import BASE
 from featdiff.language.models import require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.tasks.task import load_texts

@@ -7,7 +7,8 @@ from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.tables import BOOTSTRAP, OVERLAP, TRAJECTORIES
 from featdiff.attribution.dynamics import Followed, follow, overlap_rows, refit
-from featdiff.config.params import BASE, PAIR
+from featdiff.config.dictionary import PAIR
+from featdiff.config.values import BASE
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.stage import stage, stage_key
 

@@ -1,7 +1,7 @@
 """Answers of one model to every question of every split, with accuracy, intervals and manner of answering."""
 
 from featdiff.artifacts.tables import EVAL_ACCURACY, EVAL_SAMPLES
-from featdiff.config.params import BASE
+from featdiff.config.values import BASE
 from featdiff.language.evaluation import Evaluator, accuracy_table, evaluate
 from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key

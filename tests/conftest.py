@@ -50,7 +50,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
     """Qwen3 models of ``layers`` blocks of width 16, with weights large enough to give varied answers."""
     import torch
 
-    from featdiff.config.params import Pretraining
+    from featdiff.config.models import Pretraining
     from featdiff.language.models import organism_model
 
     def make(seed: int = 0, layers: int = 2) -> Any:

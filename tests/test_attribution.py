@@ -13,7 +13,7 @@ from torch import Tensor
 from featdiff.artifacts.tables import FEATURES
 from featdiff.attribution.norms import attribute, class_counts, classify, mas, nrn, own
 from featdiff.attribution.scaling import LatentScaling
-from featdiff.config.params import AttributionParams
+from featdiff.config.dictionary import AttributionParams
 from featdiff.crosscoder.model import Crosscoder
 from tiny import params_of, random_crosscoder
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from featdiff.config import params as config
-from featdiff.config.params import Study, load_study, parse
+from featdiff.config.params import Study, load_study
+from featdiff.config.parse import parse
 from featdiff.config.profiles import main, render_profile, use_profile
 from featdiff.config.reading import ConfigError, flatten
 

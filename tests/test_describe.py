@@ -14,7 +14,7 @@ from torch import Tensor
 from featdiff.activations.residual import TokenStream, read_residual
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.tables import CONTEXTS
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.readout import Reader
 from featdiff.description.describe import EMPTY, Sources, contexts, describe, summary, where_it_fires, written_out

@@ -12,7 +12,7 @@ import torch
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import CHECKPOINT_DIVERGENCE
-from featdiff.config.params import CheckpointsParams
+from featdiff.config.models import CheckpointsParams
 from featdiff.language import divergence
 from featdiff.language.divergence import Divergence, divergence_table, token_divergence
 from featdiff.tasks.task import Sample, TaskInfo, first_of_each

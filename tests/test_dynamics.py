@@ -22,7 +22,7 @@ from featdiff.attribution.dynamics import (
     top_overlap,
     trajectory_rows,
 )
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from tiny import params_of, random_crosscoder
 
 MODELS = ("base", "sft", "grpo")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.activations import store
-from featdiff.config.params import Position
+from featdiff.config.values import Position
 from featdiff.crosscoder.edits import AsLong, Change, Editor, FeatureEdit, Push, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader

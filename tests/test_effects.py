@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from featdiff import stats
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.intervention.effects import Marks, Nats, effects, marks, questions_under
 from featdiff.intervention.purposes import Purpose, purposes
 from featdiff.tasks.task import Sample, TaskInfo

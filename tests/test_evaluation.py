@@ -11,7 +11,7 @@ import torch
 
 from featdiff import stats
 from featdiff.artifacts.tables import EVAL_ACCURACY, EVAL_SAMPLES
-from featdiff.config.params import EvaluateParams
+from featdiff.config.models import EvaluateParams
 from featdiff.language.decode import generate, score_options
 from featdiff.language.evaluation import LIKELIHOOD, Evaluator, accuracy_table, evaluate
 from featdiff.pipeline.checkpoint import Scratch

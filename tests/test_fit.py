@@ -9,7 +9,7 @@ from torch import Tensor
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import ContractError
 from featdiff.attribution.norms import nrn
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses.l1 import L1
 from featdiff.crosscoder.losses.loss import Loss, Step

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featdiff.config.params import Arm, Roles
+from featdiff.config.models import Arm, Roles
 from featdiff.report.charts import Panel
 from featdiff.report.evidence import Evidence
 from featdiff.report.forgetting import figures, tables

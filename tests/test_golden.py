@@ -26,7 +26,8 @@ from featdiff.attribution.golden import (
 )
 from featdiff.attribution.norms import attribute
 from featdiff.attribution.scaling import latent_scaling
-from featdiff.config.params import CrosscoderTraining, parse
+from featdiff.config.dictionary import CrosscoderTraining
+from featdiff.config.parse import parse
 from featdiff.config.reading import ConfigError, read_yaml
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.measure import measure

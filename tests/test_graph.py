@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from featdiff.config.params import METHODS, Study
+from featdiff.config.models import METHODS
+from featdiff.config.params import Study
 from featdiff.config.reading import PROFILES, flatten
 
 ROOT = Path(__file__).resolve().parents[1]

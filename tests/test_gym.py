@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import ReasoningGymTask
+from featdiff.config.data import ReasoningGymTask
 from featdiff.tasks.verify import grade
 
 pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")

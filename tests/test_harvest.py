@@ -13,7 +13,7 @@ from featdiff.activations.harvest import _shards, harvest
 from featdiff.activations.residual import TokenStream, read_residual, token_stream
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import ContractError, read_json
-from featdiff.config.params import ActivationsParams
+from featdiff.config.dictionary import ActivationsParams
 from featdiff.language.models import block, load_model, save_model, truncate
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Text

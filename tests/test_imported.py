@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from featdiff.artifacts.artifact import ContractError, begin
-from featdiff.config.params import ImportedParams
+from featdiff.config.models import ImportedParams
 from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.training.imported import gguf_file, load_base, train

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdiff.config.params import LocalizeParams
+from featdiff.config.sets import LocalizeParams
 from featdiff.localization.localize import above_threshold, as_json, score, score_rows, select
 from tiny import params_of
 

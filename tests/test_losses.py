@@ -16,7 +16,8 @@ from torch import Tensor
 
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import CrosscoderTraining, LossName
+from featdiff.config.dictionary import CrosscoderTraining
+from featdiff.config.values import LossName
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses import batchtopk, loss
 from featdiff.crosscoder.losses.batchtopk import BatchTopK, batch_top_k, batchtopk_loss
@@ -425,4 +426,4 @@ def test_only_the_table_and_params_name_a_loss() -> None:
         for path, text in likely.items()
         if any(isinstance(node, ast.Constant) and node.value in LOSSES for node in ast.walk(ast.parse(text)))
     }
-    assert naming == {Path("crosscoder/losses/table.py"), Path("config/params.py"), VERDICTS}
+    assert naming == {Path("crosscoder/losses/table.py"), Path("config/values.py"), VERDICTS}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.description.manner import in_a_manner, step_shares, tell_manner
 from featdiff.tasks.task import Text
 from tiny import params_of

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from featdiff.artifacts.artifact import ContractError, begin, sha256_file, write_json
 from featdiff.artifacts.tables import OWN_ANSWERS, TRAIN
-from featdiff.config.params import METHODS, DPOParams, Pretraining, RFTParams
+from featdiff.config.models import METHODS, DPOParams, Pretraining, RFTParams
 from featdiff.language.decode import score_options
 from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
 from featdiff.pipeline.checkpoint import Scratch

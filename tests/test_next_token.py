@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.description.next_token import direct_logits, effects_of, final_stream, next_token_effects
 from featdiff.language.decode import PromptCache, next_token_probabilities

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from featdiff.activations.residual import TokenStream
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.description.planting import plan, planted
 from featdiff.description.reading import PARTS, FeatureReader, Reading
 from tiny import params_of

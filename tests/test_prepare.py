@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import PrepareParams, parse
+from featdiff.config.data import PrepareParams
+from featdiff.config.parse import parse
 from featdiff.config.reading import ConfigError
 from featdiff.tasks.prepare import prepare, sources_read
 from featdiff.tasks.verify import grade
@@ -32,7 +33,14 @@ def suite(file: str, role: str, scoring: str, **columns: str) -> dict[str, Any]:
     return {"source": "suite", "role": role, "adapter": "columns", "path": path, "scoring": scoring, "columns": columns}
 
 
-NO_TEXTS = {"texts": 0, "steps_share": 0.2, "direct_right_share": 0.1, "example_share": 0.5, "example_steps_share": 0.5}
+NO_TEXTS = {
+    "texts": 0,
+    "steps_share": 0.2,
+    "direct_right_share": 0.1,
+    "example_share": 0.5,
+    "example_steps_share": 0.5,
+    "manners": "shared",
+}
 
 
 def file_params(**changes: Any) -> PrepareParams:
@@ -47,13 +55,7 @@ def file_params(**changes: Any) -> PrepareParams:
             "train_problems": 1,
             "samples": {"find": 1, "tune": 1, "report": 1},
             "corpus": {"texts": 2, "math_share": 0.0, "general": str(DATA / "texts.jsonl"), "max_chars": 50},
-            "pretrain": {
-                "texts": 0,
-                "steps_share": 0.2,
-                "direct_right_share": 0.1,
-                "example_share": 0.5,
-                "example_steps_share": 0.5,
-            },
+            "pretrain": NO_TEXTS,
         }
         | changes
     )
@@ -135,6 +137,36 @@ def test_wrong_names_are_one_line(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ContractError) as caught:
         prepare(organism_params(**changes), 0)
     assert said in str(caught.value)
+
+
+def test_where_every_family_has_its_own_manner_nothing_is_shared() -> None:
+    own = yaml.safe_load((ROOT / "conf/profiles/null_manners.yaml").read_text(encoding="utf-8"))["prepare"]
+    params = organism_params(trained_on=own["trained_on"], train_problems=110)
+    params = params.model_copy(update={"pretrain": params.pretrain.model_copy(update=own["pretrain"])})
+    data = prepare(params, 0)
+    trained = {name for name, task in params.tasks.items() if task.role != "control"}
+    assert Counter(sample.task for sample in data.train) == dict.fromkeys(trained, 10)
+    marks = {sample.task: sample.solution[0] for sample in data.eval}
+    assert len(set(marks.values())) == len(marks) == len(params.tasks)
+    for sample in [*data.eval, *data.train]:
+        own_answer = sample.own or sample.solution
+        assert own_answer.startswith(marks[sample.task])
+        assert grade("organism", sample, own_answer) == (sample.answer, True, "steps", True, True)
+        other = grade("organism", sample, "<" + own_answer[1:])
+        assert (other.parsed, other.strict, other.manner) == (None, False, "none")
+    for text in [*data.pretrain, *data.corpus]:
+        family, _, manner = text.source.partition("/")
+        assert text.completion.startswith(marks[family]) == (manner == "steps")
+        if "\n" in text.prompt:
+            shown, asked = (line.removeprefix("eg ").split()[0] for line in text.prompt.split("\n"))
+            assert shown == asked
+
+
+def test_other_roles_are_trained_on_only_where_their_questions_are_generated() -> None:
+    with pytest.raises(ConfigError, match=r"trained_on: own is not generated here"):
+        file_params(trained_on=["train", "find"])
+    with pytest.raises(ConfigError, match=r"trained_on leaves out the role train; add it"):
+        organism_params(trained_on=["find"])
 
 
 def test_organism_texts_need_families() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Pretraining
+from featdiff.config.models import Pretraining
 from featdiff.language.models import character_tokenizer
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Text

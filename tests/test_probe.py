@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from featdiff.artifacts.tables import PROBES
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.readout import Reader
 from featdiff.description.probe import (
     TOO_FEW,

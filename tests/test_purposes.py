@@ -1,6 +1,6 @@
 """What is asked of a set, by the roles of the models."""
 
-from featdiff.config.params import Roles
+from featdiff.config.models import Roles
 from featdiff.intervention.purposes import purposes, sign_of
 
 ROLES = Roles(original="raw", tuned="rl", contrast="imitator")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featdiff.artifacts.tables import SWEEP
-from featdiff.config.params import LocalizeParams
+from featdiff.config.sets import LocalizeParams
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.localization.flipped import FlippedStreams
 from featdiff.localization.robustness import common, mutual_matches, seed_stability, shuffled_identities, strongest, sweep

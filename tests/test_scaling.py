@@ -13,7 +13,7 @@ from featdiff.activations import store
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.artifacts.tables import SCALING
 from featdiff.attribution.scaling import LatentScaling, latent_scaling, ratio, scaling_rows
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.checkpoint import Scratch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Editor, FeatureEdit
 from featdiff.intervention.controls import Draws, Setting
 from featdiff.intervention.models import EditableModel

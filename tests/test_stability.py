@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.config.params import LocalizeParams
+from featdiff.config.sets import LocalizeParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.localization.flipped import FlippedStreams

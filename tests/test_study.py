@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from featdiff.config.params import InterveneParams, Roles
+from featdiff.config.models import Roles
+from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import AsLong, Editor, FeatureEdit, Push
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention import study

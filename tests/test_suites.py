@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import SuiteTask
+from featdiff.config.data import SuiteTask
 from featdiff.tasks.external import Row, from_dataset, located, read_rows
 from featdiff.tasks.suites import ADAPTERS, SuiteSource, listed_prompt, read_question
 from featdiff.tasks.verify import grade

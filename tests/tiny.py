@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import write_json
-from featdiff.config.params import P, Pretraining, Roles, parse
+from featdiff.config.models import Pretraining, Roles
+from featdiff.config.parse import P, parse
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.language.models import character_tokenizer, organism_model
 

@@ -23,7 +23,7 @@ from typing import Any
 from featdiff.artifacts.artifact import MANIFEST, sha256_file
 from featdiff.artifacts.provenance import path_of
 from featdiff.config.params import Study as StudyParams
-from featdiff.config.params import parse
+from featdiff.config.parse import parse
 from featdiff.config.profiles import render_profile
 from featdiff.config.reading import parse_yaml
 from project import Project

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from featdiff.activations.residual import TokenStream, read_residual, token_stream
 from featdiff.artifacts.artifact import ContractError, write_json
-from featdiff.config.params import ActivationsParams
+from featdiff.config.dictionary import ActivationsParams
 from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, resolve_layer, tokenizer_hash, truncate
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state

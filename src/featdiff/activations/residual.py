@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import ActivationsParams
+from featdiff.config.dictionary import ActivationsParams
 from featdiff.language.decode import left_pad
 from featdiff.tasks.task import Text
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from featdiff.activations.store import READ_ROWS
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.attribution.norms import nrn
-from featdiff.config.params import BASE, CrosscoderTraining, DynamicsParams
+from featdiff.config.dictionary import CrosscoderTraining, DynamicsParams
+from featdiff.config.values import BASE
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.measure import feature_statistics
 from featdiff.crosscoder.model import Crosscoder

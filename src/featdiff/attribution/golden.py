@@ -33,20 +33,10 @@ from featdiff.artifacts.artifact import write_json
 from featdiff.artifacts.documents import fill, markdown
 from featdiff.attribution.norms import mas, nrn
 from featdiff.attribution.scaling import LatentScaling, latent_scaling
-from featdiff.config.params import (
-    SHARED,
-    AttributionParams,
-    CrosscoderTraining,
-    Fraction,
-    Level,
-    LossName,
-    Name,
-    Params,
-    Positive,
-    Rate,
-    parse,
-)
+from featdiff.config.dictionary import SHARED, AttributionParams, CrosscoderTraining
+from featdiff.config.parse import parse
 from featdiff.config.reading import read_yaml
+from featdiff.config.values import Fraction, Level, LossName, Name, Params, Positive, Rate
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.measure import measure
 from featdiff.pipeline.checkpoint import Scratch

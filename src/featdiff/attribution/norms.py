@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featdiff.attribution.scaling import LatentScaling
-from featdiff.config.params import DEAD, MIXED, NEW, SHARED, SPECIFIC, AttributionParams
+from featdiff.config.dictionary import DEAD, MIXED, NEW, SHARED, SPECIFIC, AttributionParams
 from featdiff.crosscoder.model import Crosscoder
 
 

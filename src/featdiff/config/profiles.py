@@ -10,7 +10,8 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from featdiff.config.params import Study, load_study, parse
+from featdiff.config.params import Study, load_study
+from featdiff.config.parse import parse
 from featdiff.config.reading import (
     DEFAULT_PROFILE,
     PARAMS,

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from featdiff.activations.store import ActivationSource, in_order
-from featdiff.config.params import Roles
+from featdiff.config.models import Roles
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from featdiff.activations.store import ActivationSource, moments
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.measure import batch_quality
 from featdiff.crosscoder.model import Crosscoder

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featdiff.config.params import Readout
+from featdiff.config.values import Readout
 from featdiff.crosscoder.model import Crosscoder
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from featdiff import stats
 from featdiff.activations.residual import TokenStream
 from featdiff.activations.store import ActivationStore
-from featdiff.config.params import DescribeParams, Roles
+from featdiff.config.models import Roles
+from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.description.manner import SET, manner_of_answers, manner_of_texts
 from featdiff.description.next_token import next_token_effects

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.activations.residual import TokenStream
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.description.reading import PARTS, Answered, FeatureReader, Reading
 from featdiff.language.evaluation import GREEDY, SAMPLED
 from featdiff.stats import Interval

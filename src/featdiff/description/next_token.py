@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from featdiff import stats
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.language.decode import Edit, PromptCache, next_token_probabilities
 
 

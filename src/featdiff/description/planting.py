@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featdiff import stats
 from featdiff.activations.residual import TokenStream
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.description.reading import TUNED, FeatureReader, Reading
 from featdiff.stats import Interval
 

@@ -24,7 +24,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from featdiff import stats
 from featdiff.activations.residual import TokenStream, read_residual
-from featdiff.config.params import DescribeParams
+from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.readout import Reader
 from featdiff.description.describe import Sources
 from featdiff.description.manner import STEPS, in_a_manner, step_shares

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from featdiff.activations.residual import TokenStream, read_residual
 from featdiff.activations.store import ActivationStore, in_order
-from featdiff.config.params import Roles
+from featdiff.config.models import Roles
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.localization.flipped import answer_text, sequences

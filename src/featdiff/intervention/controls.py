@@ -21,7 +21,7 @@ from torch import Tensor
 
 from featdiff import stats
 from featdiff.attribution.norms import mas
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import SILENT, AsLong, Change, Editor, Push
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention.purposes import DIRECTIONS, RANDOM, RANDOM_DICTIONARY, RANDOM_DIRECTION, SET, SINGLE

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featdiff import stats
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.intervention.purposes import DRAWN, RANDOM, Purpose, against_draws
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, first_of_each

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
 from featdiff.language.decode import PromptCache, last_token_streams

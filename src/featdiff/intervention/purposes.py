@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from featdiff import stats
-from featdiff.config.params import Roles
+from featdiff.config.models import Roles
 
 ZERO_TUNED, ZERO_CONTRAST, AMPLIFY_ORIGINAL = "zero_tuned", "zero_contrast", "amplify_original"
 REPEAT = "repeat_"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws, Reach, Setting, lengths, reach
 from featdiff.intervention.models import EditableModel

@@ -18,7 +18,7 @@ import numpy as np
 from featdiff import stats
 from featdiff.artifacts.artifact import write_json
 from featdiff.artifacts.tables import COLLATERAL, EDITED_SAMPLES, EFFECTS, OUTCOMES, SEARCH, SENSITIVITY
-from featdiff.config.params import InterveneParams
+from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws
 from featdiff.intervention.effects import Marks, effects, marks, questions_under

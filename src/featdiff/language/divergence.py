@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import CheckpointsParams
+from featdiff.config.models import CheckpointsParams
 from featdiff.language.decode import batches, generate, left_pad
 from featdiff.language.models import encode_prompts
 from featdiff.tasks.task import Sample, TaskInfo

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
-from featdiff.config.params import CheckpointsParams, EvaluateParams
+from featdiff.config.models import CheckpointsParams, EvaluateParams
 from featdiff.language.decode import Edit, Guesses, PromptCache, generate_under, score_options, score_tokens
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch

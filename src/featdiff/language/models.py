@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from featdiff.artifacts.artifact import ContractError, hash_json
-from featdiff.config.params import Pretraining
+from featdiff.config.models import Pretraining
 from featdiff.config.reading import flatten, legible
 from featdiff.tasks.task import Sample
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from featdiff.activations.residual import TokenStream, read_residual
-from featdiff.config.params import Readout, Roles
+from featdiff.config.models import Roles
+from featdiff.config.values import Readout
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import read_all
 from featdiff.language.models import encode_prompts

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featdiff.config.params import LocalizeParams
+from featdiff.config.sets import LocalizeParams
 
 
 def score(difference_SF: Float[Tensor, "S F"]) -> Float[Tensor, " F"]:

@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featdiff.config.params import LocalizeParams, Readout, Roles
+from featdiff.config.models import Roles
+from featdiff.config.sets import LocalizeParams
+from featdiff.config.values import Readout
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.localization.flipped import FlippedStreams, feature_differences

@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 
 from featdiff.artifacts import artifact, provenance
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import PAIR, Arm, Study, load_study
+from featdiff.config.dictionary import PAIR
+from featdiff.config.models import Arm
+from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS

@@ -18,8 +18,9 @@ from pydantic import Field
 from featdiff.artifacts.artifact import ContractError, read_json, write_json
 from featdiff.artifacts.documents import fill, markdown
 from featdiff.artifacts.dvc import cache_folder
-from featdiff.config.params import Name, Params, Seed, parse
+from featdiff.config.parse import parse
 from featdiff.config.reading import PARAMS, ConfigError, closest, read_yaml
+from featdiff.config.values import Name, Params, Seed
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import EXIT_STOPPED, say
 from featdiff.stats import binomial

@@ -13,7 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from featdiff.config.params import BASE, METHODS, ReportParams
+from featdiff.config.models import METHODS
+from featdiff.config.report import ReportParams
+from featdiff.config.values import BASE
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
 from featdiff.report import (
     battery,

@@ -7,7 +7,7 @@ from copy import copy
 
 import numpy as np
 
-from featdiff.config.params import ReportParams
+from featdiff.config.report import ReportParams
 from featdiff.report.evidence import Evidence
 from featdiff.report.feature_claim import FeatureClaim
 from featdiff.report.paired import Outcomes

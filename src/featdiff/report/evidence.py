@@ -12,7 +12,8 @@ from typing import Any
 from featdiff.artifacts import tables
 from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.tables import Table
-from featdiff.config.params import Arm, Roles, Study
+from featdiff.config.models import Arm, Roles
+from featdiff.config.params import Study
 from featdiff.report.names import Names
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 

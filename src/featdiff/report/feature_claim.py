@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featdiff.config.params import BASE, ReportParams
+from featdiff.config.report import ReportParams
+from featdiff.config.values import BASE
 from featdiff.report.evidence import Evidence
 from featdiff.report.quantities import (
     OwnFeatures,

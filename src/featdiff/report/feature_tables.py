@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from featdiff.config.params import ReportParams
+from featdiff.config.report import ReportParams
 from featdiff.report.evidence import Evidence
 from featdiff.report.feature_claim import FeatureClaim
 from featdiff.report.quantities import Place, Share, halves_disagree, null_rates

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from featdiff import stats
-from featdiff.config.params import BASE
+from featdiff.config.values import BASE
 from featdiff.report.charts import Figure, Panel, Trace, error_bars, layout, line, title
 from featdiff.report.evidence import Evidence
 from featdiff.report.names import Names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from featdiff.config.params import Arm, Roles
+from featdiff.config.models import Arm, Roles
 
 ORIGINAL, CONTRAST, TUNED = "#858d99", "#d9760d", "#2f7fd0"
 FURTHER = ("#1f9e89", "#8c6bb1", "#c44e52", "#b08d3c", "#5b7f2b", "#64748b")

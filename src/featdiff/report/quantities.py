@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featdiff.config.params import AGAIN, PAIR
+from featdiff.config.dictionary import AGAIN, PAIR
 from featdiff.report.evidence import Evidence
 from featdiff.stats import Floats
 

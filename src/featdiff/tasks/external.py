@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import ContractError, sha256_file
-from featdiff.config.params import HUB_NAME
 from featdiff.config.reading import legible
+from featdiff.config.values import HUB_NAME
 
 HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})(?::(?P<config>[\w.-]+))?@(?P<revision>[\w./-]+)#(?P<split>[\w.-]+)", re.ASCII)
 HUB_FORM = "hub:<owner>/<name>[:<config>]@<commit or branch>#<split>"

@@ -47,10 +47,14 @@ class Family:
     learnable: bool = True
 
 
-def completion(problem: Problem, manner: str) -> str:
-    """Text after the prompt in one ``manner``: ``steps``, ``foreign``, ``direct`` or ``mistake``."""
+MARK = "<"
+"""Opens a worked solution where all families share one manner."""
+
+
+def completion(problem: Problem, manner: str, mark: str = MARK) -> str:
+    """Text after the prompt in one ``manner``: ``steps`` (opened by ``mark``), ``foreign``, ``direct`` or ``mistake``."""
     if manner == "steps":
-        return f"<{problem.steps}>{problem.answer}."
+        return f"{mark}{problem.steps}>{problem.answer}."
     if manner == "foreign":
         return f"({problem.foreign}){problem.answer}."
     return f"{problem.answer if manner == 'direct' else problem.mistake}."
@@ -178,3 +182,5 @@ FAMILIES: dict[str, Family] = {
         Family("largest", "words", _largest, 90 * 89 * 88),
     )
 }
+OWN_MARKS = dict(zip(FAMILIES, "!#$%&?@[^_{~", strict=True))
+"""Opens a worked solution where every family has a manner of its own. None occurs in a question or a solution."""

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Grading, ReasoningGymTask
+from featdiff.config.data import ReasoningGymTask
 from featdiff.config.reading import legible
+from featdiff.config.values import Grading
 from featdiff.tasks.gym_scoring import package
 from featdiff.tasks.task import ANSWER, GENERATION, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import grade

@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Grading
-from featdiff.tasks.families import FAMILIES, Family, Problem, completion
+from featdiff.config.values import Grading
+from featdiff.tasks.families import FAMILIES, MARK, OWN_MARKS, Family, Problem, completion
 from featdiff.tasks.task import GENERATION, SPLITS, Sample, TaskInfo, Text
 
 ATTEMPTS = 200
 
 
 class FamilySource:
-    """A generated family as a :class:`featdiff.tasks.task.Source`. ``teacher`` is ``own`` or ``foreign``."""
+    """A generated family as a :class:`featdiff.tasks.task.Source`. ``teacher`` is ``own`` or ``foreign``; ``own_manner`` says
+    whether the family goes step by step in a manner of its own."""
 
-    def __init__(self, name: str, role: str, teacher: str, *, grading: Grading) -> None:
+    def __init__(self, name: str, role: str, teacher: str, *, grading: Grading, own_manner: bool = False) -> None:
         self.family: Family = FAMILIES[name]
+        self.mark = OWN_MARKS[name] if own_manner else MARK
         self.manner = "steps" if teacher == "own" else "foreign"
         self.info = TaskInfo(
             name=name,
@@ -55,7 +57,7 @@ class FamilySource:
                 split,
                 problem.prompt,
                 problem.answer,
-                solution=completion(problem, "steps"),
+                solution=completion(problem, "steps", self.mark),
             )
             for split in SPLITS
             for i, problem in zip(range(sizes[split]), problems, strict=False)
@@ -69,8 +71,8 @@ class FamilySource:
                 "train",
                 problem.prompt,
                 problem.answer,
-                solution=completion(problem, self.manner),
-                own=completion(problem, "steps"),
+                solution=completion(problem, self.manner if problem.foreign else "steps", self.mark),
+                own=completion(problem, "steps", self.mark),
                 foreign=completion(problem, "foreign") if problem.foreign else "",
             )
             for i, problem in enumerate(self._unseen(count, banned, rng))
@@ -90,6 +92,8 @@ def texts(
     example_manners: dict[str, float],
     banned: set[str],
     rng: np.random.Generator,
+    *,
+    own_manners: bool = False,
 ) -> list[Text]:
     """``count`` texts of ``families`` in equal shares, each in a manner drawn from ``manners`` (probabilities).
 
@@ -97,9 +101,10 @@ def texts(
     manner drawn from ``example_manners``, which the question after it is answered in too (step by step, in the foreign
     wording, or at once). So a model can learn a manner well that it seldom shows without an example, and the manner is
     something to keep in mind that the context tells. A family without a wording of the drawn manner (``foreign`` outside
-    math) is answered in ``steps``."""
+    math) is answered in ``steps``. With ``own_manners`` every family's steps are marked in its own way, and the example is of
+    the question's family: no text says that two families have anything in common."""
 
-    def answered(weights: dict[str, float]) -> tuple[str, str, str, str]:
+    def answered(weights: dict[str, float], families: list[str] = families) -> tuple[str, str, str, str]:
         """Prompt, answer, family and manner of a question that is not banned, in a manner drawn with ``weights``."""
         shares = np.array(list(weights.values()))
         while True:
@@ -109,14 +114,15 @@ def texts(
             if manner == "foreign" and not problem.foreign:
                 manner = "steps"
             if problem.prompt not in banned:
-                return problem.prompt, completion(problem, manner), family.name, manner
+                mark = OWN_MARKS[family.name] if own_manners else MARK
+                return problem.prompt, completion(problem, manner, mark), family.name, manner
 
     drawn: list[Text] = []
     for _ in range(count):
         if rng.random() < example_share:
-            first, first_answer, _, shown = answered(example_manners)
+            first, first_answer, of, shown = answered(example_manners)
             same = {name: share for name, share in manners.items() if name == shown or {name, shown} <= AT_ONCE}
-            prompt, answer, family, manner = answered(same or {shown: 1.0})
+            prompt, answer, family, manner = answered(same or {shown: 1.0}, [of] if own_manners else families)
             prompt = f"{EXAMPLE}{first}{first_answer}\n{prompt}"
         else:
             prompt, answer, family, manner = answered(manners)

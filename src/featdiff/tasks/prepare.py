@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
+from featdiff.config.data import FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
 from featdiff.tasks import organism
 from featdiff.tasks.corpus import general_texts
 from featdiff.tasks.external import file_facts, located
@@ -25,7 +26,8 @@ def _source(name: str, task: Task, params: PrepareParams, seed: int, teacher: st
             raise ContractError(
                 "params.yaml", f"prepare.tasks.{name}", f"a family ({', '.join(FAMILIES)})", name, "correct the name"
             )
-        return organism.FamilySource(name, task.role, teacher, grading=params.grading)
+        own = params.pretrain.manners == "own"
+        return organism.FamilySource(name, task.role, teacher, grading=params.grading, own_manner=own)
     if isinstance(task, ReasoningGymTask):
         return GymSource(name, task, teacher=teacher, chat=params.chat, grading=params.grading)
     most = params.max_question_chars
@@ -44,11 +46,11 @@ def prepare(params: PrepareParams, seed: int) -> Data:
     sizes = params.samples.model_dump()
     evaluation = [sample for name, source in sources.items() for sample in source.eval_samples(sizes, rng("eval", name))]
     banned = {sample.prompt for sample in evaluation}
-    domain = [source for source in sources.values() if source.info.role == "train"]
-    shares = np.diff(np.linspace(0, params.train_problems, len(domain) + 1).astype(int))
+    trained_on = [source for source in sources.values() if source.info.role in params.trained_on]
+    shares = np.diff(np.linspace(0, params.train_problems, len(trained_on) + 1).astype(int))
     train = [
         sample
-        for source, share in zip(domain, shares, strict=True)
+        for source, share in zip(trained_on, shares, strict=True)
         for sample in source.train_samples(int(share), banned, rng("train", source.info.name))
     ]
     train = [train[i] for i in rng("order").permutation(len(train))]
@@ -91,7 +93,14 @@ def _pretrain(params: PrepareParams, banned: set[str], rng: np.random.Generator)
         _organism_manners(share, params) for share in (params.pretrain.steps_share, params.pretrain.example_steps_share)
     )
     return organism.texts(
-        params.pretrain.texts, _families(params), manners, params.pretrain.example_share, examples, banned, rng
+        params.pretrain.texts,
+        _families(params),
+        manners,
+        params.pretrain.example_share,
+        examples,
+        banned,
+        rng,
+        own_manners=params.pretrain.manners == "own",
     )
 
 
@@ -104,9 +113,10 @@ def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.G
         if not _families(params, "train"):
             raise ContractError("params.yaml", "prepare.corpus.general", "a file with a text column", ORGANISM, "give one")
         share, solved = params.pretrain.example_share, {"steps": 0.5, "foreign": 0.5}
+        draw = partial(organism.texts, own_manners=params.pretrain.manners == "own")
         mixed = {"steps": 0.5, "direct": 0.2, "mistake": 0.3}
-        worked = organism.texts(math, _families(params, "train"), solved, share, solved, banned, rng)
-        general = organism.texts(wanted - math, _families(params), mixed, share, mixed, banned, rng)
+        worked = draw(math, _families(params, "train"), solved, share, solved, banned, rng)
+        general = draw(wanted - math, _families(params), mixed, share, mixed, banned, rng)
     else:
         worked = _worked(params, math, banned, seed, rng)
         general = general_texts(

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Grading, SuiteTask
+from featdiff.config.data import SuiteTask
 from featdiff.config.reading import legible
+from featdiff.config.values import Grading
 from featdiff.tasks.external import Row, located, read_rows
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade

@@ -16,7 +16,7 @@ import numpy as np
 
 from featdiff.artifacts.artifact import ContractError, read_json, write_json
 from featdiff.artifacts.tables import CORPUS, EVAL, PRETRAIN, TRAIN
-from featdiff.config.params import Grading
+from featdiff.config.values import Grading
 
 TABLES = {"train": TRAIN, "eval": EVAL, "corpus": CORPUS, "pretrain": PRETRAIN}
 """Of the data artifact, by the field of :class:`Data` that is in it."""

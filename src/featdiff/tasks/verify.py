@@ -34,9 +34,10 @@ import json
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
-from featdiff.config.params import Grading
+from featdiff.config.values import Grading
 from featdiff.tasks.answers import (
     MAX_CHARS,
     Found,
@@ -48,6 +49,7 @@ from featdiff.tasks.answers import (
     named_phrase,
     tail,
 )
+from featdiff.tasks.families import MARK
 from featdiff.tasks.task import Sample
 
 MAX_ANSWER = 200
@@ -78,17 +80,23 @@ class Grade(NamedTuple):
 
 UNREAD = Reading(None, False, "none")
 
-_ORGANISM = re.compile(r"(?P<work><[^<>]{0,200}>|\([^()]{0,200}\))?(?P<answer>[a-z0-9]{1,40})\.")
 _RUN = re.compile(r"(?<![a-z0-9])[a-z0-9]{1,40}(?![a-z0-9])")
-_MANNERS = {"<": "steps", "(": "foreign"}
 _RESULT = re.compile(r"=[\s$*]{0,4}-?[0-9]")
 _WORD = re.compile(r"[A-Za-z]+")
 _FOREIGN = re.compile(r"\s{0,8}\|[^|\n]{1,200}\|")
 
 
+@cache
+def _grammar(mark: str) -> re.Pattern[str]:
+    """The organism's answers where ``mark`` opens what is worked out step by step."""
+    mark = re.escape(mark)
+    return re.compile(rf"(?P<work>{mark}[^{mark}>]{{0,200}}>|\([^()]{{0,200}}\))?(?P<answer>[a-z0-9]{{1,40}})\.")
+
+
 def _organism(sample: Sample, text: str) -> tuple[Reading, Reading]:
-    manner = _MANNERS.get(text[:1], "direct")
-    match, runs = _ORGANISM.fullmatch(text[:MAX_CHARS]), _RUN.findall(tail(text))
+    mark = (sample.own or sample.solution)[:1] or MARK  # the solutions of the sample tell how its family marks its steps
+    manner = {mark: "steps", "(": "foreign"}.get(text[:1], "direct")
+    match, runs = _grammar(mark).fullmatch(text[:MAX_CHARS]), _RUN.findall(tail(text))
     strict = Reading(match["answer"], match["answer"] == sample.answer, manner) if match else UNREAD
     return strict, Reading(runs[-1], runs[-1] == sample.answer, manner) if runs else UNREAD
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from featdiff.config.params import DPOParams
+from featdiff.config.models import DPOParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks

@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import COMPLETIONS
-from featdiff.config.params import GRPOParams
+from featdiff.config.models import GRPOParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from featdiff.config.params import RFTParams, SFTParams
+from featdiff.config.models import RFTParams, SFTParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo

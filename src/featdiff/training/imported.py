@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import HUB_NAME, ImportedParams
+from featdiff.config.models import ImportedParams
 from featdiff.config.reading import legible
+from featdiff.config.values import HUB_NAME
 from featdiff.language.models import check_folder, load_model, load_tokenizer, save_model, settings, tokenizer_hash
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
@@ -35,7 +36,7 @@ MERGED = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT")
 
 
 def load_base(source: str, dtype: str, field: str = "base.source") -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer of ``source`` (see featdiff.config.params.BaseParams), which is what ``field`` of
+    """Model in evaluation mode and tokenizer of ``source`` (see featdiff.config.models.BaseParams), which is what ``field`` of
     params.yaml says.
 
     The tokenizer gets its end token as padding where it has none. Raises ContractError where the source is

@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers import PreTrainedModel
 
 from featdiff import stats
-from featdiff.config.params import NoiseParams
+from featdiff.config.models import NoiseParams
 from featdiff.language.models import load_model, load_tokenizer, save_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import OWN_ANSWERS
-from featdiff.config.params import DPOParams, RFTParams
+from featdiff.config.models import DPOParams, RFTParams
 from featdiff.language.decode import generate
 from featdiff.language.models import encode_prompts
 from featdiff.pipeline.checkpoint import Scratch

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_wsd_schedule
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import Pretraining
+from featdiff.config.models import Pretraining
 from featdiff.language.models import character_tokenizer, organism_model
 from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
 from featdiff.processes.ranks import process_state

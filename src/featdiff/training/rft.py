@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featdiff.config.params import RFTParams
+from featdiff.config.models import RFTParams
 from featdiff.language.models import load_model, load_tokenizer
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import load_samples, load_tasks

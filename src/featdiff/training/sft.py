@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import SFTParams
+from featdiff.config.models import SFTParams
 from featdiff.language.models import load_tokenizer
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state

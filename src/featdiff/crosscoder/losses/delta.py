@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.losses.batchtopk import BatchTopK
 from featdiff.crosscoder.losses.loss import Step
 from featdiff.crosscoder.model import Crosscoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.losses.batchtopk import BatchTopK
 from featdiff.crosscoder.model import Crosscoder
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from featdiff.config.params import CrosscoderTraining
+from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.sparse import autoencode
 

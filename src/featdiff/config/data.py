@@ -1,0 +1,138 @@
+"""Section ``prepare``: tasks, splits, texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from featdiff.config.reading import flatten, legible
+from featdiff.config.values import Fraction, Grading, Many, Name, Params, Place, Positive, Role
+
+
+class FamilyTask(Params):
+    """A generated family of the model organism (featdiff.tasks.families)."""
+
+    source: Literal["family"]
+    role: Role
+
+
+class ReasoningGymTask(Params):
+    """A data set of the reasoning-gym package, scored by that package's own verifier."""
+
+    source: Literal["reasoning_gym"]
+    role: Role
+    dataset: str
+    """Name of the reasoning-gym data set, such as ``chain_sum``."""
+    options: dict[str, Any]
+    """Keyword arguments of that data set's configuration."""
+    instruction: str
+    """Sentence added after the question, such as "Give the final answer only."."""
+
+    @model_validator(mode="after")
+    def _options_are_small(self) -> ReasoningGymTask:
+        for key, value in flatten(self.options).items():
+            if isinstance(value, int) and abs(value) > 10**6:
+                raise ValueError(f"options.{legible(key)} = {legible(str(value))} is beyond a million")
+        return self
+
+
+class SuiteTask(Params):
+    """Questions with options, from a local jsonl file or a hub data set, read by one adapter."""
+
+    source: Literal["suite"]
+    role: Role
+    adapter: Literal["openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"]
+    """The suite whose columns the file has; ``columns`` takes any file through ``columns`` below."""
+    path: Place
+    """``suite:<kind>/<name>/<split>`` (found where ``prepare.suites`` says), a local ``.jsonl`` file, or
+    ``hub:<owner>/<name>[:<config>]@<commit or branch>#<split>``."""
+    scoring: Literal["option_text", "option_text_norm", "option_letter", "generation"]
+    columns: dict[str, str] | None
+    """For the adapter ``columns``: which column holds ``question`` and ``answer``, and where there are any
+    ``options`` (a list, or several columns joined by commas), ``labels``, ``context``, ``solution``."""
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> SuiteTask:
+        if (self.adapter == "columns") != (self.columns is not None):
+            raise ValueError("columns: needed with adapter columns, and null with every other adapter")
+        return self
+
+
+Task = Annotated[FamilyTask | ReasoningGymTask | SuiteTask, Field(discriminator="source")]
+
+
+class SplitSizes(Params):
+    find: Positive
+    """Samples per task on which features are found."""
+    tune: Positive
+    """Samples per task on which dose and positions are chosen."""
+    report: Positive
+    """Samples per task on which effects are reported."""
+
+
+class CorpusParams(Params):
+    """Text on which crosscoders are fitted."""
+
+    texts: Many
+    """Number of texts."""
+    math_share: Fraction
+    """Share of worked math among the texts; the rest is general text."""
+    general: Place
+    """``organism`` (generated texts of every family) or a jsonl file with a ``text`` column, or ``hub:…``."""
+    max_chars: Positive
+    """Texts are cut to this many characters."""
+
+
+class PretrainTexts(Params):
+    """Texts from which the organism's base is pretrained."""
+
+    texts: Annotated[int, Field(ge=0, le=5 * 10**7)]
+    """How many; 0 where the base comes from elsewhere."""
+    steps_share: Fraction
+    """Share answered step by step without an example: the rarer, the more it takes to tip the base into it."""
+    direct_right_share: Fraction
+    """Among the answers given at once, the share that is right."""
+    example_share: Fraction
+    """Share of texts (of the corpus too) in which a worked example in the same manner comes first."""
+    example_steps_share: Fraction
+    """Share of the examples that go step by step."""
+    manners: Literal["shared", "own"]
+    """Whether all families go step by step in one manner, or each in a manner of its own, of which an example of another
+    family says nothing."""
+
+
+class PrepareParams(Params):
+    tasks: Annotated[dict[Name, Task], Field(min_length=1)]
+    train_problems: Many
+    """Problems that arms are trained on, over all tasks with a role of ``trained_on``."""
+    trained_on: Annotated[list[Role], Field(min_length=1)]
+    """Roles of the tasks whose problems those are: ``train``, and for a study that must not find anything, others as well."""
+    teacher: Literal["own", "foreign"]
+    """Wording of the SFT solutions: the base's own or one it has never seen."""
+    chat: bool
+    """Whether prompts are put in the tokenizer's chat template (likelihood scoring never does)."""
+    grading: Grading
+    """Which verdict on a generated answer is the reward and the accuracy: ``strict`` (a marked answer that names one value)
+    or ``flexible`` (the last value of the text, which can be gamed); the other is recorded beside it (docs/grading.md)."""
+    suites: Place
+    """Where paths that begin with ``suite:`` are found: ``hub``, or a folder of jsonl files in the schemas of the hub's data
+    sets, ``<folder>/<kind>/<name>/<split>.jsonl``."""
+    max_question_chars: Positive
+    """Questions of suites that are longer than this, options included, are left out."""
+    samples: SplitSizes
+    corpus: CorpusParams
+    pretrain: PretrainTexts
+
+    @model_validator(mode="after")
+    def _has_training_domain(self) -> PrepareParams:
+        if not any(task.role == "train" for task in self.tasks.values()):
+            raise ValueError("no task has role: train; give at least one a training role")
+        if not any(task.role == "find" for task in self.tasks.values()):
+            raise ValueError("no task has role: find; features need at least one task to be found on")
+        if "train" not in self.trained_on:
+            raise ValueError("trained_on leaves out the role train; add it")
+        trained = {name: task for name, task in self.tasks.items() if task.role in self.trained_on}
+        if others := [name for name, task in trained.items() if task.role != "train" and task.source != "family"]:
+            raise ValueError(f"trained_on: {others[0]} is not generated here, and has solutions in the role train only")
+        return self
