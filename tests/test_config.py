@@ -5,13 +5,13 @@ import copy
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from featdiff.config import params as config
 from featdiff.config.params import Study, load_study
 from featdiff.config.parse import parse
 from featdiff.config.profiles import main, render_profile, use_profile
@@ -252,10 +252,11 @@ def test_params_cannot_be_changed_once_read() -> None:
 
 
 def test_no_class_holds_a_default() -> None:
-    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    sections = ("values", "data", "models", "dictionary", "sets", "report", "params")
+    bodies = [ast.parse((ROOT / f"src/featdiff/config/{name}.py").read_text(encoding="utf-8")).body for name in sections]
     of_params = {"Params"}
     fields = []
-    for node in tree.body:
+    for node in chain.from_iterable(bodies):
         if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in of_params for base in node.bases):
             of_params.add(node.name)  # those that inherit from it hold none either
             fields += [(node.name, line) for line in node.body if isinstance(line, ast.AnnAssign)]

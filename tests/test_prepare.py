@@ -141,7 +141,7 @@ def test_wrong_names_are_one_line(changes: dict[str, Any], said: str) -> None:
 
 def test_where_every_family_has_its_own_manner_nothing_is_shared() -> None:
     own = yaml.safe_load((ROOT / "conf/profiles/null_manners.yaml").read_text(encoding="utf-8"))["prepare"]
-    params = organism_params(trained_on=own["trained_on"], train_problems=110)
+    params = organism_params(trained_on=own["trained_on"], train_problems=100)
     params = params.model_copy(update={"pretrain": params.pretrain.model_copy(update=own["pretrain"])})
     data = prepare(params, 0)
     trained = {name for name, task in params.tasks.items() if task.role != "control"}
