@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import read_json
-from featdiff.artifacts.documents import fill
+from featdiff.artifacts.documents import fill, markdown
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED
 from featdiff.report.words import MISSING
 
@@ -20,24 +20,25 @@ ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out"
 def results(summary: dict[str, Any]) -> str:
     """Verdicts, accuracies and effects as Markdown."""
     roles = {role: name for role, name in ROLES.items() if role in next(iter(summary["accuracy"].values()))}
-    lines = ["| claim | verdict |", "|---|---|"]
-    lines += [f"| {summary['claims'][key]} | **{summary['verdicts'][key]}** |" for key in ORDER]
-    lines += ["", f"| accuracy, report split | {' | '.join(roles.values())} |", "|---" * (1 + len(roles)) + "|"]
-    for model, accuracy in summary["accuracy"].items():
-        lines.append(f"| {model} | {' | '.join(f'{accuracy[role]:.2f}' for role in roles)} |")
+    parts = [
+        markdown(["claim", "verdict"], ([summary["claims"][key], f"**{summary['verdicts'][key]}**"] for key in ORDER)),
+        markdown(
+            ["accuracy, report split", *roles.values()],
+            ([model, *(f"{accuracy[role]:.2f}" for role in roles)] for model, accuracy in summary["accuracy"].items()),
+        ),
+    ]
     zero, amplify = (summary["effects"].get(purpose, {}) for purpose in (ZERO_TUNED, AMPLIFY_ORIGINAL))
     if zero and amplify:
-        head = ("change of accuracy", "n", "set taken away from the tuned model", "random sets")
-        lines += ["", f"| {' | '.join(head)} | set amplified in the original | random sets |", "|---" * 6 + "|"]
-        for task, row in zero.items():
-            lines.append(
-                f"| {task} | {row['n']} | {_effect(row)} | {_band(row)} | {_effect(amplify[task])} | {_band(amplify[task])} |"
-            )
-        lines += [
-            "",
+        sets = ["set taken away from the tuned model", "random sets", "set amplified in the original", "random sets"]
+        rows = (
+            [task, str(row["n"]), *(cell(of[task]) for of in (zero, amplify) for cell in (_effect, _band))]
+            for task, row in zero.items()
+        )
+        parts += [
+            markdown(["change of accuracy", "n", *sets], rows),
             "Effects with 95 % bootstrap interval; random sets, as long as the set: 5th to 95th percentile of the draws.",
         ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def _effect(row: dict[str, Any]) -> str:
