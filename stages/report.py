@@ -7,9 +7,9 @@ from featdiff.report.build import render
 from featdiff.report.calibration import error_rates, false_sets
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import load
-from featdiff.report.summary import curated, summarise
+from featdiff.report.summary import headline, summarise
 
-SUMMARY = Path("metrics/summary.json")
+SUMMARY, HEADLINE = Path("metrics/summary.json"), Path("metrics/headline.json")
 
 with stage("report", out="report") as run:
     evidence = load(run.read, run.study)
@@ -21,5 +21,6 @@ with stage("report", out="report") as run:
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)
     summary = summarise(evidence, claims, verdicts, rates)
-    run.beside[SUMMARY] = summary
-    run.metrics(curated(summary))
+    foremost = headline(claims, summary)
+    run.beside |= {SUMMARY: summary, HEADLINE: foremost}
+    run.metrics(foremost)

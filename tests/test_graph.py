@@ -236,7 +236,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True, check=True
     ).stdout
     for name in listed.splitlines():
-        if name not in ("dvc.lock", "metrics/summary.json") and (ROOT / name).is_file():
+        if name not in ("dvc.lock", "metrics/summary.json", "metrics/headline.json") and (ROOT / name).is_file():
             (repository.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, repository.path / name)
     repository.run("git", "init", "--quiet", "--initial-branch", "main")

@@ -29,7 +29,8 @@ from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.model_figures import report_rows
 from featdiff.report.selectivity import choice
-from featdiff.report.summary import curated, summarise
+from featdiff.report.summary import WORTH, headline, summarise
+from featdiff.tracking.record import numbers
 from synthetic_study import STUDY, Plan, write_study
 
 ROOT = Path(__file__).parents[1]
@@ -389,7 +390,32 @@ def test_the_summary_is_small_and_says_n_and_interval(pages: dict[str, Page]) ->
     effect = summary["effects"]["zero_tuned"]["sort"]
     assert effect["n"] == 60
     assert effect["low"] <= effect["effect"] <= effect["high"] < effect["random_low"]
-    assert curated(summary)["verdict"]["sufficient"] == 1
+
+
+def test_the_headline_fits_on_a_screen_and_does_not_depend_on_names(pages: dict[str, Page]) -> None:
+    summary = pages["full"].summary
+    found = headline(pages["full"].claims, summary)
+    assert len(numbers(found)) == 24
+    assert found["verdict"] == {key: WORTH[status] for key, status in summary["verdicts"].items()}
+    assert found["accuracy"] == {
+        role: summary["accuracy"][model]["away_from_math"]
+        for role, model in {"original": "base", "contrast": "sft", "tuned": "grpo"}.items()
+    }
+    for name, claim, sign in (("necessity", "necessary", -1), ("sufficiency", "sufficient", 1)):
+        group, measured = found[name], summary["estimates"][claim]
+        assert group["found"] == measured["found_on"]["value"]
+        assert group["heldout"] == measured["heldout"]["value"]
+        assert group["low"] <= group["found"] <= group["high"]
+        assert sign * (group["found"] - group["controls"]) > 0
+    assert found["set"]["runs"] == len(pages["full"].evidence.runs("grpo")) == 2
+    assert not {*pages["full"].evidence.models} & {part for key in numbers(found) for part in key.split("/")}
+
+
+def test_what_was_not_measured_is_absent_from_the_headline(pages: dict[str, Page]) -> None:
+    found = headline(pages["too_few_flipped"].claims, pages["too_few_flipped"].summary)
+    assert found["set"]["size"] == 0
+    assert found["necessity"] == found["sufficiency"] == {}
+    assert None not in numbers(found).values()
 
 
 def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
@@ -433,7 +459,10 @@ def test_the_stage_writes_page_and_summary_the_same_each_time(tmp_path: Path) ->
         )
         assert result.returncode == 0, result.stderr
         written.append(
-            [(tmp_path / path).read_bytes() for path in ("report/index.html", "metrics/summary.json", "report/manifest.json")]
+            [
+                (tmp_path / path).read_bytes()
+                for path in ("report/index.html", "metrics/summary.json", "metrics/headline.json", "report/manifest.json")
+            ]
         )
     assert written[0] == written[1]
     assert b"analysis/intervene" in written[0][0], "the page names the artifacts it was made from"
