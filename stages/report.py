@@ -7,6 +7,7 @@ from featdiff.report.build import render
 from featdiff.report.calibration import error_rates, false_sets
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import load
+from featdiff.report.readme import results
 from featdiff.report.summary import headline, summarise
 
 SUMMARY, HEADLINE = Path("metrics/summary.json"), Path("metrics/headline.json")
@@ -16,11 +17,11 @@ with stage("report", out="report") as run:
     claims = Claims(evidence, run.params, run.seed)
     verdicts, rates = claims.verdicts(), error_rates(false_sets(claims), run.params.confidence)
     pages = render(evidence, claims, verdicts, rates, run.params, run.study.profile, run.parents)
-    for name, page in pages.items():
+    summary = summarise(evidence, claims, verdicts, rates)
+    for name, page in (pages | {"summary.md": results(summary)}).items():
         (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)
-    summary = summarise(evidence, claims, verdicts, rates)
     foremost = headline(claims, summary)
     run.beside |= {SUMMARY: summary, HEADLINE: foremost}
     run.metrics(foremost)

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from featdiff.config.params import load_study
 from featdiff.tracking import backfill, mirror
 from featdiff.tracking.backfill import restore
 from featdiff.tracking.mlflow_view import EXPERIMENT, View, mask
-from featdiff.tracking.record import runs_folder
+from featdiff.tracking.record import in_force, runs_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,8 +54,9 @@ REPORT = """
 from featdiff.pipeline.stage import stage
 with stage("report", out="report") as run:
     run.read("models/sft")
-    (run.out / "index.html").write_text("<h1>verdict</h1>")
-    run.attach("index.html")
+    for name, text in {"index.html": "<h1>verdict</h1>", "summary.md": "it **holds**"}.items():
+        (run.out / name).write_text(text)
+        run.attach(name)
     run.metrics({"verdict": {"zero": 1}, "gain": 0.5})
 """
 GRAPH = """
@@ -136,6 +138,7 @@ def shown(uri=None):
             "parent": names.get(run.data.tags.get("mlflow.parentRunId")),
             "info": (run.info.status, run.info.start_time, run.info.end_time),
             "tags": tags,
+            "note": re.sub("[0-9a-f]{32}", "<run>", run.data.tags.get("mlflow.note.content", "")),
             "params": run.data.params,
             "inputs": sorted((each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs),
             "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
@@ -187,7 +190,7 @@ def test_a_record_becomes_a_run_once(project):
     parent = view[child["parent"]]
     assert parent["tags"]["featdiff.pipeline"] == info["pipeline"]["id"]
     assert parent["info"] == child["info"]
-    assert parent["points"].keys() == {"wall_seconds/sft"}
+    assert parent["points"].keys() == {"minutes"}
 
     assert advance().copied == 0
     (only_record() / "mirror.json").unlink()
@@ -444,9 +447,12 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
     }
     assert {run["info"][0] for run in view.values()} == {"FINISHED"}
     assert view[parent]["info"][1:] == (view["prepare"]["info"][1], view["report"]["info"][2])
-    assert view[parent]["params"] == {"profile": "organism", "seed": "0", "prepare.teacher": "own"}
-    walls = {f"wall_seconds/{name}" for name in ("prepare", "sft", "report")}
-    assert view[parent]["points"].keys() == walls | {"report/verdict/zero", "report/gain"}
+    values = {name: str(value) for name, value in in_force(project).items() if not isinstance(value, list)}
+    assert values["prepare.teacher"] == "own"
+    assert len(values) > 100
+    assert values.items() <= view[parent]["params"].items()
+    assert view[parent]["points"].keys() == {"verdict/zero", "gain", "minutes"}
+    assert view[parent]["note"].startswith("it **holds**\n\n[report](#/experiments/")
     locked = {
         out["path"]: out["md5"]
         for stage in yaml.safe_load(Path("dvc.lock").read_text())["stages"].values()
@@ -454,7 +460,8 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
     }
     assert view["sft"]["inputs"] == [("data", locked["data"])]
     assert view["report"]["inputs"] == [("models/sft", locked["models/sft"])]
-    assert view["report"]["files"] == ["index.html"]
+    assert view[parent]["inputs"] == [("data", locked["data"])]
+    assert view["report"]["files"] == ["index.html", "summary.md"]
     assert len(view["sft"]["points"]["loss"]) == 20
     assert (project / "mlflow.db").exists()
     assert any((project / "mlartifacts").rglob("index.html"))

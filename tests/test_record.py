@@ -161,18 +161,16 @@ def test_curated_params_are_few_and_readable():
     assert curated(fits)["fits.b.loss"] == "batchtopk"
 
 
-def test_a_record_says_what_differs_from_the_default_profile():
-    Path("conf/profiles").mkdir(parents=True)
+def test_a_record_holds_the_params_of_the_whole_study_that_can_change_a_result():
     text = (REPOSITORY / "conf/profiles/organism.yaml").read_text()
-    Path("conf/profiles/organism.yaml").write_text(text)
-    Path("params.yaml").write_text(text)
-    assert info_of(new_record())["changed"] == {}
-    Path("params.yaml").write_text(
-        text.replace("teacher: foreign", "teacher: own").replace("profile: organism", "profile: mine")
-    )
+    Path("params.yaml").write_text(text.replace("profile: organism", "profile: mine"))
     info = info_of(new_record())
-    assert info["changed"] == {"prepare.teacher": "own"}
-    assert info["profile"] == "mine"
+    assert info["profile"] == info["study"]["profile"] == "mine"
+    assert info["study"]["prepare.teacher"] == "foreign"
+    assert info["study"]["grpo.lr"] == 0.0002
+    assert info["study"]["roles.tuned"] == "grpo"
+    assert not {name.partition(".")[0] for name in info["study"]} & {"dpo", "noise", "imported", "resume"}
+    assert not {"report.title", "report.about"} & info["study"].keys()
 
 
 def test_numbers_keeps_order_and_drops_words():

@@ -27,10 +27,10 @@ from featdiff.artifacts.artifact import (
     read_json,
     require,
 )
-from featdiff.artifacts.dvc import AGAIN, LOCK, REPAIR, cache_folder, cached, listing, locked, read_yaml, stored
-from featdiff.tracking.record import METRICS, numbers, runs_folder
+from featdiff.artifacts.dvc import AGAIN, LOCK, REPAIR, cache_folder, cached, listing, locked, stored
+from featdiff.tracking.record import METRICS, in_force, numbers, runs_folder
 
-SHOWN = (".html", ".png", ".svg", ".csv")
+SHOWN = (".html", ".png", ".svg", ".csv", ".md")
 """Files of an output that are kept with the record, up to this size:"""
 SHOWN_BYTES = 10_000_000
 CURVES_BYTES = 1 << 30
@@ -46,7 +46,7 @@ def restore(root: Path) -> list[str]:
     cache = cache_folder(root)
     commit, committed = _commit_of(root / LOCK)
     recorded = list(_finished())
-    profile = str(read_yaml(root / "params.yaml").get("profile", ""))
+    study = in_force(root)
     made, absent, refused = 0, [], []
     for position, (label, entry, path, md5) in enumerate(outputs):
         folder = runs_folder() / f"restored-{label.replace('@', '-')}-{md5.removesuffix('.dir')}"
@@ -61,7 +61,7 @@ def restore(root: Path) -> list[str]:
             summary = _summary(cached(cache, files["metrics.json"])) if "metrics.json" in files else {}
             if (label, curves, summary) not in recorded:
                 # a millisecond apart, so that lists by time keep the order of the graph
-                info = _info(folder.name, label, entry, summary, commit, committed + position / 1000, profile)
+                info = _info(folder.name, label, entry, summary, commit, committed + position / 1000, study)
                 shown = {name: stored(cache, md5) for name, md5 in files.items() if name.endswith(SHOWN)}
                 small = [name for name, place in shown.items() if place.lstat().st_size <= SHOWN_BYTES]
                 _write(folder, info, curves, {name: cached(cache, files[name]) for name in small})
@@ -141,7 +141,13 @@ def _params(entry: dict[str, Any], stage: str) -> tuple[int, dict[str, Any]]:
 
 
 def _info(
-    identity: str, label: str, entry: dict[str, Any], summary: dict[str, float], commit: str, moment: float, profile: str
+    identity: str,
+    label: str,
+    entry: dict[str, Any],
+    summary: dict[str, float],
+    commit: str,
+    moment: float,
+    study: dict[str, Any],
 ) -> dict[str, Any]:
     stage, _, key = label.partition("@")
     seed, params = _params(entry, stage)
@@ -160,8 +166,8 @@ def _info(
         "pipeline": {"pid": 0, "start": 0, "id": f"restored-{commit[:12] or int(moment)}"},
         "experiment": "",
         "commit": commit,
-        "profile": profile,
-        "changed": {},
+        "profile": str(study.get("profile", "")),
+        "study": study,
         "seed": seed,
         "params": params,
         "inputs": {dep["path"]: dep["md5"] for dep in entry.get("deps", []) if str(dep.get("md5", "")).endswith(".dir")},

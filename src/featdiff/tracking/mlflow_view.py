@@ -26,12 +26,12 @@ PIPELINE_TAG = "featdiff.pipeline"
 PARENT_TAG = "mlflow.parentRunId"
 MAX_VALUE = 500
 """Characters of a param or tag value."""
+MAX_NOTE = 5000
+"""Characters of a description."""
 MAX_FINAL = 100
 """Final metrics per run."""
-MAX_CHANGED = 60
-"""Changed params shown with a parent run."""
-BATCH = 1000
-"""Metrics in one request, the store's limit."""
+BATCH, PARAMS_AT_ONCE = 1000, 100
+"""Metrics and params in one request, the store's limits."""
 FIELDS = {
     "id",
     "label",
@@ -45,10 +45,16 @@ FIELDS = {
     "pipeline",
     "experiment",
     "commit",
-} | {*("profile", "changed", "seed", "params", "inputs", "summary", "observed")}
+} | {*("profile", "study", "seed", "params", "inputs", "summary", "observed")}
 """What every run.json holds."""
-HEADLINE = {"report": 60, "intervene": 40}
-"""Stages whose final metrics stand with the parent run too, and how many of them."""
+HEADLINE = "report"
+"""Stage whose final metrics are those of the parent run: the few numbers by which studies are compared."""
+PAGE, NOTE = "index.html", "summary.md"
+"""Files of a record: what can be read of it, and what is said of the whole pipeline."""
+DATA = "data"
+"""The artifact that is the data set of a pipeline."""
+FACE = "?workflowType=machine_learning"
+"""Of MLflow's two faces the one that shows runs, params and curves."""
 
 
 def mask(text: str) -> str:
@@ -197,7 +203,9 @@ class View:
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        self.client.log_batch(run_id, params=[Param(_key(name), _text(value)) for name, value in params.items()][:100])
+        every = [Param(_key(name), _text(value)) for name, value in params.items()]
+        for start in range(0, len(every), PARAMS_AT_ONCE):
+            self.client.log_batch(run_id, params=every[start : start + PARAMS_AT_ONCE])
 
     def log_metrics(self, run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step), in order, and return when the store has them."""
@@ -239,8 +247,7 @@ def open_parent(view: View, first: Local) -> Any:
     }
     run = view.open(PIPELINE_TAG, info["pipeline"]["id"], name, first.started_ms, tags)
     if run is not None:
-        changed = dict(list(info["changed"].items())[:MAX_CHANGED])
-        view.log_params(run.info.run_id, {"profile": info["profile"], "seed": info["seed"]} | changed)
+        view.log_params(run.info.run_id, info["study"])
     return run
 
 
@@ -252,27 +259,36 @@ def close_parent(view: View, parent_id: str, records: list[Local]) -> None:
     ended = max(record.ended_ms for record in records)
     if run.info.status != "RUNNING" and (run.info.end_time or 0) >= ended:
         return
-    values: list[tuple[str, float, int, int]] = []
-    note = ""
+    values, data, note = dict[str, float](), dict[str, str](), ""
     for record in records:
-        if not record.info.get("restored"):
-            seconds = (record.ended_ms - record.started_ms) / 1000
-            values.append((f"wall_seconds/{record.info['label']}", seconds, record.ended_ms, 0))
-        summary = _foremost(record.info["summary"], HEADLINE.get(record.info["stage"], 0))
-        values += [(f"{record.info['stage']}/{key}", value, record.ended_ms, 0) for key, value in summary.items()]
-        child = view.find(RECORD_TAG, record.info["id"])
-        page = next((path.name for path in sorted((record.folder / "files").glob("*.html"))), None)
-        if child is not None and page:
-            place = f"#/experiments/{view.experiment_id}/runs/{child.info.run_id}/artifacts/{page}"
-            note += f"[{record.info['label']}: {page}]({place})\n\n"
-    points = [(_key(key), value, moment, step) for key, value, moment, step in values]
-    view.log_metrics(parent_id, [point for point in points if point[0] not in run.data.metrics])
+        if record.info["stage"] == HEADLINE:
+            values |= record.info["summary"]
+            note = _described(view, record)
+        data |= {path: digest for path, digest in record.info["inputs"].items() if path == DATA}
+    view.log_inputs(parent_id, data)
+    if not records[0].info.get("restored"):
+        values["minutes"] = round((ended - min(record.started_ms for record in records)) / 60_000, 2)
+    view.log_metrics(
+        parent_id, [(_key(key), float(value), ended, 0) for key, value in values.items() if _key(key) not in run.data.metrics]
+    )
     if note:
         view.client.set_tag(parent_id, "mlflow.note.content", note)
     statuses = {record.status for record in records}
     view.client.set_terminated(
         parent_id, "FAILED" if "FAILED" in statuses else "KILLED" if "KILLED" in statuses else "FINISHED", ended
     )
+
+
+def _described(view: View, record: Local) -> str:
+    """The description that a record has for its whole pipeline, and where to see more."""
+    files = record.folder / "files"
+    if not (files / NOTE).is_file():
+        return ""
+    note = (files / NOTE).read_text(encoding="utf-8")
+    child = view.find(RECORD_TAG, record.info["id"])
+    if child is not None and (files / PAGE).is_file():
+        note += f"\n\n[report](#/experiments/{view.experiment_id}/runs/{child.info.run_id}/artifacts/{PAGE}{FACE})"
+    return note[-MAX_NOTE:]
 
 
 class Child:

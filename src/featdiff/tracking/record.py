@@ -26,6 +26,7 @@ from typing import Any
 from featdiff.artifacts.dvc import read_yaml
 from featdiff.processes.ranks import dvc_process, process_start
 
+WORDS = ("report.title", "report.about")
 METRICS = "metrics.jsonl"
 CURVES = "curves.csv"
 TIMES = "times.txt"
@@ -81,7 +82,7 @@ class Record:
         self.main, self.closed = main, False
         if not main:
             return
-        started = time.time()
+        started, study = time.time(), in_force(Path())
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
         identity = f"{stamp}-{label.replace('@', '-')}-{socket.gethostname()}-{os.getpid()}"
         self.folder = runs_folder() / identity
@@ -102,8 +103,8 @@ class Record:
             "root": str(Path.cwd()),
             "experiment": os.environ.get("DVC_EXP_NAME", ""),
             "commit": _commit(),
-            "profile": _profile(),
-            "changed": _changed(),
+            "profile": str(study.get("profile", "")),
+            "study": study,
             "seed": seed,
             "params": dict(params),
             "inputs": {},
@@ -227,23 +228,21 @@ def _pipeline() -> dict[str, Any]:
     return {"pid": found, "start": start, "id": identity}
 
 
-def _profile() -> str:
+def in_force(root: Path) -> dict[str, Any]:
+    """Params of the whole study in ``root`` under dotted keys, by which runs are compared: all that can change a result, so
+    without the words of the report, how often work is saved, and the numbers of methods that no arm has."""
+    from featdiff.config.models import METHODS
     from featdiff.config.reading import PARAMS
 
-    return str(read_yaml(PARAMS).get("profile", ""))
-
-
-def _changed() -> dict[str, Any]:
-    """Params of the whole study that differ from the default profile: what tells two experiments apart."""
-    from featdiff.config.reading import DEFAULT_PROFILE, PARAMS, PROFILES
-
-    default = read_yaml(PROFILES / f"{DEFAULT_PROFILE}.yaml")
-    changed: dict[str, Any] = {}
-    for section, params in read_yaml(PARAMS).items():
-        if isinstance(params, dict) and section in default:
-            usual = curated(default[section])
-            changed |= {f"{section}.{name}": value for name, value in curated(params).items() if usual.get(name) != value}
-    return changed
+    params = read_yaml(root / PARAMS)
+    methods = {arm.get("method") for arm in params.get("arms", {}).values() if isinstance(arm, Mapping)}
+    left_out = {"resume", *(METHODS.keys() - methods)}
+    flat: dict[str, Any] = {}
+    for section, values in params.items():
+        if section not in left_out:
+            named = curated(values) if isinstance(values, Mapping) else None
+            flat |= {section: values} if named is None else {f"{section}.{name}": value for name, value in named.items()}
+    return {name: value for name, value in flat.items() if name not in WORDS}
 
 
 def _dvc_digest(path: str) -> str:
