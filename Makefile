@@ -38,7 +38,7 @@ verify: $(STAMP)  ## hash every artifact against its manifest and every object o
 	@$(BIN)/python -m featdiff.artifacts.integrity
 
 faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about 20 minutes on two cores
-	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist loadscope --no-loadscope-reorder
+	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal
 
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden

@@ -195,6 +195,20 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, target: str) -> None:
     assert project.checkpoint() == 0
 
 
+def test_a_terminal_that_hangs_up_twice_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    """Once as its window closes, and once more as its session leader ends, which takes a while on a busy machine."""
+    project = stand(tmp_path / "stand", 3.0)
+    process = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    launcher = project.pid("launcher")
+    for _ in range(2):
+        time.sleep(1)
+        os.kill(launcher, signal.SIGHUP)
+    assert process.wait(60) != 0
+    assert "once more stops at once" in project.said()
+    assert project.checkpoint() == 1
+
+
 def test_a_closed_terminal_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
     """The terminal's own hang-up reaches dvc and the launcher, and writing to it fails from then on."""
     project = stand(tmp_path / "stand", 3.0)

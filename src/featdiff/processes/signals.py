@@ -2,7 +2,8 @@
 
 A request is a SIGTERM, SIGINT or SIGHUP, or the end of the process that started this one. One key press can reach a
 process several times (from the terminal, from its launcher, by its parent's death): what comes within :data:`SAME` seconds of
-the first is the same request. A later signal is a second one, and ends the stage at once.
+the first is the same request. A later signal is a second one, and ends the stage at once, unless it is one that nobody sends
+twice: a terminal that closes hangs up once for itself and once more when its session leader (here dvc) has ended.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARENT_ENDED = signal.SIGUSR2
 """Sent by Linux when the parent ends: a signal of its own, because it repeats a request and is never a second one."""
+NEVER_SECOND = (PARENT_ENDED, signal.SIGHUP)
 SAME = 0.3
 """Seconds within which signals count as one request."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -43,7 +45,7 @@ class Requests:
         if not self.asked:
             self.asked, self._first = _name(number), now
             return True
-        return None if number == PARENT_ENDED or now - self._first < SAME else False
+        return None if number in NEVER_SECOND or now - self._first < SAME else False
 
 
 def _name(number: int) -> str:
