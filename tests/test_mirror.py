@@ -175,14 +175,17 @@ def test_a_record_becomes_a_run_once(project):
     run_stage("sft", 5, 0)
     info = json.loads((only_record() / "run.json").read_text())
     times = [int(line) for line in (only_record() / "times.txt").read_text().split()]
+    moment = int(info["started"] * 1000) + 20_000
+    (only_record() / "system.jsonl").write_text(f'{{"time": {moment}, "cpu_utilization_percentage": 42.5}}\n{{"time": {moment}')
     assert advance().copied == 1
     view = shown()
     child = view["sft"]
+    assert child["points"]["system/cpu_utilization_percentage"] == [(20, "42.5", moment)]
     assert child["info"] == ("FINISHED", int(info["started"] * 1000), int(info["ended"] * 1000))
     assert [(step, moment) for step, _, moment in child["points"]["loss"]] == list(zip(range(0, 10, 2), times, strict=True))
     assert [value for _, value, _ in child["points"]["reward/mean"]] == ["0.0", "2.0", "nan", "6.0", "8.0"]
-    assert [value for _, value, _ in child["points"]["final/accuracy/add"]] == ["0.9"]
-    assert child["points"].keys() >= {"final/loss", "run/wall_seconds", "run/peak_memory_mib", "run/tokens_per_second"}
+    assert [value for _, value, _ in child["points"]["result/accuracy/add"]] == ["0.9"]
+    assert child["points"].keys() >= {"result/loss", "run/wall_seconds", "run/peak_memory_mib", "run/tokens_per_second"}
     assert child["tags"]["run.device"] == "cpu"
     assert child["tags"]["featdiff.record"] == info["id"]
     assert child["params"]["lr"] == str(load_study().sft.lr)

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from featdiff.processes.ranks import alive
 from featdiff.tracking.record import METRICS, TIMES, curated, home
+from featdiff.tracking.system import SYSTEM
 
 EXPERIMENT = "featdiff"
 RECORD_TAG = "featdiff.record"
@@ -308,7 +309,7 @@ class Child:
             "featdiff.restored": "true" if info.get("restored") else "",
         }
         run = view.open(RECORD_TAG, info["id"], info["label"], record.started_ms, tags)
-        self._view, self._offset, self._line = view, 0, 0
+        self._view, self._line, self._offsets = view, 0, dict[str, int]()
         self.done = run is None
         if run is not None:
             self._run_id: str = run.info.run_id
@@ -325,23 +326,32 @@ class Child:
             self.done = True
 
     def _copy_curves(self, record: Local) -> None:
-        try:
-            stream = (record.folder / METRICS).open("rb")
-        except FileNotFoundError:
-            return
-        with stream:
-            stream.seek(self._offset)
-            if not (lines := [line for line in stream if line.endswith(b"\n")]):
-                return
+        lines, offset = self._fresh(record.folder / METRICS)
         times = [int(line) for line in (record.folder / TIMES).read_text().split()] if (record.folder / TIMES).exists() else []
         fresh: list[tuple[str, float, int, int]] = []
-        for index, line in enumerate(lines, self._line):
-            row = json.loads(line)
+        for index, row in enumerate(lines, self._line):
             step, moment = row.pop("step"), times[index] if index < len(times) else record.started_ms
             fresh += [(_key(key), float(value), moment, step) for key, value in row.items()]
+        samples, sampled = self._fresh(record.folder / SYSTEM)
+        for row in samples:
+            moment = row.pop("time")
+            seconds = (moment - record.started_ms) // 1000
+            fresh += [(f"system/{_key(key)}", float(value), moment, seconds) for key, value in row.items()]
         self._view.log_metrics(self._run_id, [point for point in fresh if (point[0], point[3], point[2]) not in self._have])
-        self._offset += sum(map(len, lines))
+        self._offsets |= {METRICS: offset, SYSTEM: sampled}
         self._line += len(lines)
+
+    def _fresh(self, path: Path) -> tuple[list[dict[str, Any]], int]:
+        """Whole lines of ``path`` that were not copied yet, and where they end."""
+        offset = self._offsets.get(path.name, 0)
+        try:
+            stream = path.open("rb")
+        except FileNotFoundError:
+            return [], offset
+        with stream:
+            stream.seek(offset)
+            lines = [line for line in stream if line.endswith(b"\n")]
+        return [json.loads(line) for line in lines], offset + sum(map(len, lines))
 
     def _complete(self, record: Local) -> None:
         info, view, run_id, ended = record.info, self._view, self._run_id, record.ended_ms
@@ -351,7 +361,7 @@ class Child:
         observed = {key: value for key, value in info["observed"].items() if isinstance(value, (int, float))}
         for key in info["observed"].keys() - observed.keys():
             view.client.set_tag(run_id, f"run.{_key(key)}", _text(info["observed"][key]))
-        values = {f"final/{key}": value for key, value in _foremost(info["summary"], MAX_FINAL).items()}
+        values = {f"result/{key}": value for key, value in _foremost(info["summary"], MAX_FINAL).items()}
         values |= {f"run/{key}": value for key, value in observed.items()}
         had = {key for key, _, _ in self._have}
         view.log_metrics(run_id, [(_key(key), float(value), ended, 0) for key, value in values.items() if _key(key) not in had])

@@ -2,7 +2,7 @@
 
 A record is a folder ``.featdiff/runs/<id>/`` with ``run.json`` (what ran, on what, how it ended), ``metrics.jsonl``
 (one line per logged step, no clock in it, so that it is the same bytes in every run), ``times.txt`` (the clock of each
-of those lines, milliseconds) and ``files/`` (what to show).
+of those lines, milliseconds), ``system.jsonl`` (how busy the machine was) and ``files/`` (what to show).
 A separate process (featdiff.tracking.mirror) copies records to MLflow, so that no server can slow or stop a stage.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 
 from featdiff.artifacts.dvc import read_yaml
 from featdiff.processes.ranks import dvc_process, process_start
+from featdiff.tracking.system import SYSTEM, Sampler
 
 WORDS = ("report.title", "report.about")
 METRICS = "metrics.jsonl"
@@ -114,6 +115,7 @@ class Record:
         self._write()
         self._stream = (self.folder / METRICS).open("w", encoding="utf-8")
         self._times = (self.folder / TIMES).open("w", encoding="utf-8")
+        self._sampler = Sampler(self.folder / SYSTEM)
         _start_mirror()
 
     def _write(self) -> None:
@@ -192,6 +194,7 @@ class Record:
         if not self.main or self.closed:
             return
         self.closed = True
+        self._sampler.close()
         self._stream.close()
         self._times.close()
         ended = time.time()
