@@ -288,6 +288,25 @@ def test_a_deleted_store_is_filled_again(project, empty_store):
     assert shown() == expected
 
 
+def test_a_moved_repository_opens_its_artifacts(project, monkeypatch):
+    from mlflow import MlflowClient
+
+    run_stage("sft", 5, 0)
+    advance()
+    expected = shown()
+    moved = project.rename(project.with_name("moved"))
+    monkeypatch.chdir(moved)
+    client = MlflowClient(tracking_uri=mirror.tracking_uri())
+    run = View(mirror.tracking_uri()).find("featdiff.record", only_record().name)
+    assert run.info.artifact_uri.startswith((moved / "mlartifacts").as_uri())
+    assert Path(client.download_artifacts(run.info.run_id, "completions.csv")).read_text() == "step,text\n"
+    assert advance().copied == 0, "what was settled is settled"
+    assert shown() == expected
+    run_stage("prepare")
+    assert advance().copied == 1
+    assert not project.exists()
+
+
 def test_a_damaged_record_does_not_keep_the_others_out(project, capsys):
     run_stage("sft", 5, 0)
     damaged = only_record().rename(runs_folder() / "0-damaged")

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from featdiff.tracking.mlflow_view import Child, Local, View, close_parent, mask, open_parent
+from featdiff.tracking.mlflow_view import Child, Local, View, close_parent, mask, open_parent, own_store
 from featdiff.tracking.record import home, runs_folder
 
 POLL_SECONDS = 3.0
@@ -35,7 +35,7 @@ SETTLED = "mirror.json"
 
 def tracking_uri() -> str:
     """``$MLFLOW_TRACKING_URI``, or the SQLite file beside the repository."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().parent / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_store()
 
 
 def say(text: str) -> None:

@@ -7,10 +7,12 @@ broke off anywhere can be taken up again. A run that a person deleted stays dele
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from featdiff.processes.ranks import alive
-from featdiff.tracking.record import METRICS, TIMES, curated, home
+from featdiff.tracking.record import METRICS, TIMES, curated
 from featdiff.tracking.system import SYSTEM
 
 EXPERIMENT = "featdiff"
@@ -52,10 +54,19 @@ HEADLINE = "report"
 """Stage whose final metrics are those of the parent run: the few numbers by which studies are compared."""
 PAGE, NOTE = "index.html", "summary.md"
 """Files of a record: what can be read of it, and what is said of the whole pipeline."""
+DATABASE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
+"""The repository's own store, in the folder of the repository, where whoever writes to it works."""
+PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+"""Tables and columns of MLflow's store that hold the places of artifacts."""
 DATA = "data"
 """The artifact that is the data set of a pipeline."""
 FACE = "?workflowType=machine_learning"
 """Of MLflow's two faces the one that shows runs, params and curves."""
+
+
+def own_store() -> str:
+    """URI of the repository's own store."""
+    return f"sqlite:///{DATABASE.absolute()}"
 
 
 def mask(text: str) -> str:
@@ -131,6 +142,18 @@ class Local:
         return self.info["host"] == host and alive(pipeline["pid"], pipeline["start"])
 
 
+def follow_a_move(uri: str, place: str) -> None:
+    """Correct where artifacts lie, which MLflow keeps as absolute paths: ``place`` is the experiment's, as its store has it.
+    Only the repository's own store is touched, where the repository was moved or copied as a whole."""
+    here = ARTIFACTS.absolute().as_uri()
+    if uri != own_store() or place == here or not place.endswith(f"/{ARTIFACTS.name}"):
+        return
+    with contextlib.closing(sqlite3.connect(DATABASE)) as store, store:
+        for table, column in PLACES:
+            moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?"
+            store.execute(moved, (here, len(place) + 1, place, len(place) + 1, f"{place}/"))
+
+
 class View:
     """The experiment ``featdiff`` in one MLflow store.
 
@@ -144,11 +167,12 @@ class View:
         self._beat, self._all = beat, ViewType.ALL
         beat()
         self._client = MlflowClient(tracking_uri=uri)
-        experiment = self._experiment(
-            None if uri.startswith(("http:", "https:", "databricks")) else home().parent / "mlartifacts"
-        )
+        served = uri.startswith(("http:", "https:", "databricks"))
+        experiment = self._experiment(None if served else ARTIFACTS.absolute())
+        follow_a_move(uri, experiment.artifact_location)
         self.experiment_id = str(experiment.experiment_id)
-        identity = f"{mask(uri)} {self.experiment_id} {experiment.creation_time}"
+        store = DATABASE if uri == own_store() else mask(uri)  # the repository's own is the same wherever that was moved to
+        identity = f"{store} {self.experiment_id} {experiment.creation_time}"
         self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         """Names this store and this life of the experiment."""
 
