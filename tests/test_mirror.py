@@ -50,6 +50,12 @@ with stage("sft", out="models/sft") as run:
     run.attach("completions.csv")
     run.metrics({"accuracy": {"add": 0.9}, "loss": 0.25})
 """
+EVALUATE = """
+from featdiff.pipeline.stage import stage
+with stage("evaluate", key="sft", out="evals/sft") as run:
+    run.read("models/sft")
+    run.metrics({"sort": 0.5})
+"""
 REPORT = """
 from featdiff.pipeline.stage import stage
 with stage("report", out="report") as run:
@@ -63,6 +69,9 @@ GRAPH = """
 stages:
   prepare: {cmd: python stages/prepare.py, deps: [stages/prepare.py], params: [seed, prepare], outs: [data]}
   sft: {cmd: python stages/sft.py 20 0.05 data, deps: [stages/sft.py, data], params: [seed, sft], outs: [models/sft]}
+  evaluate:
+    foreach: [sft]
+    do: {cmd: python stages/evaluate.py, deps: [stages/evaluate.py, models/sft], params: [evaluate], outs: [evals/sft]}
   report: {cmd: python stages/report.py, deps: [stages/report.py, models/sft], params: [report], outs: [report]}
 """
 
@@ -82,7 +91,7 @@ def project(tmp_path, monkeypatch, empty_store):
     """A small repository with real stages, the working folder of the test."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     (tmp_path / "stages").mkdir()
-    for name, text in {"prepare": PREPARE, "sft": SFT, "report": REPORT}.items():
+    for name, text in {"prepare": PREPARE, "sft": SFT, "evaluate": EVALUATE, "report": REPORT}.items():
         (tmp_path / f"stages/{name}.py").write_text(text)
     (tmp_path / "dvc.yaml").write_text(GRAPH)
     shutil.copytree(REPOSITORY / "conf/profiles", tmp_path / "conf/profiles")
@@ -151,6 +160,19 @@ def shown(uri=None):
             },
         }
     return everything
+
+
+def models():
+    """Every logged model of the store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=mirror.tracking_uri()).search_logged_models([View(mirror.tracking_uri()).experiment_id])
+
+
+def run_of(label):
+    """The only run of this stage."""
+    view = View(mirror.tracking_uri())
+    return view.client.get_run(view.find("dvc.stage", label).info.run_id)
 
 
 def eventually(condition, seconds):
@@ -465,6 +487,7 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
         parent: None,
         "prepare": parent,
         "sft": parent,
+        "evaluate@sft": parent,
         "report": parent,
     }
     assert {run["info"][0] for run in view.values()} == {"FINISHED"}
@@ -485,6 +508,12 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
     assert view[parent]["inputs"] == [("data", locked["data"])]
     assert view["report"]["files"] == ["index.html", "summary.md"]
     assert len(view["sft"]["points"]["loss"]) == 20
+    [model] = models()
+    assert (model.name, model.tags["dvc.path"], model.tags["dvc.md5"]) == ("sft", "models/sft", locked["models/sft"])
+    assert [(metric.key, metric.value) for metric in model.metrics] == [("result/sort", 0.5)]
+    assert model.status == "READY"
+    assert model.source_run_id == run_of("sft").info.run_id
+    assert [read.model_id for read in run_of("evaluate@sft").inputs.model_inputs] == [model.model_id]
     assert (project / "mlflow.db").exists()
     assert any((project / "mlartifacts").rglob("index.html"))
 
@@ -492,15 +521,17 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
     shutil.rmtree(".featdiff")
     assert command("rebuild").returncode == 0
     restored = shown()
-    assert {name for name, run in restored.items() if run["parent"]} == {"prepare", "sft", "report"}
-    for name in ("prepare", "sft", "report"):
+    stages = {"prepare", "sft", "evaluate@sft", "report"}
+    assert {name for name, run in restored.items() if run["parent"]} == stages
+    assert [model.name for model in models()] == ["sft"]
+    for name in stages:
         assert restored[name]["tags"]["featdiff.restored"] == "true"
         assert restored[name]["inputs"] == view[name]["inputs"]
         assert restored[name]["params"] == view[name]["params"]
         for key, points in view[name]["points"].items():
             if not key.startswith("run/"):
                 assert [point[:2] for point in restored[name]["points"][key]] == [point[:2] for point in points]
-    assert restore(project) == ["dvc.lock: 0 record(s) restored, 3 known already"]
+    assert restore(project) == ["dvc.lock: 0 record(s) restored, 4 known already"]
     assert advance().copied == 0
     assert shown() == restored
 

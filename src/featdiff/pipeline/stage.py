@@ -128,7 +128,7 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
         with _lock(target) if main else _nothing():
             if main:
                 artifact.begin(target)
-            record = Record(label, name, key, params.model_dump(), study.seed, main=main)
+            record = Record(label, name, key, params.model_dump(), study.seed, out=out, main=main)
             run = Run(label, target, signature, study, params, record)
             status = "FAILED"
             try:

@@ -61,7 +61,7 @@ def restore(root: Path) -> list[str]:
             summary = _summary(cached(cache, files["metrics.json"])) if "metrics.json" in files else {}
             if (label, curves, summary) not in recorded:
                 # a millisecond apart, so that lists by time keep the order of the graph
-                info = _info(folder.name, label, entry, summary, commit, committed + position / 1000, study)
+                info = _info(folder.name, label, entry, summary, commit, committed + position / 1000, study) | {"out": path}
                 shown = {name: stored(cache, md5) for name, md5 in files.items() if name.endswith(SHOWN)}
                 small = [name for name, place in shown.items() if place.lstat().st_size <= SHOWN_BYTES]
                 _write(folder, info, curves, {name: cached(cache, files[name]) for name in small})

@@ -26,6 +26,10 @@ from featdiff.tracking.system import SYSTEM
 EXPERIMENT = "featdiff"
 RECORD_TAG = "featdiff.record"
 PIPELINE_TAG = "featdiff.pipeline"
+PATH_TAG, DIGEST_TAG = "dvc.path", "dvc.md5"
+"""Of a run, the path of what it made; of a model also DVC's digest of it."""
+EVALUATE, MODELS = "evaluate", "models/"
+"""Stage that says how good the model of its key is, and where models lie."""
 PARENT_TAG = "mlflow.parentRunId"
 MAX_VALUE = 500
 """Characters of a param or tag value."""
@@ -232,11 +236,12 @@ class View:
         for start in range(0, len(every), PARAMS_AT_ONCE):
             self.client.log_batch(run_id, params=every[start : start + PARAMS_AT_ONCE])
 
-    def log_metrics(self, run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
-        """Log (key, value, time in ms, step), in order, and return when the store has them."""
+    def log_metrics(self, run_id: str, points: Iterable[tuple[str, float, int, int]], model: str | None = None) -> None:
+        """Log (key, value, time in ms, step), in order, and return when the store has them; ``model`` is the id of the model
+        of which they are said as well."""
         from mlflow.entities import Metric
 
-        metrics = [Metric(*point) for point in points]
+        metrics = [Metric(*point, model_id=model) for point in points]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
@@ -253,6 +258,30 @@ class View:
         ]
         if datasets:
             self.client.log_inputs(run_id, datasets=datasets)
+
+    def log_model_input(self, run_id: str, model: str) -> None:
+        """Say that this run read the model with this id."""
+        from mlflow.entities import LoggedModelInput
+
+        self.client.log_inputs(run_id, models=[LoggedModelInput(model)])
+
+    def model(self, path: str, digest: str, parent_id: str) -> str:
+        """Id of the model with this DVC digest, created if there is none: named by where it lies, without a copy of it, as the
+        work of the run of the same pipeline that made it, if there is one."""
+        known = self.client.search_logged_models([self.experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'")
+        if known:
+            return str(known[0].model_id)
+        makers = self.client.search_runs(
+            [self.experiment_id], f"tags.`{PATH_TAG}` = '{path}' and tags.`{PARENT_TAG}` = '{parent_id}'"
+        )
+        made = self.client.create_logged_model(
+            self.experiment_id,
+            path.removeprefix(MODELS),
+            makers[0].info.run_id if makers else None,
+            {PATH_TAG: path, DIGEST_TAG: digest},
+            model_type="causal language model",
+        )
+        return str(self.client.finalize_logged_model(made.model_id, "READY").model_id)
 
 
 def open_parent(view: View, first: Local) -> Any:
@@ -326,6 +355,7 @@ class Child:
             "dvc.stage": info["label"],
             "featdiff.pipeline.stage": info["stage"],
             "featdiff.key": info["key"],
+            PATH_TAG: info.get("out", ""),
             "dvc.exp": info["experiment"],
             "git.commit": info["commit"],
             "mlflow.source.git.commit": info["commit"],
@@ -334,7 +364,7 @@ class Child:
         }
         run = view.open(RECORD_TAG, info["id"], info["label"], record.started_ms, tags)
         self._view, self._line, self._offsets = view, 0, dict[str, int]()
-        self.done = run is None
+        self.done, self._parent_id = run is None, parent_id
         if run is not None:
             self._run_id: str = run.info.run_id
             self._have = view.points(run)
@@ -385,8 +415,20 @@ class Child:
         observed = {key: value for key, value in info["observed"].items() if isinstance(value, (int, float))}
         for key in info["observed"].keys() - observed.keys():
             view.client.set_tag(run_id, f"run.{_key(key)}", _text(info["observed"][key]))
-        values = {f"result/{key}": value for key, value in _foremost(info["summary"], MAX_FINAL).items()}
-        values |= {f"run/{key}": value for key, value in observed.items()}
-        had = {key for key, _, _ in self._have}
-        view.log_metrics(run_id, [(_key(key), float(value), ended, 0) for key, value in values.items() if _key(key) not in had])
+        self._log_at_end("result", _foremost(info["summary"], MAX_FINAL), ended, self._evaluated(info))
+        self._log_at_end("run", observed, ended)
         view.client.set_terminated(run_id, record.status, ended)
+
+    def _log_at_end(self, group: str, values: Mapping[str, Any], ended: int, model: str | None = None) -> None:
+        had = {key for key, _, _ in self._have}
+        points = [(_key(f"{group}/{key}"), float(value), ended, 0) for key, value in values.items()]
+        self._view.log_metrics(self._run_id, [point for point in points if point[0] not in had], model)
+
+    def _evaluated(self, info: Mapping[str, Any]) -> str | None:
+        """Id of the model of which this run says how good it is, if that is what it does."""
+        path = f"{MODELS}{info['key']}"
+        if info["stage"] != EVALUATE or not (digest := info["inputs"].get(path)):
+            return None
+        model = self._view.model(path, digest, self._parent_id)
+        self._view.log_model_input(self._run_id, model)
+        return model

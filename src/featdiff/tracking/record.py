@@ -79,7 +79,9 @@ def _json_safe(value: float) -> float | str:
 class Record:
     """Writes one record; does nothing on ranks other than the first (``main=False``)."""
 
-    def __init__(self, label: str, stage: str, key: str, params: Mapping[str, Any], seed: int, *, main: bool) -> None:
+    def __init__(
+        self, label: str, stage: str, key: str, params: Mapping[str, Any], seed: int, *, out: str = "", main: bool
+    ) -> None:
         self.main, self.closed = main, False
         if not main:
             return
@@ -95,6 +97,7 @@ class Record:
             "label": label,
             "stage": stage,
             "key": key,
+            "out": out,
             "status": "RUNNING",
             "started": started,
             "host": socket.gethostname(),
