@@ -162,6 +162,12 @@ def shown(uri=None):
     return everything
 
 
+def experiment():
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=mirror.tracking_uri()).get_experiment_by_name(EXPERIMENT)
+
+
 def models():
     """Every logged model of the store."""
     from mlflow import MlflowClient
@@ -204,8 +210,10 @@ def test_a_record_becomes_a_run_once(project):
     child = view["sft"]
     assert child["points"]["system/cpu_utilization_percentage"] == [(20, "42.5", moment)]
     assert child["info"] == ("FINISHED", int(info["started"] * 1000), int(info["ended"] * 1000))
-    assert [(step, moment) for step, _, moment in child["points"]["loss"]] == list(zip(range(0, 10, 2), times, strict=True))
-    assert [value for _, value, _ in child["points"]["reward/mean"]] == ["0.0", "2.0", "nan", "6.0", "8.0"]
+    assert [(step, moment) for step, _, moment in child["points"]["curve/loss"]] == list(
+        zip(range(0, 10, 2), times, strict=True)
+    )
+    assert [value for _, value, _ in child["points"]["curve/reward/mean"]] == ["0.0", "2.0", "nan", "6.0", "8.0"]
     assert [value for _, value, _ in child["points"]["result/accuracy/add"]] == ["0.9"]
     assert child["points"].keys() >= {"result/loss", "run/wall_seconds", "run/peak_memory_mib", "run/tokens_per_second"}
     assert child["tags"]["run.device"] == "cpu"
@@ -228,7 +236,7 @@ def test_a_copy_broken_off_at_any_request_ends_the_same(project, monkeypatch, em
     run_stage("report")
     advance()
     expected = shown()
-    assert len(expected["sft"]["points"]["loss"]) == 1200
+    assert len(expected["sft"]["points"]["curve/loss"]) == 1200
 
     for folder in runs_folder().iterdir():
         (folder / "mirror.json").unlink()
@@ -275,7 +283,7 @@ def test_points_arrive_while_the_stage_runs_and_a_killed_one_says_so(project):
         one = advance()
         early = shown()
         assert early["sft"]["info"][0] == "RUNNING"
-        assert 20 <= len(early["sft"]["points"]["loss"]) < 1000
+        assert 20 <= len(early["sft"]["points"]["curve/loss"]) < 1000
         assert early[early["sft"]["parent"]]["info"][0] == "RUNNING"
     finally:
         running.kill()
@@ -283,8 +291,8 @@ def test_points_arrive_while_the_stage_runs_and_a_killed_one_says_so(project):
     assert one.advance() == 0
     late = shown()
     assert late["sft"]["info"][0] == "KILLED"
-    assert late["sft"]["info"][2] >= late["sft"]["points"]["loss"][-1][2] - 1000
-    assert len(late["sft"]["points"]["loss"]) == curves.read_bytes().count(b"\n")
+    assert late["sft"]["info"][2] >= late["sft"]["points"]["curve/loss"][-1][2] - 1000
+    assert len(late["sft"]["points"]["curve/loss"]) == curves.read_bytes().count(b"\n")
     assert late[late["sft"]["parent"]]["info"][0] == "KILLED"
 
 
@@ -450,7 +458,7 @@ def test_a_server_that_stops_and_hangs_ends_with_every_point_once(project, monke
         assert follower.wait(240) == 0
         view = shown()
         rows = [json.loads(line) for line in (only_record() / "metrics.jsonl").read_text().splitlines()]
-        points = [(step, value) for step, value, _ in view["sft"]["points"]["loss"]]
+        points = [(step, value) for step, value, _ in view["sft"]["points"]["curve/loss"]]
         assert points == [(row["step"], repr(row["loss"])) for row in rows]
         assert view["sft"]["info"][0] == "KILLED"
         assert command("sync").returncode == 0
@@ -463,7 +471,7 @@ def shown_points(uri):
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'sft'") if experiment else []
-    return client.get_metric_history(runs[0].info.run_id, "loss") if runs else []
+    return client.get_metric_history(runs[0].info.run_id, "curve/loss") if runs else []
 
 
 @pytest.mark.graph
@@ -506,8 +514,10 @@ def test_a_pipeline_is_one_parent_with_a_child_per_stage(project, monkeypatch, e
     assert view["sft"]["inputs"] == [("data", locked["data"])]
     assert view["report"]["inputs"] == [("models/sft", locked["models/sft"])]
     assert view[parent]["inputs"] == [("data", locked["data"])]
+    shared = json.loads(experiment().tags["mlflow.sharedViewState.featdiff"])["selectedColumns"]
+    assert shared == ["params.`profile`", "params.`seed`", "metrics.`verdict/zero`", "metrics.`gain`", "metrics.`minutes`"]
     assert view["report"]["files"] == ["index.html", "summary.md"]
-    assert len(view["sft"]["points"]["loss"]) == 20
+    assert len(view["sft"]["points"]["curve/loss"]) == 20
     [model] = models()
     assert (model.name, model.tags["dvc.path"], model.tags["dvc.md5"]) == ("sft", "models/sft", locked["models/sft"])
     assert [(metric.key, metric.value) for metric in model.metrics] == [("result/sort", 0.5)]

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from featdiff.tracking.mlflow_view import Child, Local, View, close_parent, mask, open_parent, own_store
+from featdiff.tracking.mlflow_view import PAGE_OF_RUNS, Child, Local, View, close_parent, mask, open_parent, own_store
 from featdiff.tracking.record import home, runs_folder
 
 POLL_SECONDS = 3.0
@@ -240,8 +240,7 @@ def ui(port: str) -> NoReturn:
         if probe.connect_ex(("127.0.0.1", int(port))) == 0:
             say(f"port {port} is taken; give another: python -m featdiff.tracking.mirror ui {int(port) + 1}")
             sys.exit(2)
-    # "machine_learning" is the one of MLflow's two faces that shows runs and curves first
-    page = f"/#/experiments/{mirror.experiment_id}/runs?workflowType=machine_learning" if mirror else ""
+    page = f"/#/experiments/{mirror.experiment_id}/{PAGE_OF_RUNS}" if mirror else ""
     print(f"mirror: open http://127.0.0.1:{port}{page} in a browser; Ctrl-C ends it", flush=True)
     # by environment: a URI with a password must not show in the list of processes
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri

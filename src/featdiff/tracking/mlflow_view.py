@@ -28,6 +28,8 @@ RECORD_TAG = "featdiff.record"
 PIPELINE_TAG = "featdiff.pipeline"
 PATH_TAG, DIGEST_TAG = "dvc.path", "dvc.md5"
 """Of a run, the path of what it made; of a model also DVC's digest of it."""
+CURVE, RESULT, RUN = "curve", "result", "run"
+"""Groups of a stage's metrics. MLflow lays charts out by group, in alphabetical order, and single values as bars."""
 EVALUATE, MODELS = "evaluate", "models/"
 """Stage that says how good the model of its key is, and where models lie."""
 PARENT_TAG = "mlflow.parentRunId"
@@ -66,6 +68,9 @@ DATA = "data"
 """The artifact that is the data set of a pipeline."""
 FACE = "?workflowType=machine_learning"
 """Of MLflow's two faces the one that shows runs, params and curves."""
+SHARED_VIEW = "featdiff"
+PAGE_OF_RUNS = f"runs{FACE}&viewStateShareKey={SHARED_VIEW}"
+"""Address, within the experiment, of its table of pipelines."""
 
 
 def own_store() -> str:
@@ -259,6 +264,19 @@ class View:
         if datasets:
             self.client.log_inputs(run_id, datasets=datasets)
 
+    def show(self, metrics: Iterable[str]) -> None:
+        """Have the experiment's page show pipelines, not their stages, with these metrics as columns; bounds of intervals are
+        left to the page of a run. This is what MLflow keeps when a person shares a view, under a name of ours."""
+        columns = [("params", "profile"), ("params", "seed")]
+        columns += [("metrics", _key(name)) for name in metrics if name.rpartition("/")[2] not in ("low", "high")]
+        state = {
+            "searchFilter": f"tags.`{PIPELINE_TAG}` LIKE '%'",
+            "orderByKey": "attributes.start_time",
+            "orderByAsc": False,
+            "selectedColumns": [f"{kind}.`{name}`" for kind, name in columns],
+        }
+        self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{SHARED_VIEW}", json.dumps(state))
+
     def log_model_input(self, run_id: str, model: str) -> None:
         """Say that this run read the model with this id."""
         from mlflow.entities import LoggedModelInput
@@ -322,6 +340,7 @@ def close_parent(view: View, parent_id: str, records: list[Local]) -> None:
     view.log_inputs(parent_id, data)
     if not records[0].info.get("restored"):
         values["minutes"] = round((ended - min(record.started_ms for record in records)) / 60_000, 2)
+    view.show(values)
     view.log_metrics(
         parent_id, [(_key(key), float(value), ended, 0) for key, value in values.items() if _key(key) not in run.data.metrics]
     )
@@ -385,7 +404,7 @@ class Child:
         fresh: list[tuple[str, float, int, int]] = []
         for index, row in enumerate(lines, self._line):
             step, moment = row.pop("step"), times[index] if index < len(times) else record.started_ms
-            fresh += [(_key(key), float(value), moment, step) for key, value in row.items()]
+            fresh += [(f"{CURVE}/{_key(key)}", float(value), moment, step) for key, value in row.items()]
         samples, sampled = self._fresh(record.folder / SYSTEM)
         for row in samples:
             moment = row.pop("time")
@@ -415,8 +434,8 @@ class Child:
         observed = {key: value for key, value in info["observed"].items() if isinstance(value, (int, float))}
         for key in info["observed"].keys() - observed.keys():
             view.client.set_tag(run_id, f"run.{_key(key)}", _text(info["observed"][key]))
-        self._log_at_end("result", _foremost(info["summary"], MAX_FINAL), ended, self._evaluated(info))
-        self._log_at_end("run", observed, ended)
+        self._log_at_end(RESULT, _foremost(info["summary"], MAX_FINAL), ended, self._evaluated(info))
+        self._log_at_end(RUN, observed, ended)
         view.client.set_terminated(run_id, record.status, ended)
 
     def _log_at_end(self, group: str, values: Mapping[str, Any], ended: int, model: str | None = None) -> None:
