@@ -52,7 +52,17 @@ check: $(STAMP)  ## format, lint, types, quick tests
 format: $(STAMP)  ## format and mend what the linter can
 	@ruff format . && ruff check --fix .
 
+remote: $(STAMP)  ## share results: URL=folder, s3://, ssh://, gs:// or azure://… becomes the remote once it is proved (ENDPOINT=… for an S3 server)
+	@$(BIN)/python -m featdiff.artifacts.remote set '$(URL)' $(if $(ENDPOINT),--endpoint '$(ENDPOINT)')
+
+push: $(STAMP)  ## copy the results of dvc.lock to the remote
+	@$(BIN)/python -m featdiff.artifacts.remote push
+
+pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the report needs
+	@$(BIN)/python -m featdiff.artifacts.remote pull $(STAGE)
+	$(if $(STAGE),,-@$(BIN)/python -m featdiff.tracking.mirror rebuild)
+
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test verify faults golden studies check format ui
+.PHONY: help install profile repro test verify faults golden studies check format remote push pull ui
