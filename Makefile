@@ -34,6 +34,9 @@ repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
+why: $(STAMP)  ## why STAGE reruns: which param, file or stage upstream changed, and from what to what (no STAGE: all)
+	@$(BIN)/python -m featdiff.artifacts.why $(STAGE)
+
 verify: $(STAMP)  ## hash every artifact against its manifest and every object of DVC's cache against its name
 	@$(BIN)/python -m featdiff.artifacts.integrity
 
@@ -65,4 +68,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test verify faults golden studies check format remote push pull ui
+.PHONY: help install profile repro test why verify faults golden studies check format remote push pull ui
