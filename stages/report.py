@@ -8,7 +8,7 @@ from featdiff.report.calibration import error_rates, false_sets
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import load
 from featdiff.report.readme import results
-from featdiff.report.summary import headline, summarise
+from featdiff.report.summary import headline, plots, summarise
 
 SUMMARY, HEADLINE = Path("metrics/summary.json"), Path("metrics/headline.json")
 
@@ -18,7 +18,7 @@ with stage("report", out="report") as run:
     verdicts, rates = claims.verdicts(), error_rates(false_sets(claims), run.params.confidence)
     pages = render(evidence, claims, verdicts, rates, run.params, run.study.profile, run.parents)
     summary = summarise(evidence, claims, verdicts, rates)
-    for name, page in (pages | {"summary.md": results(summary)}).items():
+    for name, page in (pages | {"summary.md": results(summary)} | plots(summary)).items():
         (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
         run.attach(name)

@@ -29,7 +29,7 @@ from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.model_figures import report_rows
 from featdiff.report.selectivity import choice
-from featdiff.report.summary import WORTH, headline, summarise
+from featdiff.report.summary import WORTH, headline, plots, summarise
 from featdiff.tracking.record import numbers
 from synthetic_study import STUDY, Plan, write_study
 
@@ -416,6 +416,18 @@ def test_what_was_not_measured_is_absent_from_the_headline(pages: dict[str, Page
     assert found["set"]["size"] == 0
     assert found["necessity"] == found["sufficiency"] == {}
     assert None not in numbers(found).values()
+
+
+def test_plots_have_their_columns_where_nothing_was_edited_as_well(pages: dict[str, Page]) -> None:
+    full, nothing = (plots(pages[name].summary) for name in ("full", "too_few_flipped"))
+    assert full.keys() == nothing.keys()
+    heads = {name: text.splitlines()[0] for name, text in full.items()}
+    assert heads == {name: text.splitlines()[0] for name, text in nothing.items()}
+    assert set(nothing["plots/zero_tuned.csv"].splitlines()[1:]) == set()
+    rows = [line.split(",") for line in full["plots/zero_tuned.csv"].splitlines()[1:]]
+    effects = pages["full"].summary["effects"]["zero_tuned"]
+    assert {task: float(effect) for task, effect, *_ in rows} == {task: row["effect"] for task, row in effects.items()}
+    assert full["plots/verdicts.csv"].splitlines()[1:]
 
 
 def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:

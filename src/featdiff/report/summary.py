@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from featdiff.report.verdicts import Verdict
 from featdiff.stats import Interval
 
 DIGITS = 4
+EFFECTS = ("effect", "low", "high", "random_low", "random_high")
 
 
 def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict], rates: list[Row]) -> dict[str, Any]:
@@ -72,9 +75,8 @@ def summarise(evidence: Evidence, claims: Claims, verdicts: list[Verdict], rates
 
 
 def _effects(evidence: Evidence, purpose: str) -> dict[str, Any]:
-    kept = ("effect", "low", "high", "random_low", "random_high")
     return {
-        row["task"]: {"n": row["n"], "beyond_random": row["beyond_random"]} | {key: _round(row[key]) for key in kept}
+        row["task"]: {"n": row["n"], "beyond_random": row["beyond_random"]} | {key: _round(row[key]) for key in EFFECTS}
         for row in effects(evidence, purpose, "set")
     }
 
@@ -126,3 +128,22 @@ def headline(claims: Claims, summary: dict[str, Any]) -> dict[str, Any]:
         "runs": len(evidence.runs(roles.tuned)),
     }
     return {group: {key: value for key, value in values.items() if value is not None} for group, values in found.items()}
+
+
+def plots(summary: dict[str, Any]) -> dict[str, str]:
+    """CSV files by name, for ``dvc plots``: the verdicts as numbers, and for each purpose the change of accuracy by task, under
+    the set and (5th and 95th percentile) under random ones."""
+    verdicts = [{"claim": key, "verdict": WORTH[status]} for key, status in summary["verdicts"].items()]
+    files = {"plots/verdicts.csv": _csv(["claim", "verdict"], verdicts)}
+    for _, _, purpose, _ in PURPOSES:
+        tasks = summary["effects"].get(purpose, {}).items()
+        files[f"plots/{purpose}.csv"] = _csv(["task", *EFFECTS], [{"task": task} | row for task, row in tasks])
+    return files
+
+
+def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    stream = StringIO()
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
