@@ -21,7 +21,8 @@ with stage("report", out="report") as run:
     for name, page in (pages | {"summary.md": results(summary)} | plots(summary)).items():
         (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
-        run.attach(name)
+        if not name.startswith("figures/"):
+            run.attach(name)
     foremost = headline(claims, summary)
     run.beside |= {SUMMARY: summary, HEADLINE: foremost}
     run.metrics(foremost)

@@ -88,8 +88,8 @@ def render(
     profile: str,
     parents: Mapping[str, str],
 ) -> dict[str, str]:
-    """The report as HTML documents by file name: ``index.html`` with everything, and every figure once more by itself
-    under ``figures/``. ``rates``: how often the rules are wrong. ``parents``: hashes of the artifacts it was made from."""
+    """The report by file name: ``index.html`` with everything, and every figure once more by itself under ``figures/``, where
+    all share one script. ``rates``: how often the rules are wrong. ``parents``: hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
     panels, cards = figures(evidence, params), feature_cards.cards(evidence)
@@ -137,7 +137,8 @@ def render(
         parents=parents,
     )
     alone = environment.get_template("figure.html.j2")
-    return {"index.html": index.lstrip()} | {
+    library = f'window.plotlyPacked = "{environment.globals["plotly"]}";'
+    return {"index.html": index.lstrip(), "figures/plotly.js": library} | {
         f"figures/{name}.html": alone.render(name=name, panel=panel).lstrip() for name, panel in panels.items() if panel
     }
 
