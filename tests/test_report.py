@@ -29,6 +29,7 @@ from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence, load
 from featdiff.report.model_figures import report_rows
 from featdiff.report.selectivity import choice
+from featdiff.report.sources import traced
 from featdiff.report.summary import WORTH, headline, plots, summarise
 from featdiff.tracking.record import numbers
 from synthetic_study import STUDY, Plan, write_study
@@ -74,7 +75,8 @@ def page_of(evidence: Evidence) -> Page:
     claims = Claims(evidence, STUDY.report, STUDY.seed)
     verdicts = claims.verdicts()
     rates = RATES if evidence.effects else []
-    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", {"data": "0" * 64})
+    trace = traced(claims, verdicts, {}, lambda _: 1)
+    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", trace, {"data": "0" * 64})
     return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts, rates))
 
 

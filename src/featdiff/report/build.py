@@ -86,10 +86,12 @@ def render(
     rates: list[Row],
     params: ReportParams,
     profile: str,
+    trace: Mapping[str, Any],
     parents: Mapping[str, str],
 ) -> dict[str, str]:
     """The report by file name: ``index.html`` with everything, and every figure once more by itself under ``figures/``, where
-    all share one script. ``rates``: how often the rules are wrong. ``parents``: hashes of the artifacts it was made from."""
+    all share one script. ``rates``: how often the rules are wrong. ``trace``: rows behind the numbers of verdicts
+    (:mod:`featdiff.report.sources`). ``parents``: hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
     panels, cards = figures(evidence, params), feature_cards.cards(evidence)
@@ -134,6 +136,7 @@ def render(
         probe_sentences=probe_figures.sentences(evidence, params.min_effect),
         panels=panels,
         examples=examples(evidence, claims, params.max_samples_shown),
+        trace=trace,
         parents=parents,
     )
     alone = environment.get_template("figure.html.j2")

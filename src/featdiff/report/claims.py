@@ -145,11 +145,8 @@ class Claims:
         claim = f"{self.contrast} on the same problems forgets tasks far from math"
         if contrast is None:
             return _without_contrast("forgetting", claim)
-        mode, tasks = None, self._something_to_lose(None)
-        rule = "the tasks' own scoring rule"
-        if not tasks:
-            mode, tasks = "sampled", self._something_to_lose("sampled")
-            rule = f"sampled answers (greedily, {original} has nothing to lose)"
+        tasks, mode = self.exposed()
+        rule = f"sampled answers (greedily, {original} has nothing to lose)" if mode else "the tasks' own scoring rule"
         lost = self.difference(tasks, contrast, self.roles.original, mode) if tasks else None
         own = self.difference(evidence.far, contrast, self.roles.original)
         behind = self.difference(evidence.far, contrast, self.roles.tuned)
@@ -190,6 +187,13 @@ class Claims:
                 else "How foreign the wording of the solutions is decides much (prepare.teacher)."
             )
         return Verdict("forgetting", claim, decide(criteria), said, weak, criteria, _measured(lost=lost, behind=behind))
+
+    def exposed(self) -> tuple[list[str], str | None]:
+        """Tasks away from math on which the original has something to lose, and by which answers: those that count (None), or
+        sampled ones where there are no such tasks."""
+        if tasks := self._something_to_lose(None):
+            return tasks, None
+        return self._something_to_lose("sampled"), "sampled"
 
     def _something_to_lose(self, mode: str | None) -> list[str]:
         levels = self.outcomes.by_task(self.evidence.far, self.outcomes.model(self.roles.original, mode))
