@@ -59,6 +59,10 @@ CROSSCODER = 1
 """Their number for features that are weighed by the sum of their decoder norms, as ours are."""
 
 
+SAELENS_FORMAT = "6.0.0"
+"""Their first version with this form of settings; without it they are read as an older form."""
+
+
 def to_saelens(crosscoder: Crosscoder, model: str, folder: Path, hook: str = "") -> None:
     """Write ``cfg.json`` and ``sae_weights.safetensors`` into ``folder``: the swap readout of ``model``, in raw units.
 
@@ -80,7 +84,13 @@ def to_saelens(crosscoder: Crosscoder, model: str, folder: Path, hook: str = "")
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"model_name": model, "hook_name": hook, "crosscoder_of": crosscoder.models, "loss": crosscoder.loss},
+        "metadata": {
+            "sae_lens_version": SAELENS_FORMAT,
+            "model_name": model,
+            "hook_name": hook,
+            "crosscoder_of": crosscoder.models,
+            "loss": crosscoder.loss,
+        },
     }
     _write(folder, "sae_weights.safetensors", tensors, "cfg.json", config)
 
