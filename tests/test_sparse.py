@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from featdiff.crosscoder.losses.loss import SPARSE_BELOW, rebuild
+from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.sparse import Entries, autoencode
 
 ROWS, INPUTS, FEATURES = 5, 4, 7
@@ -54,3 +56,24 @@ def test_reconstruction_and_values_are_those_of_the_dense_products() -> None:
 def test_entries_of_rows_and_columns_that_are_empty() -> None:
     found = Entries.of(torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 3.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
     assert [part.tolist() for part in found] == [[1, 1, 3], [1, 2, 0], [2.0, 3.0, 4.0], [0, 0, 2, 2]]
+
+
+def test_the_same_batch_gives_the_same_gradient_bytes_with_several_threads() -> None:
+    """Sums over entries are shared out among threads from 32,768 entries on, and must not depend on who comes first."""
+    crosscoder = Crosscoder(["base", "sft", "grpo"], 96, 768, "l1")
+    crosscoder.initialise(0.1, torch.Generator().manual_seed(0), tied=False)
+    x = torch.randn(1024, 3, 96, generator=torch.Generator().manual_seed(1))
+    f = crosscoder.preactivations(x).detach()
+    chosen = f > f.flatten().kthvalue(int(0.951 * f.numel())).values
+    assert 32_768 < chosen.sum() < SPARSE_BELOW * f.numel()
+    threads, found = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            crosscoder.zero_grad()
+            error, activity, _ = rebuild(crosscoder, x, crosscoder.preactivations(x), chosen)
+            (error.square().sum() + activity).backward()
+            found.add(b"".join(weight.grad.contiguous().numpy().tobytes() for weight in crosscoder.parameters()))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1

@@ -72,4 +72,7 @@ def rebuild(
         crosscoder.b_dec.flatten(),
         code_BF,
     )
-    return x_BMD - rebuilt_BI.view_as(x_BMD), (value_E * norms_F[entries.column_E]).sum(), code_BF
+    # Summed by feature before the norms come in: the gradient of norms_F[column_E] would add up the entries of a feature in
+    # whatever order the threads meet (from 32,768 entries on), and two fits would differ.
+    activity_F = torch.zeros_like(norms_F).index_add(0, entries.column_E, value_E)
+    return x_BMD - rebuilt_BI.view_as(x_BMD), (activity_F * norms_F).sum(), code_BF
