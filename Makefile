@@ -37,6 +37,9 @@ test: $(STAMP)  ## the quick test suite
 why: $(STAMP)  ## why STAGE reruns: which param, file or stage upstream changed, and from what to what (no STAGE: all)
 	@$(BIN)/python -m featdiff.artifacts.why $(STAGE)
 
+picture: $(STAMP)  ## take docs/report.png of the report (needs chromium or chrome, or BROWSER)
+	@$(BIN)/python -m featdiff.report.picture
+
 trace: $(STAMP)  ## rows, artifacts, commits and runs behind the numbers of a claim, or the claims behind an artifact (OF=necessary; none: all)
 	@$(BIN)/python -m featdiff.report.trace $(OF)
 
@@ -71,4 +74,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test why trace verify faults golden studies check format remote push pull ui
+.PHONY: help install profile repro test why trace picture verify faults golden studies check format remote push pull ui

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from featdiff.artifacts.artifact import sha256_file
+from featdiff.report.picture import BROWSERS, PAGE, PICTURE, SUMMARY, label, main
 from featdiff.report.readme import with_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +21,31 @@ def test_readme_shows_the_committed_summary() -> None:
     if not path.is_file():
         pytest.skip("no committed run")
     assert with_results(readme, json.loads(path.read_text(encoding="utf-8"))) == readme, "run python -m featdiff.report.readme"
+
+
+def test_the_picture_is_of_the_committed_summary() -> None:
+    if not (ROOT / SUMMARY).is_file():
+        pytest.skip("no committed run")
+    assert label(ROOT / PICTURE) == sha256_file(ROOT / SUMMARY), "run make picture"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser here")
+def test_a_picture_knows_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main() == 2
+    assert "report/index.html: not found; make repro" in capsys.readouterr().err
+    for name, text in {PAGE: "<h1>verdict</h1>", SUMMARY: "{}", PICTURE: ""}.items():
+        name.parent.mkdir(exist_ok=True)
+        name.write_text(text)
+    assert main() == 0
+    assert label(PICTURE) == sha256_file(SUMMARY)
+    monkeypatch.setenv("BROWSER", "false")
+    capsys.readouterr()
+    assert main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert label(PICTURE) == sha256_file(SUMMARY), "the old one stays"
 
 
 def test_a_changed_number_changes_the_text_and_only_between_the_markers() -> None:
