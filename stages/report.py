@@ -14,6 +14,7 @@ from featdiff.report.sources import traced
 from featdiff.report.summary import headline, plots, summarise
 
 SUMMARY, HEADLINE = Path("metrics/summary.json"), Path("metrics/headline.json")
+ATTACHED = ("index.html", "summary.md")  # what MLflow shows by itself; the other pages need files beside them
 
 with stage("report", out="report") as run:
     evidence = load(run.read, run.study)
@@ -25,7 +26,7 @@ with stage("report", out="report") as run:
     for name, page in (pages | {"summary.md": results(summary)} | plots(summary)).items():
         (run.out / name).parent.mkdir(exist_ok=True)
         (run.out / name).write_text(page, encoding="utf-8")
-        if not name.startswith("figures/"):
+        if name in ATTACHED:
             run.attach(name)
     write_json(run.out / "claims.json", trace)
     foremost = headline(claims, summary)

@@ -19,6 +19,7 @@ from featdiff.config.values import BASE
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
 from featdiff.report import (
     battery,
+    browse,
     crosscoder_figures,
     dose_figures,
     feature_cards,
@@ -141,9 +142,11 @@ def render(
     )
     alone = environment.get_template("figure.html.j2")
     library = f'window.plotlyPacked = "{environment.globals["plotly"]}";'
-    return {"index.html": index.lstrip(), "figures/plotly.js": library} | {
-        f"figures/{name}.html": alone.render(name=name, panel=panel).lstrip() for name, panel in panels.items() if panel
-    }
+    return (
+        {"index.html": index.lstrip(), "figures/plotly.js": library}
+        | browse.pages(evidence, environment)
+        | {f"figures/{name}.html": alone.render(name=name, panel=panel).lstrip() for name, panel in panels.items() if panel}
+    )
 
 
 def figures(evidence: Evidence, params: ReportParams) -> dict[str, Panel | list[tuple[str, Panel]] | None]:
@@ -183,6 +186,8 @@ def _environment() -> Environment:
         "things": things,
         "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),
         "script": Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        "browse_style": Markup((HERE / "browse.css").read_text(encoding="utf-8")),
+        "browse_script": Markup((HERE / "browse.js").read_text(encoding="utf-8")),
         "plotly": base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
     }
     return environment
