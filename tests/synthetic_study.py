@@ -452,6 +452,7 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
         features.append(
             {
                 "feature_id": k, "largest": 9.0, "corpus_rate": {"original": 0.04, "tuned": 0.06},
+                "histogram": {"upper": 9.0, "original": [40, 9, 0], "tuned": [50, 20, 3 + s]}, "alike": [],
                 "positions": [
                     {
                         "model": model, "position": position, "task": task,
@@ -481,7 +482,8 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
                 values = [0.0] * 7 + [float(rng.uniform(4, 9)) / rank, 0.5, 0.0, 0.0]
                 contexts.append(
                     {
-                        "feature_id": k, "source": source, "rank": rank, "text": f"{source}-{rank}", "peak": 7,
+                        "feature_id": k, "source": source, "rank": rank,
+                        "quantile": 0.5 if (source, rank) == ("corpus", 2) else None, "text": f"{source}-{rank}", "peak": 7,
                         "answer_from": None if source == "corpus" else 8, "tokens": tokens,
                         "tuned": values, "original": [value / 2 for value in values],
                     }

@@ -17,7 +17,17 @@ from featdiff.artifacts.tables import CONTEXTS
 from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.readout import Reader
-from featdiff.description.describe import EMPTY, Sources, contexts, describe, summary, where_it_fires, written_out
+from featdiff.description.describe import (
+    EMPTY,
+    Sources,
+    alike,
+    contexts,
+    describe,
+    histograms,
+    summary,
+    where_it_fires,
+    written_out,
+)
 from featdiff.description.reading import Answered, Reading, answered
 from featdiff.language.models import truncate
 from featdiff.stats import Interval
@@ -52,15 +62,47 @@ def test_contexts_hold_the_largest_values_of_each_source(tmp_path: Path) -> None
     texts = ["abcdefgh", "ijkl", "mnop", "qrst", "uvwx"]
     made = listed(reading_of(texts, {"tuned": tuned, "original": original}), ["p", "p", "p", "p", "q"])
     assert [(row["source"], row["rank"], row["text"]) for row in made] == [
-        ("q", 1, "text-4"), ("p", 1, "text-1"), ("p", 2, "text-0"),
+        ("p", 1, "text-1"), ("p", 2, "text-0"), ("q", 1, "text-4"),
     ]  # fmt: skip
-    longest = made[2]
+    longest = made[1]
     assert longest["tokens"] == list("bcdefgh"), "three tokens on either side of the fifth"
     assert longest["tuned"] == [1, 0, 0, 3, 0, 0, 2]
     assert longest["original"] == [0.5, 0, 0, 1.5, 0, 0, 1]
     assert all(row["tuned"][row["peak"]] == max(row["tuned"]) for row in made)
     assert {row["feature_id"] for row in made} == {5}
     CONTEXTS.write(tmp_path, made)
+
+
+def test_a_context_near_each_quantile_beside_the_strongest() -> None:
+    texts = ["ab", "cd", "ef", "gh", "ij", "kl"]
+    tuned = [[9, 0], [7, 0], [5, 0], [3, 0], [1, 0], [0, 0]]
+    reading = reading_of(texts, {"tuned": tuned, "original": tuned})
+    labels = [f"text-{i}" for i in range(6)]
+    made = list(contexts(reading, ["p"] * 6, labels, [None] * 6, [5], TOKENIZER, params(contexts=1), [0.75, 0.5, 0.25]))
+    assert [(row["quantile"], row["text"]) for row in made] == [
+        (None, "text-0"), (0.75, "text-1"), (0.5, "text-2"), (0.25, "text-3"),
+    ]  # fmt: skip
+    assert [row["rank"] for row in made] == [1, 2, 3, 4]
+    two = reading_of(texts[:2], {"tuned": tuned[:2], "original": tuned[:2]})
+    made = list(contexts(two, ["p"] * 2, labels[:2], [None] * 2, [5], TOKENIZER, params(contexts=1), [0.75, 0.5, 0.25]))
+    assert [row["text"] for row in made] == ["text-0", "text-1"], "what was kept is not kept again"
+
+
+def test_a_histogram_counts_what_fires_in_equal_bins_of_both_models() -> None:
+    values = {"tuned": [[0, 1, 8, 7.9]], "original": [[0, 0, 3, 0]]}
+    [found] = histograms(reading_of(["abcd"], values), 4)
+    assert found == {"upper": 8.0, "tuned": [1, 0, 0, 2], "original": [0, 1, 0, 0]}
+    [silent] = histograms(reading_of(["ab"], {"tuned": [[0, 0]], "original": [[0, 0]]}), 2)
+    assert silent == {"upper": 0.0, "tuned": [0, 0], "original": [0, 0]}
+
+
+def test_features_are_alike_whose_values_go_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.rand(500, generator=generator), torch.rand(500, generator=generator)
+    values = torch.stack([one, other, 3 * one + 0.05 * other, torch.zeros(500)], dim=1)
+    stream = TokenStream(TOKENIZER(["a" * 500])["input_ids"], 1)
+    reading = Reading(stream, {"tuned": values, "original": values})
+    assert alike(reading, [7, 8, 9, 3], 0.9) == [[9], [], [7], []]
 
 
 def test_equal_contexts_stand_once_and_silence_is_no_context() -> None:

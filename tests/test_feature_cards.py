@@ -13,6 +13,7 @@ from featdiff.report.build import render
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence
 from featdiff.report.feature_cards import cards, figures, manner_tables, token_table, visible
+from featdiff.report.sources import traced
 from synthetic_study import SET, STUDY
 
 Studied = Callable[..., Evidence]
@@ -20,7 +21,9 @@ Studied = Callable[..., Evidence]
 
 def page_of(evidence: Evidence) -> str:
     claims = Claims(evidence, STUDY.report, STUDY.seed)
-    return render(evidence, claims, claims.verdicts(), [], STUDY.report, "organism", {})["index.html"]
+    verdicts = claims.verdicts()
+    trace = traced(claims, verdicts, {}, lambda _: 1)
+    return render(evidence, claims, verdicts, [], STUDY.report, "organism", trace, {})["index.html"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_contexts_hold_every_token_shaded_by_its_value(evidence: Evidence) -> No
             assert peak.tuned > peak.original > 0
             assert peak.tuned > after.tuned >= 8, "what fires is seen"
             assert peak.note == f"GRPO {found.tuned}, base {found.original}"
-            assert after.said == (found.source != "corpus")
+            assert after.said == (not found.source.startswith("corpus"))
 
 
 def test_small_changes_are_not_named_and_blanks_are_seen(evidence: Evidence) -> None:
@@ -82,7 +85,10 @@ def test_figures_show_the_measured_values(evidence: Evidence) -> None:
     panel = figures(evidence)
     assert panel is not None
     drawn = {figure.key: figure for figure in panel.figures}
-    assert len(drawn) == 3 * len(SET)
+    assert len(drawn) == 4 * len(SET)
+    before, after = drawn["feature-311-histogram"].data
+    assert (list(before["y"]), list(after["y"])) == ([40, 9, 0], [50, 20, 4])
+    assert after["x"] == [1.5, 4.5, 7.5]
     feature = evidence.described["features"][1]
     rows = {(row["model"], row["position"], row["task"]): row for row in feature["positions"]}
     original, tuned = drawn["feature-311-tasks"].data
@@ -93,6 +99,26 @@ def test_figures_show_the_measured_values(evidence: Evidence) -> None:
     assert rate["y"][1] + rate["error_y"]["array"][1] == pytest.approx(rows["original", "prompt_last", None]["rate"]["high"])
     assert (original["name"], tuned["name"]) == ("base", "GRPO")
     assert all(figure in panel.figures for card in cards(evidence) for figure in card.panel.figures)
+
+
+def test_features_that_are_alike_stand_under_the_first_of_them(evidence: Evidence) -> None:
+    first, second, third = evidence.described["features"]
+    ids = [feature["feature_id"] for feature in (first, second, third)]
+    alike = [first | {"alike": [ids[2]]}, second, third | {"alike": [ids[0]]}]
+    found = replace(evidence, described=evidence.described | {"features": alike})
+    made = cards(found)
+    assert [card.feature for card in made] == ids[:2]
+    assert [[twin.feature for twin in card.twins] for card in made] == [[ids[2]], []]
+    page = page_of(found)
+    assert f"1 feature that tells the same: {ids[2]}" in page
+    assert all(page.count(f'id="feature-{k}"') == 1 for k in ids)
+    assert f'href="#feature-{ids[2]}"' in page
+
+
+def test_a_context_of_a_quantile_says_so(evidence: Evidence) -> None:
+    for card in cards(evidence):
+        assert [found.source for found in card.further].count("corpus, 50\u202f% quantile") == 1
+        assert not any("quantile" in found.source for found in card.contexts)
 
 
 def test_tables_over_all_features(evidence: Evidence) -> None:

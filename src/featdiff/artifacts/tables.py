@@ -93,6 +93,11 @@ class Table:
         rows: list[Row] = found.to_pylist()
         return rows
 
+    def count(self, folder: Path, where: Mapping[str, Sequence[Any]]) -> int:
+        """How many rows of the table in ``folder`` have one of the values of each column of ``where``."""
+        filters = [(name, "in", list(values)) for name, values in where.items()] or None
+        return int(pq.read_table(folder / self.file, columns=self.columns[:1], filters=filters).num_rows)
+
     def _made(self, field: pa.Field, values: Sequence[Any]) -> pa.Array:
         """The column ``field`` with ``values``."""
         try:
@@ -244,6 +249,7 @@ CONTEXTS = Table(
     integer("feature_id"),
     text("source"),
     integer("rank"),
+    number("quantile", null=True),
     text("text"),
     integer("peak"),
     integer("answer_from", null=True),

@@ -47,6 +47,12 @@ class DescribeParams(Params):
     """Tokens of the corpus that are searched for contexts, the first of the stream of ``activations``."""
     contexts: Positive
     """Strongest contexts kept per feature for each task and for the corpus."""
+    quantiles: list[Level]
+    """Of a feature's largest values in the texts of the corpus in which it fires: a context is kept near each."""
+    bins: Positive
+    """Of the histogram of a feature's values in the corpus."""
+    alike: Level
+    """Correlation of values in the corpus from which two features count as telling the same."""
     window: Length
     """Tokens shown on either side of a context's strongest one."""
     tokens: Positive

@@ -48,10 +48,11 @@ def contexts(
     features: list[int],
     tokenizer: PreTrainedTokenizerFast,
     params: DescribeParams,
+    quantiles: Sequence[float] = (),
 ) -> Iterator[Row]:
-    """The ``params.contexts`` strongest contexts of every feature for each of ``sources``. A context is the tokens around a
-    text's largest value in the tuned model, with the values in both models. A text has at most one and none where the feature
-    is silent; of equal contexts one is kept.
+    """The ``params.contexts`` strongest contexts of every feature for each of ``sources``, then one near each of ``quantiles``
+    of its largest values in the texts of a source. A context is the tokens around a text's largest value in the tuned model,
+    with the values in both models. A text has at most one and none where the feature is silent; of equal contexts one is kept.
 
     By text of ``reading``: ``sources`` say which group it is of, ``labels`` what it is called, ``starts`` where an answer
     begins, None for no answer."""
@@ -59,26 +60,34 @@ def contexts(
     values = {part: reading.split(part) for part in PARTS}
     skip = reading.stream.skip
     for s, k in enumerate(features):
-        kept: dict[str, set[tuple[int, ...]]] = {source: set() for source in sources}
+        firing: dict[str, list[int]] = {source: [] for source in sources}
         for i in value_TS[:, s].argsort(descending=True, stable=True).tolist():
-            if value_TS[i, s] == 0:
-                break
-            ids, peak, start, known = reading.stream.texts[i][skip:], int(place_TS[i, s]), starts[i], kept[sources[i]]
-            low, high = max(0, peak - params.window), min(len(ids), peak + params.window + 1)
-            window = tuple(ids[low:high])
-            if len(known) == params.contexts or window in known:
-                continue
-            known.add(window)
-            yield {
-                "feature_id": k,
-                "source": sources[i],
-                "rank": len(known),
-                "text": labels[i],
-                "peak": peak - low,
-                "answer_from": None if start is None else start - skip - low,
-                "tokens": [tokenizer.decode([token]) for token in window],
-                **{part: values[part][i][low:high, s].tolist() for part in PARTS},
-            }
+            if value_TS[i, s] > 0:
+                firing[sources[i]].append(i)
+        for source, texts in firing.items():  # texts from the strongest to the weakest
+            # A quantile is a place in this order; where its text was kept before, the next one that is new stands for it.
+            asked = [(0, None)] * params.contexts + [(round((1 - q) * (len(texts) - 1)), q) for q in quantiles if texts]
+            known: set[tuple[int, ...]] = set()
+            for first, quantile in asked:
+                for i in texts[first:]:
+                    ids, peak, start = reading.stream.texts[i][skip:], int(place_TS[i, s]), starts[i]
+                    low, high = max(0, peak - params.window), min(len(ids), peak + params.window + 1)
+                    window = tuple(ids[low:high])
+                    if window in known:
+                        continue
+                    known.add(window)
+                    yield {
+                        "feature_id": k,
+                        "source": source,
+                        "rank": len(known),
+                        "quantile": quantile,
+                        "text": labels[i],
+                        "peak": peak - low,
+                        "answer_from": None if start is None else start - skip - low,
+                        "tokens": [tokenizer.decode([token]) for token in window],
+                        **{part: values[part][i][low:high, s].tolist() for part in PARTS},
+                    }
+                    break
 
 
 def all_contexts(
@@ -89,12 +98,39 @@ def all_contexts(
     tokenizer: PreTrainedTokenizerFast,
     params: DescribeParams,
 ) -> list[Row]:
-    """Contexts in the answers to every task, and in the corpus."""
+    """Contexts in the answers to every task, and in the corpus, there by quantile too."""
     labels, texts = [sample.sample_id for sample in answers.samples], range(len(corpus.stream.texts))
     none, number = [None for _ in texts], [f"{CORPUS}-{i:05d}" for i in texts]
     return [
         *contexts(reading, answers.tasks, labels, answers.starts, features, tokenizer, params),
-        *contexts(corpus, [CORPUS for _ in texts], number, none, features, tokenizer, params),
+        *contexts(corpus, [CORPUS for _ in texts], number, none, features, tokenizer, params, params.quantiles),
+    ]
+
+
+def histograms(corpus: Reading, bins: int) -> list[Row]:
+    """By feature, how many tokens of the corpus have a value in each of ``bins`` equal parts of what lies between 0 and
+    ``upper``, the largest value in either model; silent tokens are left out."""
+    found = []
+    for s in range(corpus.values[TUNED].shape[1]):
+        columns = {part: values_NS[:, s] for part, values_NS in corpus.values.items()}
+        upper = max(column.max().item() for column in columns.values())
+        counts = {
+            part: torch.histc(column[column > 0], bins, 0.0, upper).int().tolist() if upper > 0 else [0] * bins
+            for part, column in columns.items()
+        }
+        found.append({"upper": upper, **counts})
+    return found
+
+
+def alike(corpus: Reading, features: Sequence[int], least: float) -> list[list[int]]:
+    """By feature, the others whose values in the tuned model correlate with its own over the tokens of the corpus, at
+    ``least``; a feature that is silent there is like none."""
+    values_NS = corpus.values[TUNED].double()
+    centred_NS = values_NS - values_NS.mean(0)
+    norms_S = centred_NS.norm(dim=0)
+    correlation_SS = (centred_NS.T @ centred_NS) / (norms_S[:, None] * norms_S).clamp(min=1e-12)
+    return [
+        [features[j] for j in range(len(features)) if j != i and correlation_SS[i, j] >= least] for i in range(len(features))
     ]
 
 
@@ -180,6 +216,7 @@ def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[
         "texts": manner_of_texts(reader, tokenizer, sources.texts, params, seed),
     }
     positions = where_it_fires(reading, answers, params, seed)
+    spread, same = histograms(corpus, params.bins), alike(corpus, features, params.alike)
     rates = {part: (values_NS > 0).double().mean(0).tolist() for part, values_NS in corpus.values.items()}
 
     def told(name: str) -> dict[str, dict[str, Row]]:
@@ -191,6 +228,8 @@ def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[
                 "feature_id": k,
                 "largest": sources.largest_F[k].item(),
                 "corpus_rate": {part: rate_S[s] for part, rate_S in rates.items()},
+                "histogram": spread[s],
+                "alike": same[s],
                 "positions": positions[s],
                 "lexical": lexical[s],
                 "manner": told(str(k)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
@@ -81,6 +81,10 @@ class Card:
     chips: list[tuple[str, list[Chip]]]
     """Labelled groups of tokens."""
     panel: Panel
+    order: dict[str, float]
+    """Numbers by which cards are sorted on the page."""
+    twins: list[Card] = field(default_factory=list)
+    """Features that tell the same: of their own, and folded away under this one."""
 
 
 def visible(token: str) -> str:
@@ -94,9 +98,17 @@ def _read_in(evidence: Evidence) -> dict[str, str]:
 
 
 def cards(evidence: Evidence) -> list[Card]:
-    """One card per feature of the set, in the order of the set."""
+    """One card per feature of the set, in the order of the set; features that are alike (`describe`) stand under the first."""
     known = {row["feature_id"]: row for row in evidence.features if row["fit"] == evidence.localize["fit"]}
-    return [_card(feature, known[feature["feature_id"]], evidence) for feature in evidence.described["features"]]
+    leaders: dict[int, Card] = {}
+    for feature in evidence.described["features"]:
+        card = _card(feature, known[feature["feature_id"]], evidence)
+        leader = next((leaders[k] for k in feature["alike"] if k in leaders), None)
+        if leader is None:
+            leaders[card.feature] = card
+        else:
+            leader.twins.append(card)
+    return list(leaders.values())
 
 
 def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
@@ -112,6 +124,11 @@ def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
         further=[_context(row, feature["largest"], labels) for row in rows if row["rank"] > 1],
         chips=[(label, chips) for label, chips in _chips(feature) if chips],
         panel=Panel(_figures(feature, evidence), "", models_legend(_read_in(evidence).values(), evidence.names), 250),
+        order={
+            "largest": feature["largest"],
+            "corpus": feature["corpus_rate"][TUNED],
+            "last": (last["value"]["value"] if (last := _at(feature, TUNED, "prompt_last")) and last["value"] else 0.0),
+        },
     )
 
 
@@ -162,7 +179,8 @@ def _context(row: Row, largest: float, labels: dict[str, str]) -> Context:
     for look, run in groupby(range(len(row["tokens"])), key=shown):
         text = "".join(row["tokens"][i].replace("\n", "⏎") for i in run)
         pieces.append(Piece(text, look.tuned, look.original, look.said, look.note))
-    return Context(row["source"], number(row[TUNED][row["peak"]]), number(row[ORIGINAL][row["peak"]]), pieces)
+    source = row["source"] if row["quantile"] is None else f"{row['source']}, {percent(row['quantile'])} quantile"
+    return Context(source, number(row[TUNED][row["peak"]]), number(row[ORIGINAL][row["peak"]]), pieces)
 
 
 def _share(value: float, largest: float) -> int:
@@ -198,7 +216,32 @@ def _figures(feature: Row, evidence: Evidence) -> list[Figure]:
         _bars(f"feature-{k}-rate", f"{k}: firing rate", feature, by_position, "rate", evidence),
         _bars(f"feature-{k}-value", f"{k}: mean value", feature, by_position, "value", evidence),
         _bars(f"feature-{k}-tasks", f"{k}: value at the last prompt token", feature, by_task, "value", evidence),
+        _histogram(feature, evidence),
     ]
+
+
+def _histogram(feature: Row, evidence: Evidence) -> Figure:
+    """How often each value is taken in the corpus, on a log scale; silent tokens are left out."""
+    spread, names = feature["histogram"], evidence.names
+    bins = len(spread[TUNED])
+    places = [spread["upper"] * (i + 0.5) / bins for i in range(bins)]
+    traces: list[Trace] = [
+        {
+            "type": "bar",
+            "name": names.label(model),
+            "x": places,
+            "y": spread[role],
+            "marker": {"color": names.colour(model)},
+            "opacity": 0.6,
+            "hovertemplate": f"{names.label(model)}: %{{y}} tokens near %{{x:.2f}}<extra></extra>",
+        }
+        for role, model in _read_in(evidence).items()
+    ]
+    k = feature["feature_id"]
+    y = {"type": "log", "dtick": 1}
+    return Figure(
+        f"feature-{k}-histogram", f"{k}: values in the corpus, tokens", traces, layout({}, y, barmode="overlay", bargap=0), 190
+    )
 
 
 def _bars(key: str, heading: str, feature: Row, places: dict[str, Any], quantity: str, evidence: Evidence) -> Figure:

@@ -69,4 +69,34 @@
     { rootMargin: "-25% 0px -70% 0px" },
   );
   document.querySelectorAll("section").forEach((section) => reading.observe(section));
+
+  // A card that is folded away opens when its address is asked for, or when it holds what is sought.
+  const unfold = (card) => {
+    for (let above = card.parentElement; above; above = above.parentElement) {
+      if (above.tagName === "DETAILS") above.open = true;
+    }
+  };
+  function visit() {
+    const card = document.getElementById(location.hash.slice(1));
+    if (card?.classList.contains("feature")) (unfold(card), card.scrollIntoView());
+  }
+  addEventListener("hashchange", visit);
+  visit();
+
+  const form = document.getElementById("find-feature");
+  if (form) {
+    const cards = [...document.querySelectorAll(".feature")];
+    const first = document.getElementById("features");
+    const order = [...first.children];
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("input", () => {
+      const wanted = form.elements.text.value.toLowerCase();
+      const holds = cards.filter((card) => card.textContent.toLowerCase().includes(wanted));
+      cards.forEach((card) => (card.hidden = Boolean(wanted) && !holds.includes(card)));
+      if (wanted) holds.forEach(unfold);
+      form.querySelector("[role=status]").textContent = wanted ? `${holds.length} of ${cards.length} features` : "";
+      const by = form.elements.order.value;
+      first.append(...(by ? [...order].sort((a, b) => b.dataset[by] - a.dataset[by]) : order));
+    });
+  }
 })();

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
 from featdiff.artifacts import tables
 from featdiff.artifacts.tables import Table
 from featdiff.config.dictionary import PAIR
@@ -31,8 +29,7 @@ class Rows(NamedTuple):
 
     def count(self, root: Path = Path()) -> int:
         """How many rows these are under ``root``."""
-        filters = [(column, "in", list(values)) for column, values in self.where.items()]
-        return int(pq.read_table(root / self.path, columns=self.table.columns[:1], filters=filters).num_rows)
+        return self.table.count(root / self.path.parent, self.where)
 
 
 def sources(claims: Claims, verdicts: Sequence[Verdict]) -> dict[str, dict[str, list[Rows]]]:
