@@ -214,6 +214,7 @@ def test_a_closed_terminal_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
     project = stand(tmp_path / "stand", 3.0)
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, and rightly nothing would stop
         os.chdir(project.path)
         os.execve(sys.executable, [sys.executable, "-m", "dvc", "repro"], project.environment)
     said = b""
