@@ -143,7 +143,9 @@ LAYERS = [
 def test_no_import_leads_up() -> None:
     place = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
     package = ROOT / "src/featdiff"
-    assert place.keys() == {path.stem for path in package.iterdir() if path.stem not in ("__init__", "__pycache__")}
+    assert place.keys() == {
+        path.stem for path in package.iterdir() if path.name not in ("__init__.py", "__pycache__", "py.typed")
+    }
     wrong = []
     for path in package.rglob("*.py"):
         own = path.relative_to(package).parts[0].removesuffix(".py")
@@ -291,7 +293,7 @@ def test_tracking_holds_one_parent_with_every_stage(nano: Repository) -> None:
     assert len({parent for _, parent in children}) == 1
     assert len(children) == len(nano.executed(" ")) or len(children) >= 18
     assert {"arm@sft", "arm@grpo", "crosscoder@joint_topk", "report"} <= set(names)
-    assert {"reward", "loss"} <= curves
+    assert {"curve/reward", "curve/loss"} <= curves
 
 
 @pytest.mark.graph

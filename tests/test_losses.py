@@ -426,4 +426,4 @@ def test_only_the_table_and_params_name_a_loss() -> None:
         for path, text in likely.items()
         if any(isinstance(node, ast.Constant) and node.value in LOSSES for node in ast.walk(ast.parse(text)))
     }
-    assert naming == {Path("crosscoder/losses/table.py"), Path("config/values.py"), VERDICTS}
+    assert naming == {Path("crosscoder/losses/table.py"), Path("config/values.py"), Path("config/params.py"), VERDICTS}
