@@ -45,7 +45,7 @@ def settings(url: str, endpoint: str) -> dict[str, str]:
             f"URL: holds a password or key (not shown), and .dvc/config goes to git; leave it out and say "
             f"dvc remote modify --local {NAME} <option> <value> instead"
         )
-    place = url if parts.scheme in EXTRAS and parts.scheme not in ("", "file") else str(Path(parts.path).absolute())
+    place = url if EXTRAS[parts.scheme] else str(Path(parts.path).absolute())
     return {"url": place} | ({"endpointurl": endpoint} if endpoint else {})
 
 

@@ -30,7 +30,6 @@ class Graph:
     """The stages of a repository, as dvc.yaml has them now."""
 
     def __init__(self, repo: Any) -> None:
-        self._repo = repo
         self.stages: dict[str, Any] = {stage.addressing: stage for stage in repo.index.stages}
         # A hidden file is a mark, there for the order alone: made again it is the same, and nothing else reruns.
         self._made = {out.def_path: name for name, stage in self.stages.items() for out in stage.outs if out.def_path[0] != "."}

@@ -27,6 +27,11 @@ from featdiff.crosscoder.readout import Reader
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
 
+CROSSCODER = 1
+"""Their number for features that are weighed by the sum of their decoder norms, as ours are."""
+SAELENS_FORMAT = "6.0.0"
+"""Their first version with this form of settings; without it they are read as an older form."""
+
 
 def to_dictionary_learning(crosscoder: Crosscoder, folder: Path) -> str:
     """Write ``config.json`` and ``model.safetensors`` into ``folder``; returns the name of the class that loads them.
@@ -53,14 +58,6 @@ def to_dictionary_learning(crosscoder: Crosscoder, folder: Path) -> str:
         config["k"] = 1  # of training, which is over: what is loaded uses the threshold
     _write(folder, "model.safetensors", tensors, "config.json", config)
     return "BatchTopKCrossCoder" if sparse else "CrossCoder"
-
-
-CROSSCODER = 1
-"""Their number for features that are weighed by the sum of their decoder norms, as ours are."""
-
-
-SAELENS_FORMAT = "6.0.0"
-"""Their first version with this form of settings; without it they are read as an older form."""
 
 
 def to_saelens(crosscoder: Crosscoder, model: str, folder: Path, hook: str = "") -> None:

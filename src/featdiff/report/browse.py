@@ -10,7 +10,6 @@ import json
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
 
 from featdiff.intervention.purposes import SET, ZERO_TUNED
 from featdiff.report.charts import SET_COLOUR
@@ -56,7 +55,7 @@ def sources(evidence: Evidence) -> list[Row]:
     return columns
 
 
-def _given(evidence: Evidence) -> dict[str, dict[tuple[str, ...], Row]]:
+def given_answers(evidence: Evidence) -> dict[str, dict[tuple[str, ...], Row]]:
     """By question the answer that counts of every model, and that under every edit."""
     given: dict[str, dict[tuple[str, ...], Row]] = {key: {} for key in evidence.questions}
     for model, rows in evidence.answers.items():
@@ -78,7 +77,7 @@ def _answer(row: Row | None) -> list[Any] | int:
 
 def pages(evidence: Evidence, environment: Environment) -> dict[str, str]:
     """``browse.html`` and, for each task, ``browse/<number>.js``."""
-    columns, given = sources(evidence), _given(evidence)
+    columns, given = sources(evidence), given_answers(evidence)
     parts: dict[str, str] = {}
     listed = []
     for number, (name, task) in enumerate(evidence.tasks.items()):
@@ -95,7 +94,7 @@ def pages(evidence: Evidence, environment: Environment) -> dict[str, str]:
         "original": [column["key"] for column in columns].index([evidence.roles.original]),
         "tuned": [column["key"] for column in columns].index([evidence.roles.tuned]),
     }
-    page = environment.get_template("browse.html.j2").render(index=Markup(_json(index).replace("<", "\\u003c")), tasks=listed)
+    page = environment.get_template("browse.html.j2").render(index=index, tasks=listed)
     return {"browse.html": page.lstrip()} | parts
 
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from featdiff.config.models import METHODS
 from featdiff.config.report import ReportParams
 from featdiff.config.values import BASE
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, SET, ZERO_TUNED, Purpose
 from featdiff.report import (
     battery,
     browse,
@@ -240,23 +240,17 @@ def _edited(evidence: Evidence, edit: Purpose) -> str:
 
 def examples(evidence: Evidence, claims: Claims, most: int) -> list[Example]:
     """Up to ``most`` questions away from math, by turns, first those that the tuned model solves and the original fails."""
-    flipped, names = claims.outcomes.flipped(), evidence.names
-    given: dict[str, dict[str, dict[str, Any]]] = {}
-    for model in evidence.roles.models:
-        for row in evidence.answers[model]:
-            if row["mode"] == evidence.primary_mode(row["task"]) and row["draw"] == 0:
-                given.setdefault(row["sample_id"], {})[model] = row
-    for row in evidence.edited:
-        if row["control"] == "set":
-            given.setdefault(row["sample_id"], {})[row["purpose"]] = row
+    flipped, names, given = claims.outcomes.flipped(), evidence.names, browse.given_answers(evidence)
     queues = []
     for task in evidence.far:
-        ids = [key for key, sample in evidence.questions.items() if sample.task == task and key in given]
+        ids = [key for key, sample in evidence.questions.items() if sample.task == task and given[key]]
         queues.append(sorted(ids, key=lambda key: (key not in flipped, key)))
     turns = [queue[i] for i in range(most) for queue in queues if i < len(queue)]
-    shown = [(model, names.label(model), names.colour(model)) for model in evidence.roles.models]
+    shown: list[tuple[tuple[str, ...], str, str]] = [
+        ((model,), names.label(model), names.colour(model)) for model in evidence.roles.models
+    ]
     shown += [
-        (edit.name, _edited(evidence, edit), SET_COLOUR)
+        ((edit.name, SET), _edited(evidence, edit), SET_COLOUR)
         for edit in set_figures.edits(evidence)
         if edit.name in (ZERO_TUNED, AMPLIFY_ORIGINAL)
     ]
