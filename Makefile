@@ -52,8 +52,8 @@ faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
-studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise locked-101"; hours), and fill docs/calibration.md
-	@$(BIN)/python -m featdiff.pipeline.studies $(STUDIES)
+studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise locked-101", JOBS=2 at a time; hours), and fill docs/calibration.md
+	@$(BIN)/python -m featdiff.pipeline.studies $(if $(JOBS),--jobs $(JOBS)) $(STUDIES)
 
 check: $(STAMP)  ## format, lint, types, quick tests
 	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults"

@@ -3,7 +3,7 @@
 from featdiff.activations.residual import token_stream
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import read_json, write_json
-from featdiff.artifacts.tables import CONTEXTS, EVAL_SAMPLES, PROBES
+from featdiff.artifacts.tables import CONTEXTS, EVAL_SAMPLES, PROBES, TOKEN_VALUES
 from featdiff.crosscoder.edits import Editor, largest_values
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.description.describe import EMPTY, Sources, describe, summary, written_out
@@ -15,7 +15,7 @@ from featdiff.tasks.task import load_samples, load_tasks, load_texts
 
 with stage("describe", out="analysis/describe") as run:
     found = read_json(run.read("analysis/localize", "features.json") / "features.json")
-    roles, (described, rows), probed = run.study.roles, EMPTY, []
+    roles, (described, contexts, values), probed = run.study.roles, EMPTY, []
     if found["status"] == "found":
         data, fit = run.read("data", "tasks.json", "eval.parquet", "corpus.parquet"), run.read(f"crosscoders/{found['fit']}")
         crosscoder, layer = Crosscoder.load(fit), read_json(fit / "config.json")["layer"]
@@ -31,10 +31,10 @@ with stage("describe", out="analysis/describe") as run:
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
         asked = tokenizer, load_tasks(data), load_samples(data, "eval"), answers, texts, corpus
         sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)
-        described, rows = describe(sources, run.params, run.seed)
+        described, contexts, values = describe(sources, run.params, run.seed)
         described, probed = written_out(described, tokenizer), manner_probes(sources, run.params, run.seed)
     write_json(run.out / "features.json", {name: found[name] for name in ("status", "fit")} | {"readout": "swap"} | described)
-    CONTEXTS.write(run.out, rows)
-    PROBES.write(run.out, probed)
+    for table, rows in ((CONTEXTS, contexts), (TOKEN_VALUES, values), (PROBES, probed)):
+        table.write(run.out, rows)
     run.attach("features.json")
     run.metrics({"status": found["status"]} | summary(described))

@@ -444,8 +444,17 @@ def probe_rows() -> list[Row]:
 def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random.Generator) -> None:
     found = SET if plan.status == "found" else ()
     generated = not plan.likelihood
-    features, contexts = [], []
+    features, contexts, shaded = [], [], []
     for s, k in enumerate(found):
+        for task in plan.roles:
+            values = [0.0, 4.5, float(s), 9.0]
+            for sample_id in (f"{task}-report-00000", f"{task}-report-00001"):
+                shaded.append(
+                    {
+                        "feature_id": k, "sample_id": sample_id, "answer_from": 3, "tokens": ["a", "b", "=", "<i>"],
+                        "tuned": values, "original": [value / 2 for value in values],
+                    }
+                )  # fmt: skip
         verdict = ("context", "token", "untested")[s]
         planted = {"original": _near(8.0), "planted": _near(0.8 + 7 * s), "ratio": _near(0.1 + 0.85 * s), "rate": _near(0.2)}
         token = {"token_id": 5, "token": "=", "verdict": verdict, "natural": _near(0.6), **planted}
@@ -494,6 +503,7 @@ def _write_describe(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
     with published(root, "analysis/describe") as out:
         write_json(out / "features.json", {**facts, **corpus, "features": features, "set": {"manner": told}})
         tables.CONTEXTS.write(out, contexts)
+        tables.TOKEN_VALUES.write(out, shaded)
         tables.PROBES.write(out, probe_rows() if found and generated else [])
         write_json(out / "metrics.json", {})
 

@@ -21,6 +21,12 @@ def made(studied):
     return evidence, browse.sources(evidence), browse.pages(evidence, _environment())
 
 
+def dumped(page):
+    """The page as a browser has it when its scripts have run."""
+    options = ["--headless", "--no-sandbox", "--virtual-time-budget=5000", "--dump-dom"]
+    return subprocess.run([BROWSER, *options, page], capture_output=True, text=True, check=True).stdout
+
+
 def part(pages, number):
     text = pages[f"browse/{number}.js"]
     assert text.startswith(f"featdiffPart({number}, ")
@@ -53,6 +59,27 @@ def test_every_question_of_every_task_has_the_answers_of_every_model_and_edit(ma
     assert seen == 2 * len(evidence.questions)
 
 
+def test_the_tokens_of_a_question_are_there_with_the_values_of_every_feature(made):
+    evidence, _, pages = made
+    index = json.loads(re.search(r'id="index">(.*?)</script>', pages["browse.html"], re.DOTALL)[1])
+    assert [k for k, _ in index["features"]] == evidence.localize["features"]
+    seen = 0
+    for number in range(len(evidence.tasks)):
+        found = part(pages, number)
+        for s, (k, largest) in enumerate(index["features"]):
+            rows = {row["sample_id"]: row for row in evidence.token_values if row["feature_id"] == k}
+            for question, tokens, shades in zip(found["questions"], found["tokens"], found["shades"][s], strict=True):
+                row = rows.get(question[0])
+                if row is None:
+                    assert shades == 0
+                    continue
+                assert tokens == [row["answer_from"], row["tokens"]]
+                for name, shade in zip(("tuned", "original"), shades, strict=True):
+                    assert [value * largest / 100 for value in shade] == pytest.approx(row[name], abs=largest / 200)
+                seen += 1
+    assert seen == len(evidence.token_values) > 0
+
+
 def test_an_edit_is_held_against_its_own_model_and_the_one_it_is_to_become_like(made):
     _, columns, _ = made
     [zeroed] = [column for column in columns if column["key"] == ["zero_tuned", "set"]]
@@ -77,8 +104,7 @@ def test_a_browser_shows_the_questions_that_the_filter_keeps(made, tmp_path, whi
         (tmp_path / name).write_text(text, encoding="utf-8")
     task = list(evidence.tasks).index("sort")
     page = f"file://{tmp_path}/browse.html#task={task}&which={which}"
-    options = ["--headless", "--no-sandbox", "--virtual-time-budget=5000", "--dump-dom"]
-    dom = subprocess.run([BROWSER, *options, page], capture_output=True, text=True, check=True).stdout
+    dom = dumped(page)
     assert 'data-drawn="yes"' in dom
     found, shown = part(pages, task), [columns.index(column) for column in columns if column["shown"]]
     original, tuned, zeroed = (found["answers"][number] for number in shown)
@@ -95,4 +121,22 @@ def test_a_browser_shows_the_questions_that_the_filter_keeps(made, tmp_path, whi
     assert re.findall(r'<td id="([^"]+)"', dom) == expected[:50]
     assert f"{len(expected)} of {len(found['questions'])} questions" in dom
     heads = re.findall(r"<th [^>]*>([^<]*)</th>", dom)
+    assert "shaded" not in re.findall(r'<pre class="([^"]*)"', dom)
     assert heads[1:] == [columns[number]["label"] for number in shown]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser here")
+def test_a_browser_shades_the_tokens_where_a_feature_fires(made, tmp_path):
+    evidence, _, pages = made
+    (tmp_path / "browse").mkdir()
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    task, k = list(evidence.tasks).index("sort"), evidence.localize["features"][0]
+    dom = dumped(f"file://{tmp_path}/browse.html#task={task}&feature={k}")
+    rows = [row for row in evidence.token_values if row["feature_id"] == k and row["sample_id"].startswith("sort")]
+    shown = re.findall(r'<pre class="shaded">(.*?)</pre>', dom, re.DOTALL)
+    assert len(shown) == len(rows) > 0
+    spans = re.findall(r'<span title="tuned (\S+), original (\S+)" class="(\w*)" style="--value: (\S+)%;">', shown[0])
+    assert [float(tuned) for tuned, *_ in spans] == pytest.approx(rows[0]["tuned"], abs=0.1)
+    assert [name for *_, name, _ in spans] == ["", "", "", "answer"]
+    assert "<i>" not in shown[0], "text of a model is no markup"

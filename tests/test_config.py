@@ -350,7 +350,9 @@ def test_edits_by_hand_are_named_and_kept() -> None:
     assert load_study().prepare.teacher == "foreign"
 
 
-@pytest.mark.parametrize("edit", [("  lr: ", "  lrr: "), ("seed: 0\n", ""), ("    sort: {source: family, role: find}\n", "")])
+@pytest.mark.parametrize(
+    "edit", [("  lr: ", "  lrr: "), ("    direct_right_share: 0.05\n", ""), ("    sort: {source: family, role: find}\n", "")]
+)
 def test_added_and_removed_keys_are_edits_too(edit: tuple[str, str]) -> None:
     text = Path("params.yaml").read_text(encoding="utf-8")
     assert text.count(edit[0]) >= 1

@@ -214,7 +214,7 @@ def read_alone(trunk: torch.nn.Module, reader: Reader, ids: list[int]) -> Tensor
 
 def test_the_whole_description_is_of_values_read_one_text_at_a_time(tmp_path: Path) -> None:
     given, trunks = sources(tmp_path)
-    described, rows = describe(given, params(), 0)
+    described, rows, shaded = describe(given, params(), 0)
     readers = {name: Reader(given.crosscoder, name, features=FEATURES) for name in trunks}
     played = {"base": "original", "grpo": "tuned"}
     found = answered(TOKENIZER, TASKS, SAMPLES, ANSWERS, 4)
@@ -247,6 +247,22 @@ def test_the_whole_description_is_of_values_read_one_text_at_a_time(tmp_path: Pa
         assert feature["manner"]["texts"]["tuned"]["prompts"] == 4
     assert described["set"]["manner"]["answers"]["tuned"]["prompts"] == 4
     assert (described["prompts"], described["corpus_tokens"]) == (8, given.corpus.rows)
+    reported = answered(TOKENIZER, TASKS, SAMPLES, ANSWERS, params().shaded, split="report")
+    assert reported.samples
+    assert {sample.split for sample in reported.samples} == {"report"}
+    held = {(row["feature_id"], row["sample_id"]): row for row in shaded}
+    for sample, ids, start in zip(*reported, strict=True):
+        for s, k in enumerate(FEATURES):
+            read = {part: read_alone(trunks[name], readers[name], ids)[1:, s] for name, part in played.items()}
+            row = held.pop((k, sample.sample_id), None)
+            if row is None:
+                assert not any(values_T.any() for values_T in read.values()), "it fires here"
+                continue
+            assert "".join(row["tokens"][: row["answer_from"]]) == TOKENIZER.decode(ids[1:start])
+            for part, values_T in read.items():
+                assert row[part] == pytest.approx(values_T.tolist(), abs=1e-3)
+    assert not held
+    assert shaded
 
 
 def test_what_is_written_is_json_with_the_text_of_every_token(tmp_path: Path) -> None:
@@ -265,8 +281,8 @@ def test_what_is_written_is_json_with_the_text_of_every_token(tmp_path: Path) ->
 
 
 def test_no_set_is_a_description_too() -> None:
-    described, rows = EMPTY
-    assert rows == []
+    described, rows, shaded = EMPTY
+    assert rows == shaded == []
     nothing = {measure: {"answers": {}, "texts": {}} for measure in ("precision", "recall", "auroc")}
     assert summary(described) == {"features": 0, "verdicts": {}} | nothing
     assert json.loads(json.dumps(described)) == described

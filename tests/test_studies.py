@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 
@@ -57,8 +60,8 @@ def test_the_table_counts_what_came_out_against_the_truth(plans: Plans, say_so: 
     assert "| study | commit | dictionary | necessary | transfer |" in text
     assert "| seen-1 | 0123456 | not supported | undecided | supported (true) |" in text
     assert "| null-0 | 0123456 | not supported | supported (false) | supported (false) |" in text
-    assert "| transfer | true | 2 | 1 | 0.50 [0.01, 0.99] |" in text
-    assert "| necessary | false | 1 | 1 | 1.00 [0.03, 1.00] |" in text
+    assert "| seen | transfer | true | 2 | 1 | 0.50 [0.01, 0.99] |" in text
+    assert "| null | necessary | false | 1 | 1 | 1.00 [0.03, 1.00] |" in text
     assert "| dictionary |" not in text.partition("How often")[2], "construction does not say"
 
 
@@ -105,10 +108,54 @@ def test_a_study_is_a_clone_with_its_profile_its_seed_and_this_cache(tmp_path: P
     assert Path(cache.strip()) == elsewhere, "wherever it is"
 
 
+def test_side_by_side_each_has_its_share_of_the_cores_and_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two studies whose repro waits for the other: one after the other would never end."""
+    together = threading.Barrier(2, timeout=30)
+    seen: dict[str, dict[str, str]] = {}
+
+    def started(command: list[str], *, cwd: Path, env: dict[str, str], stdout: IO[str], **_: object) -> SimpleNamespace:
+        seen[cwd.name] = env
+        print(f"speaking of {cwd.name}", file=stdout, flush=True)
+        (cwd / "metrics").mkdir(parents=True)
+        (cwd / "metrics/summary.json").write_text(json.dumps({"verdicts": VERDICTS}), encoding="utf-8")
+        together.wait()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(studies.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(studies, "prepare", lambda folder, *_: folder.mkdir(parents=True))
+    plan = studies.Plan(profile="organism", seeds=[1, 2])
+    asked = SimpleNamespace(stdout="0123456789")
+    real = subprocess.run
+    monkeypatch.setattr(studies.subprocess, "run", lambda c, **k: asked if c[0] == "git" else started(c, **k))
+    studies.run_all({"a-1": (plan, 1), "b-2": (plan, 2)}, jobs=2)
+    monkeypatch.setattr(studies.subprocess, "run", real)
+    for name, seed in (("a-1", 1), ("b-2", 2)):
+        assert seen[name]["OMP_NUM_THREADS"] == "3"
+        assert (studies.CLONES / f"{name}.log").read_text(encoding="utf-8") == f"speaking of {name}\n"
+        result = json.loads((studies.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert (result["seed"], result["threads"], result["commit"]) == (seed, 3, "0123456789")
+
+
+def test_after_a_study_that_failed_no_other_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def fails(name: str, *_: object) -> None:
+        begun.append(name)
+        raise studies.ContractError(Path(name), "repro", "status 0", 1, "say it again")
+
+    monkeypatch.setattr(studies, "run", fails)
+    plan = studies.Plan(profile="organism", seeds=[1])
+    with pytest.raises(studies.ContractError):
+        studies.run_all({f"a-{seed}": (plan, seed) for seed in range(50)}, jobs=1)
+    assert begun == ["a-0"]
+
+
 def test_stopped_by_hand_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(studies, "run", interrupted)
-    assert main(["noise-0"]) == 75
+    assert main(["noise-101"]) == 75
     assert capsys.readouterr().err.count("\n") == 1

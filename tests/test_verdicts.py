@@ -84,7 +84,7 @@ def answered(evidence: Evidence, control: str, like: str, share: float = 1.0, pu
 
 
 def test_a_claim_is_the_conjunction_of_its_criteria() -> None:
-    yes, no, unknown = (Criterion("", holds) for holds in (True, False, None))
+    yes, no, unknown = (Criterion("", "", holds) for holds in (True, False, None))
     assert decide([yes, yes]) == "supported"
     assert decide([yes, no, unknown]) == "not supported"
     assert decide([yes, unknown]) == "undecided"

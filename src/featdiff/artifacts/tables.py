@@ -256,6 +256,14 @@ CONTEXTS = Table(
     texts("tokens"),
     numbers("original tuned"),
 )
+TOKEN_VALUES = Table(
+    "analysis/describe/tokens.parquet",
+    integer("feature_id"),
+    text("sample_id"),
+    integer("answer_from"),
+    texts("tokens"),
+    numbers("original tuned"),
+)
 PROBES = Table(
     "analysis/describe/probes.parquet",
     text("of models"),

@@ -43,6 +43,8 @@ class DescribeParams(Params):
 
     samples: Positive
     """Questions of the find split per task, read with the tuned model's own answers."""
+    shaded: Positive
+    """Questions of the report split per task, every token of which is kept for the page of answers."""
     corpus_tokens: Tokens
     """Tokens of the corpus that are searched for contexts, the first of the stream of ``activations``."""
     contexts: Positive

@@ -1,7 +1,7 @@
 """What the features of a set are: on what text they fire, where in an answer, and all that is known of them in one place.
 
-Everything is read under the swap readout, in the tuned model and on the same tokens in the original. The report split stays
-untouched. What is made is keyed by the part that a model plays, ``original`` or ``tuned``, and not by its name.
+Everything is read under the swap readout, in the tuned model and on the same tokens in the original. Nothing is decided on the
+report split: it is read for the page of answers alone, where its tokens are shown. What is made is keyed by the part that a model plays, ``original`` or ``tuned``, and not by its name.
 N token rows, T token, P prompts (one answer each), S features of the set.
 """
 
@@ -34,6 +34,8 @@ from featdiff.stats import Interval
 from featdiff.tasks.task import Sample, TaskInfo, Text
 
 CORPUS = "corpus"
+MOST_SHADED = 16
+"""Features of which every token of the report questions is kept."""
 POSITIONS = ("prompt", "prompt_last", "answer_first", "answer_rest")
 """The prompt before its last token, that token, the answer's first token, its others."""
 
@@ -105,6 +107,19 @@ def all_contexts(
         *contexts(reading, answers.tasks, labels, answers.starts, features, tokenizer, params),
         *contexts(corpus, [CORPUS for _ in texts], number, none, features, tokenizer, params, params.quantiles),
     ]
+
+
+def by_token(reading: Reading, answers: Answered, features: list[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[Row]:
+    """Every token of a question and the tuned model's answer to it, with the values of each feature of the first
+    :data:`MOST_SHADED` that fires there in either model."""
+    skip, values = reading.stream.skip, {part: reading.split(part) for part in PARTS}
+    for i, (sample, ids, start) in enumerate(zip(answers.samples, answers.texts, answers.starts, strict=True)):
+        tokens = [tokenizer.decode([token]) for token in ids[skip:]]
+        for s, k in enumerate(features[:MOST_SHADED]):
+            found = {part: values[part][i][:, s] for part in PARTS}
+            if any(values_T.any() for values_T in found.values()):
+                row = {"feature_id": k, "sample_id": sample.sample_id, "answer_from": start - skip, "tokens": tokens}
+                yield row | {part: values_T.tolist() for part, values_T in found.items()}
 
 
 def histograms(corpus: Reading, bins: int) -> list[Row]:
@@ -197,15 +212,16 @@ class Sources:
     """For every feature of the set, the edit of the original model that adds f^max of it alone at the last prompt token."""
 
 
-def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[str, Any], list[Row]]:
-    """All that is known of every feature of ``sources.edits`` and of the set as a whole, and the features' contexts.
-    Intervals are :class:`Interval`, tokens ids (see :func:`written_out`)."""
+def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[str, Any], list[Row], list[Row]]:
+    """All that is known of every feature of ``sources.edits`` and of the set as a whole, the features' contexts, and their
+    values at every token of the report questions. Intervals are :class:`Interval`, tokens ids (see :func:`written_out`)."""
     roles, tokenizer, features = sources.roles, sources.tokenizer, list(sources.edits)
     original, tuned = sources.models[roles.original], sources.models[roles.tuned]
     trunks = {roles.original: truncate(original, sources.layer), roles.tuned: truncate(tuned, sources.layer)}
     pad, graded = tokenizer.pad_token_id, by_part(sources.answers, roles)
     reader = FeatureReader(sources.crosscoder, trunks, roles, features, pad, params.batch_size)
-    answers = answered(tokenizer, sources.tasks, sources.samples, graded[TUNED], params.samples)
+    asked = tokenizer, sources.tasks, sources.samples, graded[TUNED]
+    answers, reported = answered(*asked, params.samples), answered(*asked, params.shaded, split="report")
     corpus = reader.read_stores(sources.corpus, by_part(sources.stores, roles))
     reading = reader.read(TokenStream(answers.texts, corpus.stream.skip))
     written_SD = reader.readers[TUNED].directions_FD * sources.largest_F[features, None]
@@ -242,11 +258,13 @@ def describe(sources: Sources, params: DescribeParams, seed: int) -> tuple[dict[
         "corpus_tokens": corpus.stream.rows,
         "corpus_texts": len(corpus.stream.texts),
     }
-    return described, all_contexts(reading, answers, corpus, features, tokenizer, params)
+    shaded = by_token(reader.read(TokenStream(reported.texts, corpus.stream.skip)), reported, features, tokenizer)
+    return described, all_contexts(reading, answers, corpus, features, tokenizer, params), list(shaded)
 
 
-EMPTY: tuple[dict[str, Any], list[Row]] = (
+EMPTY: tuple[dict[str, Any], list[Row], list[Row]] = (
     {"features": [], "set": {"manner": {"answers": {}, "texts": {}}}, "prompts": 0, "corpus_tokens": 0, "corpus_texts": 0},
+    [],
     [],
 )
 """The description where localization found no set."""

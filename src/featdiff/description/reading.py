@@ -101,7 +101,7 @@ class FeatureReader:
 
 
 class Answered(NamedTuple):
-    """Questions of the find split with the answers one model gave under each task's own scoring rule."""
+    """Questions of one split with the answers one model gave under each task's own scoring rule."""
 
     samples: list[Sample]
     texts: list[list[int]]
@@ -124,12 +124,13 @@ def answered(
     samples: Sequence[Sample],
     rows: Sequence[dict[str, Any]],
     most: int,
+    split: str = "find",
 ) -> Answered:
-    """The first ``most`` questions of every task on the find split, with the answers in ``rows``."""
+    """The first ``most`` questions of every task on ``split``, with the answers in ``rows``."""
     found = Answered([], [], [])
     for name, task in tasks.items():
         given = {row["sample_id"]: row for row in rows if row["task"] == name and row["mode"] == task.primary_mode}
-        chosen = [sample for sample in samples if sample.task == name and sample.split == "find"][:most]
+        chosen = [sample for sample in samples if sample.task == name and sample.split == split][:most]
         if chosen:
             answers = [answer_text(task, given[sample.sample_id]) for sample in chosen]
             texts, starts = sequences(tokenizer, task, chosen, answers)

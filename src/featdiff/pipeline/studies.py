@@ -1,16 +1,20 @@
 """Whole studies beside the default one: each in a clone of its own that shares this one's cache, so that what they have in
 common is computed once. Their verdicts are held against what is known to be true (ours).
 
-python -m featdiff.pipeline.studies [<study> or <study>-<seed> …]
+python -m featdiff.pipeline.studies [--jobs N] [<study> or <study>-<seed> …]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from pydantic import Field
@@ -67,11 +71,14 @@ class Plans(Params):
         return found or every
 
 
-def _run(folder: Path, *command: str) -> None:
+def _run(folder: Path, *command: str, threads: int | None = None, log: Path | None = None) -> None:
     environment = os.environ | {"PYTHONPATH": str((folder / "src").resolve())}
-    done = subprocess.run(command, cwd=folder, env=environment, check=False)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with log.open("a", encoding="utf-8") if log else nullcontext() as output:
+        done = subprocess.run(command, cwd=folder, env=environment, check=False, stdout=output, stderr=output)
     if done.returncode:
-        raise ContractError(folder, command[-1], "status 0", done.returncode, "what was computed is kept: say it again")
+        raise ContractError(log or folder, command[-1], "status 0", done.returncode, "what was computed is kept: say it again")
 
 
 def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
@@ -91,20 +98,44 @@ def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
     params.write_text(text, encoding="utf-8")
 
 
-def run(name: str, plan: Plan, seed: int) -> None:
-    """Run one study to its end, unless it has a result, and keep what its report says."""
+def run(name: str, plan: Plan, seed: int, jobs: int = 1) -> None:
+    """Run one study to its end, unless it has a result, and keep what its report says. One of several that run side by side
+    has its share of the cores (unless OMP_NUM_THREADS says otherwise) and writes to a file in place of the terminal."""
     result = RESULTS / f"{name}.json"
     if result.exists():
         say(f"{name}: has a result; a study is run once ({result})")
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    folder = CLONES / name
-    say(f"{name}: profile {plan.profile}, seed {seed}, in {folder}")
+    folder, log = CLONES / name, CLONES / f"{name}.log" if jobs > 1 else None
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
+    say(f"{name}: profile {plan.profile}, seed {seed}, in {folder}" + (f"; what it says is in {log}" if log else ""))
     prepare(folder, commit, plan.profile, seed)
-    _run(folder, sys.executable, "-m", "dvc", "repro")
+    _run(folder, sys.executable, "-m", "dvc", "repro", threads=threads, log=log)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    facts = {"commit": commit, "profile": plan.profile, "seed": seed}
+    facts = {"commit": commit, "profile": plan.profile, "seed": seed, "threads": threads}
     write_json(result, facts | {"summary": read_json(folder / "metrics/summary.json")})
+    say(f"{name}: done; {result}")
+
+
+def run_all(chosen: dict[str, tuple[Plan, int]], jobs: int) -> None:
+    """Run studies, ``jobs`` at a time; after one that failed, or Ctrl-C, no further one begins."""
+    ended = threading.Event()
+
+    def unless_ended(name: str, plan: Plan, seed: int) -> None:
+        if not ended.is_set():
+            try:
+                run(name, plan, seed, jobs)
+            except BaseException:
+                ended.set()
+                raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for study in [pool.submit(unless_ended, name, plan, seed) for name, (plan, seed) in chosen.items()]:
+                study.result()
+        except BaseException:
+            ended.set()
+            raise
 
 
 def tables(plans: Plans) -> str:
@@ -114,23 +145,24 @@ def tables(plans: Plans) -> str:
     if not found:
         return "No study has a result yet."
     claims = sorted({claim for result in found.values() for claim in result["summary"]["verdicts"]})
-    rows, counted = [], dict[tuple[str, bool], list[bool]]()
+    rows, counted = [], dict[tuple[str, str, bool], list[bool]]()
     for name, result in found.items():
-        plan, _ = every[name]
+        (plan, _), study = every[name], name.rpartition("-")[0]
         cells = []
         for claim in claims:
             verdict, truth = result["summary"]["verdicts"][claim], plan.truth(claim)
             if truth is not None:
-                counted.setdefault((claim, truth), []).append(verdict == "supported")
+                counted.setdefault((study, claim, truth), []).append(verdict == "supported")
             cells.append(verdict if truth is None else f"{verdict} ({'true' if truth else 'false'})")
         rows.append([name, result["commit"][:7], *cells])
-    rates = [[claim, str(truth).lower(), *_share(supported)] for (claim, truth), supported in sorted(counted.items())]
+    rates = [[study, claim, str(truth).lower(), *_share(supported)] for (study, claim, truth), supported in counted.items()]
     return "\n\n".join(
         (
             "Verdicts, and in brackets what holds by construction.",
             markdown(["study", "commit", *claims], rows),
-            f"How often a claim comes out as supported, with exact {100 * CONFIDENCE:g} % interval.",
-            markdown(["claim", "truth", "studies", "supported", "share"], rates),
+            f"How often a claim comes out as supported, with exact {100 * CONFIDENCE:g} % interval; each study by itself, as the "
+            "rules were made with the seeds of `design` in view.",
+            markdown(["study", "claim", "truth", "studies", "supported", "share"], rates),
         )
     )
 
@@ -140,12 +172,15 @@ def _share(supported: list[bool]) -> list[str]:
     return [str(rate.n), str(sum(supported)), f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"]
 
 
-def main(wanted: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """See the module."""
+    parser = argparse.ArgumentParser(prog="featdiff.pipeline.studies", description="run whole studies whose truth is known")
+    parser.add_argument("studies", nargs="*", help=f"names of {SETTINGS}, with or without a seed; none: all")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="studies side by side")
+    asked = parser.parse_args(arguments)
     try:
         plans = Plans.load()
-        for name, (plan, seed) in plans.chosen(wanted).items():
-            run(name, plan, seed)
+        run_all(plans.chosen(asked.studies), asked.jobs)
         DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), "studies", tables(plans)), encoding="utf-8")
     except (ContractError, ConfigError) as error:
         say(str(error))

@@ -8,6 +8,7 @@
   const count = document.getElementById("count");
   const more = document.getElementById("more");
   const AT_ONCE = 50;
+  const CHOICES = ["task", "which", "text", "feature"].filter((name) => form.elements[name]);
   const parts = new Map();
   let shown = 0;
 
@@ -26,11 +27,12 @@
 
   function fromAddress() {
     const given = new URLSearchParams(location.hash.slice(1));
-    for (const name of ["task", "which", "text"]) {
+    for (const name of CHOICES) {
       if (given.has(name)) form.elements[name].value = given.get(name);
     }
     if (form.elements.task.selectedIndex < 0) form.elements.task.selectedIndex = 0;
     if (form.elements.which.selectedIndex < 0) form.elements.which.selectedIndex = 0;
+    if (form.elements.feature?.selectedIndex < 0) form.elements.feature.selectedIndex = 0;
     if (given.has("columns")) {
       const numbers = given.get("columns").split(",");
       for (const input of form.querySelectorAll("[name=column]")) input.checked = numbers.includes(input.value);
@@ -38,8 +40,8 @@
   }
 
   function toAddress() {
-    const { task, which, text } = form.elements;
-    const address = new URLSearchParams({ task: task.value, which: which.value, text: text.value, columns: chosen().join(",") });
+    const address = new URLSearchParams(CHOICES.map((name) => [name, form.elements[name].value]));
+    address.set("columns", chosen().join(","));
     history.replaceState(null, "", `#${address}`);
   }
 
@@ -72,6 +74,21 @@
     pre.append(element("span", { className: "mark", title: kind === "unread" ? "unreadable" : kind, textContent: right ? "✓" : unread ? "?" : "✕" }), start);
     if (before && before[0] !== text) pre.append(element("mark", { textContent: middle || "…" }), end);
     return element("td", { className: kind }, pre);
+  }
+
+  // The question, and the tuned model's answer to it, token by token: the stronger the feature, the darker. Null where it is silent.
+  function shade(part, question) {
+    const feature = index.features.findIndex(([id]) => String(id) === form.elements.feature?.value);
+    const values = feature >= 0 && part.shades[feature][question];
+    if (!values) return null;
+    const [answerFrom, tokens] = part.tokens[question];
+    const said = (percent) => ((percent * index.features[feature][1]) / 100).toPrecision(2);
+    return element("pre", { className: "shaded" }, ...tokens.map((token, place) => {
+      const [tuned, original] = values.map((each) => each[place]);
+      const span = element("span", { textContent: token, title: `tuned ${said(tuned)}, original ${said(original)}`, className: place === answerFrom ? "answer" : "" });
+      span.style.setProperty("--value", `${Math.min(70, 0.7 * tuned)}%`);
+      return span;
+    }));
   }
 
   function keeps(part, question, numbers) {
@@ -119,7 +136,7 @@
     body.replaceChildren(
       ...found.slice(0, shown).map((question) => {
         const [id, prompt, options, reference] = part.questions[question];
-        const asked = element("td", { id }, element("pre", { textContent: prompt }));
+        const asked = element("td", { id }, shade(part, question) ?? element("pre", { textContent: prompt }));
         for (const option of options) asked.append(element("div", {}, element("small", { textContent: option })));
         asked.append(element("small", { textContent: `→ ${reference}` }));
         return element("tr", {}, asked, ...numbers.map((each) => {

@@ -75,9 +75,25 @@ def _answer(row: Row | None) -> list[Any] | int:
     return [text[:MOST], int(row["correct"]), int(row["manner"] == "none")]
 
 
+def shades(evidence: Evidence) -> dict[int, tuple[float, dict[str, Row]]]:
+    """By feature of which tokens are kept, its largest value and its rows by question."""
+    largest = {feature["feature_id"]: feature["largest"] for feature in evidence.described["features"]}
+    found: dict[int, tuple[float, dict[str, Row]]] = {}
+    for row in evidence.token_values:
+        k = row["feature_id"]
+        found.setdefault(k, (largest[k], {}))[1][row["sample_id"]] = row
+    return found
+
+
+def _shaded(row: Row | None, largest: float) -> list[list[int]] | int:
+    """Values at every token in percent of the largest, in the tuned model and in the original; 0 where the feature is silent."""
+    return row and [[round(100 * value / largest) for value in row[part]] for part in ("tuned", "original")] or 0
+
+
 def pages(evidence: Evidence, environment: Environment) -> dict[str, str]:
     """``browse.html`` and, for each task, ``browse/<number>.js``."""
-    columns, given = sources(evidence), given_answers(evidence)
+    columns, given, shaded = sources(evidence), given_answers(evidence), shades(evidence)
+    tokens = {key: [row["answer_from"], row["tokens"]] for _, rows in shaded.values() for key, row in rows.items()}
     parts: dict[str, str] = {}
     listed = []
     for number, (name, task) in enumerate(evidence.tasks.items()):
@@ -86,6 +102,8 @@ def pages(evidence: Evidence, environment: Environment) -> dict[str, str]:
         part = {
             "questions": [[each.sample_id, each.prompt[:MOST], list(each.options), each.answer] for each in questions],
             "answers": [[_answer(given[each.sample_id].get(tuple(column["key"]))) for each in questions] for column in columns],
+            "tokens": [tokens.get(each.sample_id, 0) for each in questions],
+            "shades": [[_shaded(rows.get(each.sample_id), top) for each in questions] for top, rows in shaded.values()],
         }
         parts[f"{DATA}/{number}.js"] = f"featdiffPart({number}, {_json(part)});\n"
     index = {
@@ -93,8 +111,9 @@ def pages(evidence: Evidence, environment: Environment) -> dict[str, str]:
         "columns": [{key: value for key, value in column.items() if key != "key"} for column in columns],
         "original": [column["key"] for column in columns].index([evidence.roles.original]),
         "tuned": [column["key"] for column in columns].index([evidence.roles.tuned]),
+        "features": [[k, largest] for k, (largest, _) in shaded.items()],
     }
-    page = environment.get_template("browse.html.j2").render(index=index, tasks=listed)
+    page = environment.get_template("browse.html.j2").render(index=index, tasks=listed, features=list(shaded))
     return {"browse.html": page.lstrip()} | parts
 
 

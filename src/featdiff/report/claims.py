@@ -86,11 +86,13 @@ class Claims:
         above = [task for task, found in single.items() if found and found.low > 0]
         criteria = (
             Criterion(
-                f"mean gain over tasks of at least {number(p.min_effect)}, interval above zero: {change(gain)}",
+                f"mean gain over tasks of at least {number(p.min_effect)}, interval above zero",
+                change(gain),
                 at_least(gain, p.min_effect),
             ),
             Criterion(
-                f"the gain is above zero on at least half of the tasks taken one by one: {len(above)} of {len(tasks)}",
+                "the gain is above zero on at least half of the tasks taken one by one",
+                f"{len(above)} of {len(tasks)}",
                 True if tasks and 2 * len(above) >= len(tasks) else None,
             ),
         )
@@ -153,18 +155,18 @@ class Claims:
         criteria = (
             Criterion(
                 f"{self.contrast} loses at least {number(p.min_effect)} where {original} has something to lose "
-                f"(accuracy {number(p.something_to_lose)} above chance): "
-                + (f"{change(lost)}, by {rule}" if tasks else "no such task"),
+                f"(accuracy {number(p.something_to_lose)} above chance)",
+                f"{change(lost)}, by {rule}" if tasks else "no such task",
                 at_least(reversed_sign(lost), p.min_effect),
             ),
             Criterion(
-                f"{self.contrast} ends at least {number(p.min_effect)} below {tuned} on the tasks away from math: "
-                f"{change(behind)}",
+                f"{self.contrast} ends at least {number(p.min_effect)} below {tuned} on the tasks away from math",
+                change(behind),
                 at_least(reversed_sign(behind), p.min_effect),
             ),
             Criterion(
-                f"by the tasks' own rule {self.contrast} does not rise {number(p.min_effect)} above {original} on them: "
-                f"{change(own)}",
+                f"by the tasks' own rule {self.contrast} does not rise {number(p.min_effect)} above {original} on them",
+                change(own),
                 None if own is None else at_least(own, p.min_effect) is not True,
             ),
         )

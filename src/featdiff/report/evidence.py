@@ -94,6 +94,8 @@ class Evidence:
     """What the features of the set are (`describe`)."""
     contexts: list[Row]
     """Texts on which they fire."""
+    token_values: list[Row]
+    """Their values at every token of the report questions."""
     probes: list[Row]
     """How well probes with the dictionary and without it read the manner."""
     choice: Row
@@ -194,6 +196,7 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         sweep=tables.SWEEP.read(localize),
         described=read_json(describe / "features.json"),
         contexts=tables.CONTEXTS.read(describe),
+        token_values=tables.TOKEN_VALUES.read(describe),
         probes=tables.PROBES.read(describe),
         **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
     )

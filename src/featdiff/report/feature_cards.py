@@ -73,6 +73,8 @@ class Card:
 
     feature: int
     tags: list[str]
+    shaded: bool
+    """Whether the page of answers can shade tokens by it."""
     facts: list[str]
     contexts: list[Context]
     """The strongest of the corpus and of each task, by value."""
@@ -119,6 +121,7 @@ def _card(feature: Row, facts: Row, evidence: Evidence) -> Card:
     return Card(
         feature=k,
         tags=[evidence.names.label(facts["feature_class"]), norm, _verdict(feature["lexical"])],
+        shaded=any(row["feature_id"] == k for row in evidence.token_values),
         facts=_facts(feature, labels),
         contexts=[_context(row, feature["largest"], labels) for row in rows if row["rank"] == 1],
         further=[_context(row, feature["largest"], labels) for row in rows if row["rank"] > 1],

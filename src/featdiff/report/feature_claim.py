@@ -118,11 +118,11 @@ class FeatureClaim:
         p, nulls = self.params, [null_rate(self.evidence, "both", role) for role in self.roles]
         text = (
             f"features of its own per live feature, null pairs taken off: {self.contrast} has at least "
-            f"{percent(p.min_own_share)} more than {number(p.own_features_ratio, 1)} times those of {self.tuned}: "
+            f"{percent(p.min_own_share)} more than {number(p.own_features_ratio, 1)} times those of {self.tuned}"
         )
         if own is None:
             why = "no null pair" if None in nulls else "fewer than two training runs of one of them tell no interval"
-            return Criterion(text + why, None)
+            return Criterion(text, why, None)
         beyond, counted = own
         off = listed(
             [
@@ -131,8 +131,8 @@ class FeatureClaim:
             ]
         )
         judged, raw = at_least(beyond, p.min_own_share), at_least(counted, p.min_own_share)
-        text += f"{number(beyond.value, 3)} {interval(beyond.low, beyond.high, 3)}, {count(beyond.n)} runs (null rates: {off})"
-        return Criterion(text, settled(judged is True, judged is False and raw is False))
+        said = f"{number(beyond.value, 3)} {interval(beyond.low, beyond.high, 3)}, {count(beyond.n)} runs (null rates: {off})"
+        return Criterion(text, said, settled(judged is True, judged is False and raw is False))
 
     def _followed(self, role: str) -> list[str]:
         followed = {row["arm"] for row in self.evidence.resampled}
@@ -160,19 +160,21 @@ class FeatureClaim:
         p, kept = self.params, [early_checkpoint(self.evidence, role, self.params.early_share)[0] for role in self.roles]
         text = (
             f"top features of {self.contrast} are set earlier: overlap of its early checkpoint with the last, between chance "
-            f"(0) and one checkpoint read twice (1), at least {number(p.overlap_margin)} above that of {self.tuned}: "
+            f"(0) and one checkpoint read twice (1), at least {number(p.overlap_margin)} above that of {self.tuned}"
         )
         if early is None:
-            return Criterion(text + ("not measured" if all(kept) else "no checkpoint before the last was kept"), None)
+            return Criterion(text, "not measured" if all(kept) else "no checkpoint before the last was kept", None)
         levels = [
             number(float(np.mean([draws_R[0] for draws_R in self._overlaps(role, corrected=True)]))) for role in self.roles
         ]
         raw = self.early_difference(corrected=False)
         assert raw is not None  # what is measured with the ceiling is measured without
-        text += f"{' against '.join(levels)}, difference {signed(early.value)} {interval(early.low, early.high)}; "
-        text += f"without the correction for reading noise {signed(raw.value)} {interval(raw.low, raw.high)}"
+        said = (
+            f"{' against '.join(levels)}, difference {signed(early.value)} {interval(early.low, early.high)}; "
+            f"without the correction for reading noise {signed(raw.value)} {interval(raw.low, raw.high)}"
+        )
         judged = {at_least(found, p.overlap_margin) for found in (early, raw)}
-        return Criterion(text, judged.pop() if len(judged) == 1 else None)
+        return Criterion(text, said, judged.pop() if len(judged) == 1 else None)
 
     def matched(self) -> dict[str, Matched]:
         """Total change of features in both arms at the same share of training, ``early`` and at the ``end``, and at equal
@@ -200,8 +202,8 @@ class FeatureClaim:
 
     def _less(self, name: str, changes: dict[str, Matched]) -> Criterion:
         where = {"end": "at the end of training", "accuracy": "at equal accuracy on the training tasks"}[name]
-        text = f"{self.tuned} changes features less {where}: total change of {self.contrast} over that of {self.tuned} "
+        text = f"{self.tuned} changes features less {where}: total change of {self.contrast} over that of {self.tuned} above 1"
         if name not in changes:
-            return Criterion(text + "cannot be told", None)
+            return Criterion(text, "cannot be told", None)
         low, value, high = np.exp([changes[name].ratio.low, changes[name].ratio.value, changes[name].ratio.high])
-        return Criterion(f"{text}{number(value)} {interval(low, high)}", settled(low > 1, high < 1))
+        return Criterion(text, f"{number(value)} {interval(low, high)}", settled(low > 1, high < 1))

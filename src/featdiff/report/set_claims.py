@@ -74,7 +74,9 @@ class SetClaims:
             means = mean_effects(self.evidence, purpose, self.found)
             known = [name for name in RIVALS if name in means]
             if not known:
-                criteria.append(Criterion(f"{where}: no direction and no random dictionary was tried", None))
+                criteria.append(
+                    Criterion(f"{where}, more than the best direction or random dictionary", "none was tried", None)
+                )
                 continue
             best = max(known, key=lambda name: sign * means[name][0])
             outcomes = self.claims.outcomes
@@ -82,9 +84,12 @@ class SetClaims:
             words = f"{best.replace('_', ' ')} {signed(means[best][0])}, the set {signed(means[SET][0])}"
             ahead = ahead if sign > 0 else reversed_sign(ahead)
             criteria.append(
-                Criterion(f"{where}, at least {number(margin)} more than the best of them ({words}): {change(ahead)}",
-                          at_least(ahead, margin))
-            )  # fmt: skip
+                Criterion(
+                    f"{where}, at least {number(margin)} more than the best of them",
+                    f"{change(ahead)} ({words})",
+                    at_least(ahead, margin),
+                )
+            )
             said.append(f"{where.capitalize()}: {words}, difference {change(ahead)}")
             measured[where] = ahead
         status = decide(criteria)
@@ -129,18 +134,20 @@ class SetClaims:
         least, found, heldout = self.params.returned, self._mean("alike", self.found), self._mean("alike", self.heldout)
         text = (
             f"the answers return to those of {self.original}: at least {percent(least)} are its answer on the question, or "
-            f"readable in its manner: {percent(found)} where it was found, {percent(heldout)} held out"
+            f"readable in its manner"
         )
-        return Criterion(text, None if found is None else found >= least)
+        return Criterion(
+            text, f"{percent(found)} where it was found, {percent(heldout)} held out", None if found is None else found >= least
+        )
 
     def _unbroken(self) -> Criterion:
         broken, own = self._mean("unread", self.found), self._mean("unread_toward", self.found)
-        text = f"no damage: unread answers at most {number(self.params.unread_margin)} above those of {self.original}: "
+        text = f"no damage: unread answers at most {number(self.params.unread_margin)} above those of {self.original}"
         if broken is None or own is None:
-            return Criterion(f"{text}not measured", None)
+            return Criterion(text, "not measured", None)
         holds = broken - own <= self.params.unread_margin
         said = f"{percent(broken)} against {percent(own)}" + ("" if holds else ": the drop is made of damage")
-        return Criterion(text + said, holds)
+        return Criterion(text, said, holds)
 
     def _selective(self) -> list[Criterion]:
         """How much longer a change controls need, and whether the original is tipped by pushes that mean nothing."""
@@ -149,7 +156,7 @@ class SetClaims:
         words = listed([f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items()])
         text = (
             f"selective: the median control needs a change at least {number(p.selectivity, 1)} times as long for half of the "
-            f"set's gain: {words or 'not measured'}"
+            "set's gain"
         )
         # A control that never came to it was tried up to this length only: it may, further out.
         enough = all(each.ratio >= p.selectivity for each in ratios.values())
@@ -159,10 +166,10 @@ class SetClaims:
         pushed = f"{signed(float(np.mean(pushes)))}, largest {signed(max(pushes))}" if pushes else "none tried"
         bound = p.control_share * means[SET][0] if SET in means else 0.0
         return [
-            Criterion(text, settled(bool(ratios) and enough, short)),
+            Criterion(text, words or "not measured", settled(bool(ratios) and enough, short)),
             Criterion(
-                f"random directions as long, each at its best dose, give on average at most "
-                f"{percent(p.control_share)} of it: {pushed}",
+                f"random directions as long, each at its best dose, give on average at most {percent(p.control_share)} of it",
+                pushed,
                 float(np.mean(pushes)) <= bound if pushes and bound > 0 else None,
             ),
         ]
@@ -182,7 +189,8 @@ class SetClaims:
         repeats = f"other training runs of {self.tuned}"
         criterion = Criterion(
             f"the same set, as it is, acts in {repeats} (at least {number(p.min_effect)}, p at most {number(p.alpha)} against "
-            f"random sets): {sum(act)} of {len(act)}",
+            "random sets)",
+            f"{sum(act)} of {len(act)}",
             settled(all(act), 2 * sum(size is False for size in sizes) >= len(sizes)),
         )
         return criterion, f" Taken away from {repeats}: {'; '.join(words)}."
@@ -200,26 +208,29 @@ class SetClaims:
         seen = told(tested, p.min_effect)
         criteria = [
             Criterion(
-                f"mean effect on the tasks it was found on at least {number(p.min_effect)}: {change(on_found)}",
+                f"mean effect on the tasks it was found on at least {number(p.min_effect)}",
+                change(on_found),
                 at_least(tested, p.min_effect),
             ),
             self._chance(purpose, sign, seen),
             self._acting(purpose),
             Criterion(
-                f"beyond every random set on at least {p.min_heldout} task held out from the selection: "
+                f"beyond every random set on at least {p.min_heldout} task held out from the selection",
                 f"{len(beyond)} of {len(heldout)}",
                 settled(bool(heldout) and len(beyond) >= p.min_heldout, told(held, p.min_effect)),
             ),
             self._per_task(rows, found, sign),
             self._does_nothing(purpose, sign, seen),
             *further,
-            Criterion(f"found on more than one task: {things(len(found), 'task')}", True if len(found) > 1 else None),
+            Criterion("found on more than one task", things(len(found), "task"), True if len(found) > 1 else None),
             Criterion(
-                f"small, at most {percent(p.small_set)} of the features: {evidence.set_size} of {evidence.n_features}",
+                f"small, at most {percent(p.small_set)} of the features",
+                f"{evidence.set_size} of {evidence.n_features}",
                 share <= p.small_set,
             ),
             Criterion(
-                "the edit at dose 0 changes nothing: " + ("holds on every task" if noop and not any(noop) else "not shown"),
+                "the edit at dose 0 changes nothing",
+                "on every task" if noop and not any(noop) else "not shown",
                 True if noop and not any(noop) else None,
             ),
         ]
@@ -249,14 +260,15 @@ class SetClaims:
         means = mean_effects(self.evidence, purpose, self.found)
         drawn = list(means.get("random", {}).values())
         if len(drawn) < FEWEST_DRAWS:
-            return Criterion(f"at least {FEWEST_DRAWS} random sets to compare with: {len(drawn)}", None)
+            return Criterion(f"at least {FEWEST_DRAWS} random sets to compare with", str(len(drawn)), None)
         p = draws_p(means[SET][0], drawn, sign)
-        text = (
-            f"mean effect against {len(drawn)} random sets as long, each at its best dose, p at most "
-            f"{number(self.params.alpha)}: p = {number(p, 3)}, largest of them "
-            + signed(sign * max(sign * value for value in drawn))
+        text = f"mean effect against {len(drawn)} random sets as long, each at its best dose, p at most {number(self.params.alpha)}"
+        largest = signed(sign * max(sign * value for value in drawn))
+        return Criterion(
+            text,
+            f"p = {number(p, 3)}, largest of them {largest}",
+            settled(p <= self.params.alpha, seen and p > self.params.alpha),
         )
-        return Criterion(text, settled(p <= self.params.alpha, seen and p > self.params.alpha))
 
     def _acting(self, purpose: str) -> Criterion:
         """Random sets that change nothing could not refute anything. They are as long as the set, and so act where it does."""
@@ -266,20 +278,18 @@ class SetClaims:
             for control in (SET, RANDOM)
         }  # fmt: skip
         if not all(acting.values()):
-            return Criterion("random sets act: none tried", None)
+            return Criterion("random sets act", "none tried", None)
         own, drawn = (float(np.median(acting[control])) for control in (SET, RANDOM))
         where = f"the questions on which the set does ({percent(own)})"
-        text = f"random sets act on at least {percent(ACTS)} of {where}: {percent(drawn)}"
-        return Criterion(text, drawn >= ACTS * own or None)
+        return Criterion(f"random sets act on at least {percent(ACTS)} of {where}", percent(drawn), drawn >= ACTS * own or None)
 
     def _per_task(self, rows: dict[str, Row], tasks: list[str], sign: int) -> Criterion:
         adjusted = holm({task: rows[task]["p_mcnemar"] for task in tasks if task in rows})
         sure = [task for task, p in adjusted.items() if p <= self.params.alpha and sign * rows[task]["effect"] > 0]
         text = (
-            f"changes answers on every task it was found on (McNemar, Holm over tasks, p at most {number(self.params.alpha)}): "
-            f"{len(sure)} of {len(adjusted)}"
+            f"changes answers on every task it was found on (McNemar, Holm over tasks, p at most {number(self.params.alpha)})"
         )
-        return Criterion(text, True if adjusted and len(sure) == len(adjusted) else None)
+        return Criterion(text, f"{len(sure)} of {len(adjusted)}", True if adjusted and len(sure) == len(adjusted) else None)
 
     def _does_nothing(self, purpose: str, sign: int, seen: bool) -> Criterion:
         """Shared features and the original's own, made as long, must not do what the set does."""
@@ -287,9 +297,9 @@ class SetClaims:
         called = dict(zip(CONTROLS, ("shared", f"{self.original}'s own"), strict=True))
         held = {called[name]: means[name][0] for name in CONTROLS if name in means}
         words = listed([f"{name} {signed(value)}" for name, value in held.items()])
-        text = f"as many shared features, or {self.original}'s own, as long, do at most {percent(share)} of it: {words}"
+        text = f"as many shared features, or {self.original}'s own, as long, do at most {percent(share)} of it"
         within = [sign * value <= share * sign * means[SET][0] for value in held.values()]
-        return Criterion(text, all(within) if held and seen else None)
+        return Criterion(text, words or "not measured", all(within) if held and seen else None)
 
     def _resolution(self, purpose: str, tasks: Sequence[str]) -> str:
         """What effect the questions at hand could have shown, or how many would show one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def traced(
             verdict.key: {
                 "claim": verdict.claim,
                 "verdict": verdict.status,
-                "criteria": [{"text": criterion.text, "holds": criterion.holds} for criterion in verdict.criteria],
+                "criteria": [asdict(criterion) for criterion in verdict.criteria],
                 "numbers": {
                     name: estimate._asdict()
                     | {

@@ -19,10 +19,17 @@ Status = Literal["supported", "not supported", "undecided"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """One condition of a claim, in words with its numbers. ``holds`` is None where the data cannot tell."""
+    """One condition of a claim, what was found of it in words with its numbers, and whether it ``holds``: None where the data
+    cannot tell."""
 
-    text: str
+    condition: str
+    found: str
     holds: bool | None
+
+    @property
+    def text(self) -> str:
+        """Condition and finding in one sentence."""
+        return f"{self.condition}: {self.found}"
 
 
 @dataclass(frozen=True)
