@@ -17,8 +17,8 @@ from forge import CHECKPOINT, LONG, Study
 
 KILLS = 25
 """Of each long stage."""
-WORKING = re.compile(r"\| [1-9]\d*/")
-"""A progress bar that has got somewhere."""
+WORKING = re.compile(r"\| [1-9]\d*/[^\r\n]*(step|group|batch|part|shard)")
+"""A stage's progress bar that has got somewhere; those of libraries count other things."""
 
 
 def kill_at(place: str, count: int) -> None:

@@ -254,6 +254,25 @@ def test_the_next_repro_waits_for_a_stage_that_outlived_its_dvc(tmp_path: Path) 
     assert "from 1\n" in project.said()
 
 
+def test_a_stage_whose_dvc_ends_while_it_looks_for_a_python_does_not_begin(tmp_path: Path) -> None:
+    project = stand(tmp_path / "stand", 0.1)
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text("import os, time\n'DVC_STAGE' in os.environ and time.sleep(2)", encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(slow), project.environment.get("PYTHONPATH")]))
+    project.environment |= {"PYTHONPATH": path}
+    dvc = project.start_dvc()
+    wait_for(lambda: any(b"stages/run" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running(project.path)))
+    dvc.kill()
+    dvc.wait()
+    assert running(project.path), "the stage is on its way"
+    wait_for(lambda: not running(project.path), 60)
+    assert "from 0" not in project.said(), "nobody would have told it to stop"
+    assert not (project.path / "models/base").exists()
+    del project.environment["PYTHONPATH"]
+    assert project.start_dvc().wait(60) == 0, project.said()
+
+
 def test_a_process_that_a_stage_leaves_behind_does_not_hold_up_its_end(tmp_path: Path) -> None:
     project = stand(tmp_path / "stand", 0.1)
     script = project.path / "stages/base.py"

@@ -1,7 +1,8 @@
 """What the features of a set are: on what text they fire, where in an answer, and all that is known of them in one place.
 
 Everything is read under the swap readout, in the tuned model and on the same tokens in the original. Nothing is decided on the
-report split: it is read for the page of answers alone, where its tokens are shown. What is made is keyed by the part that a model plays, ``original`` or ``tuned``, and not by its name.
+report split: it is read for the page of answers alone, where its tokens are shown. What is made is keyed by the part that a
+model plays, ``original`` or ``tuned``, and not by its name.
 N token rows, T token, P prompts (one answer each), S features of the set.
 """
 

@@ -160,8 +160,8 @@ def tables(plans: Plans) -> str:
         (
             "Verdicts, and in brackets what holds by construction.",
             markdown(["study", "commit", *claims], rows),
-            f"How often a claim comes out as supported, with exact {100 * CONFIDENCE:g} % interval; each study by itself, as the "
-            "rules were made with the seeds of `design` in view.",
+            f"How often a claim comes out as supported, with exact {100 * CONFIDENCE:g} % interval. Each kind of study by "
+            "itself: the rules were made with the seeds of `design` in view.",
             markdown(["study", "claim", "truth", "studies", "supported", "share"], rates),
         )
     )

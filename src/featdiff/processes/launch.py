@@ -34,6 +34,9 @@ RANKS = "FEATDIFF_RANKS"
 LAUNCHER = "FEATDIFF_LAUNCHER"
 """Environment variable: pid and start time of the launcher. A rank that finds it gone when it begins has nobody left above
 that could end it."""
+STARTER = "FEATDIFF_STARTER"
+"""Environment variable: pid of the process, dvc as a rule, that started ``stages/run``, which becomes this launcher: it may
+end while a Python is still being looked for."""
 GRACE = 2
 """Seconds that ranks have to end by themselves after a second request."""
 SPIN = "5000"
@@ -51,7 +54,7 @@ class Launch:
         signals.handle(self._hand_on)
         signal.signal(signal.SIGALRM, lambda *_: self._signal_group(signal.SIGKILL))
         signal.signal(signal.SIGTSTP, self._pause)
-        signals.die_with_parent()
+        signals.die_with_parent(parent=int(os.environ.get(STARTER, "0")))
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Exit status of ``command`` and of all that it started: 0, 2 (bad input), 75 (stopped), or another failure."""

@@ -103,10 +103,11 @@ def deferred() -> Iterator[None]:
         raise Stopped(_requests.asked)
 
 
-def die_with_parent(number: int = PARENT_ENDED) -> None:
-    """Ask Linux to send ``number`` to this process when the one that started it ends: killing dvc must leave no twin."""
+def die_with_parent(number: int = PARENT_ENDED, parent: int | None = None) -> None:
+    """Ask Linux to send ``number`` to this process when the one that started it ends: killing dvc must leave no twin.
+    ``parent``: its pid, where it was known before this process came to ask."""
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it ended before this could be asked for
             raise Stopped(_name(PARENT_ENDED))

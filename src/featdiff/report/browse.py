@@ -77,17 +77,16 @@ def _answer(row: Row | None) -> list[Any] | int:
 
 def shades(evidence: Evidence) -> dict[int, tuple[float, dict[str, Row]]]:
     """By feature of which tokens are kept, its largest value and its rows by question."""
-    largest = {feature["feature_id"]: feature["largest"] for feature in evidence.described["features"]}
-    found: dict[int, tuple[float, dict[str, Row]]] = {}
+    rows: dict[int, dict[str, Row]] = {}
     for row in evidence.token_values:
-        k = row["feature_id"]
-        found.setdefault(k, (largest[k], {}))[1][row["sample_id"]] = row
-    return found
+        rows.setdefault(row["feature_id"], {})[row["sample_id"]] = row
+    described = {feature["feature_id"]: feature["largest"] for feature in evidence.described["features"]}
+    return {k: (largest, rows[k]) for k, largest in described.items() if k in rows}
 
 
 def _shaded(row: Row | None, largest: float) -> list[list[int]] | int:
-    """Values at every token in percent of the largest, in the tuned model and in the original; 0 where the feature is silent."""
-    return row and [[round(100 * value / largest) for value in row[part]] for part in ("tuned", "original")] or 0
+    """Values at every token in percent of the largest, in the tuned model and the original; 0 where the feature is silent."""
+    return [[round(100 * value / largest) for value in row[part]] for part in ("tuned", "original")] if row else 0
 
 
 def pages(evidence: Evidence, environment: Environment) -> dict[str, str]:

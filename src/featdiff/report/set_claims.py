@@ -262,7 +262,8 @@ class SetClaims:
         if len(drawn) < FEWEST_DRAWS:
             return Criterion(f"at least {FEWEST_DRAWS} random sets to compare with", str(len(drawn)), None)
         p = draws_p(means[SET][0], drawn, sign)
-        text = f"mean effect against {len(drawn)} random sets as long, each at its best dose, p at most {number(self.params.alpha)}"
+        alpha = number(self.params.alpha)
+        text = f"mean effect against {len(drawn)} random sets as long, each at its best dose, p at most {alpha}"
         largest = signed(sign * max(sign * value for value in drawn))
         return Criterion(
             text,
