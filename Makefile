@@ -49,6 +49,10 @@ verify: $(STAMP)  ## hash every artifact against its manifest and every object o
 faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about 20 minutes on two cores
 	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal
 
+servers: $(STAMP)  ## a team's set-up for real: PostgreSQL, S3 and MLflow behind a password, the nano study between two clones (needs PostgreSQL)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[team]'
+	@$(BIN)/python -m pytest tests/team -m team -s
+
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
@@ -56,7 +60,7 @@ studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise loc
 	@$(BIN)/python -m featdiff.pipeline.studies $(if $(JOBS),--jobs $(JOBS)) $(STUDIES)
 
 check: $(STAMP)  ## format, lint, types, quick tests
-	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults"
+	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults and not team"
 
 format: $(STAMP)  ## format and mend what the linter can
 	@ruff format . && ruff check --fix .
@@ -74,4 +78,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test why trace picture verify faults golden studies check format remote push pull ui
+.PHONY: help install profile repro test why trace picture verify faults servers golden studies check format remote push pull ui
