@@ -135,6 +135,26 @@ def test_a_clone_pulls_and_computes_nothing_again(team: Team) -> None:
     assert "up to date" in team.second.says(sys.executable, "-m", "dvc", "status")
 
 
+def test_a_sweep_is_queued_run_and_compared(team: Team) -> None:
+    dvc, wanted = (sys.executable, "-m", "dvc"), {"0.02", "0.9"}
+    team.second.says(*dvc, "exp", "run", "--queue", "-S", f"report.min_effect={','.join(sorted(wanted))}")
+    team.second.says(*dvc, "exp", "run", "--run-all")
+    shown = json.loads(team.second.says(*dvc, "exp", "show", "--json").partition("[")[2].join(["[", ""]))
+    found = {
+        str(run["data"]["params"]["params.yaml"]["data"]["report"]["min_effect"]): run["data"]["metrics"]["metrics/headline.json"]
+        for experiment in shown[1]["experiments"]
+        for run in experiment["revs"]
+    }
+    assert found.keys() == wanted
+    team.second.says(sys.executable, "-m", "featdiff.tracking.mirror", "sync")
+    swept = {run[2]["report.min_effect"]: run[3] for run in runs(team, "pipelines") if run[2]["report.min_effect"] in wanted}
+    assert swept.keys() == wanted
+    for value, metrics in found.items():
+        assert {name: swept[value][name] for name in metrics["data"]} == pytest.approx(metrics["data"])
+    verdicts = [metrics["data"] for metrics in found.values()]
+    assert verdicts[0] != verdicts[1], "nothing that was swept shows"
+
+
 def test_another_experiment_shows_what_differs_and_is_kept_while_the_server_is_away(team: Team) -> None:
     params = team.second.folder / "params.yaml"
     text = params.read_text(encoding="utf-8")
