@@ -53,6 +53,10 @@ servers: $(STAMP)  ## a team's set-up for real: PostgreSQL, S3 and MLflow behind
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[team]'
 	@$(BIN)/python -m pytest tests/team -m team -s
 
+browser: $(STAMP)  ## the report and the page of answers in a real browser (needs chromium or chrome)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	@$(BIN)/python -m pytest tests/browser -m browser
+
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
@@ -60,7 +64,7 @@ studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise loc
 	@$(BIN)/python -m featdiff.pipeline.studies $(if $(JOBS),--jobs $(JOBS)) $(STUDIES)
 
 check: $(STAMP)  ## format, lint, types, quick tests
-	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults and not team"
+	@ruff format --check . && ruff check . && mypy && $(BIN)/python -m pytest -n auto --dist loadfile -m "not graph and not faults and not team and not browser"
 
 format: $(STAMP)  ## format and mend what the linter can
 	@ruff format . && ruff check --fix .
@@ -78,4 +82,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test why trace picture verify faults servers golden studies check format remote push pull ui
+.PHONY: help install profile repro test why trace picture verify faults servers browser golden studies check format remote push pull ui

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,8 +17,11 @@ from typing import Any, NamedTuple
 import pytest
 from servers import BUCKETS, KEYS, PASSWORD, USER, free_port, listens, mlflow, object_store, postgres, postgres_programs, status
 
+from featdiff.report.picture import BROWSERS
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = postgres_programs()
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 READ_IN = 15
 """Seconds from a clone to reading the report (said, not asserted: a machine may be busy)."""
 pytestmark = [pytest.mark.team, pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL here (package postgresql)")]
@@ -140,10 +144,10 @@ def test_a_sweep_is_queued_run_and_compared(team: Team) -> None:
     team.second.says(*dvc, "exp", "run", "--queue", "-S", f"report.min_effect={','.join(sorted(wanted))}")
     team.second.says(*dvc, "exp", "run", "--run-all")
     shown = json.loads(team.second.says(*dvc, "exp", "show", "--json").partition("[")[2].join(["[", ""]))
+    every = [run["data"] for experiment in shown[1]["experiments"] for run in experiment["revs"]]
     found = {
-        str(run["data"]["params"]["params.yaml"]["data"]["report"]["min_effect"]): run["data"]["metrics"]["metrics/headline.json"]
-        for experiment in shown[1]["experiments"]
-        for run in experiment["revs"]
+        str(run["params"]["params.yaml"]["data"]["report"]["min_effect"]): run["metrics"]["metrics/headline.json"]
+        for run in every
     }
     assert found.keys() == wanted
     team.second.says(sys.executable, "-m", "featdiff.tracking.mirror", "sync")
@@ -174,3 +178,30 @@ def test_another_experiment_shows_what_differs_and_is_kept_while_the_server_is_a
     changed = team.second.says(sys.executable, "-m", "dvc", "params", "diff")
     assert "report.min_effect" in changed
     assert "0.07" in changed
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser here")
+def test_the_compare_page_has_the_headline_on_both_sides(team: Team) -> None:
+    """In a browser, as who follows a link sees it. ``PICTURES`` names a folder that keeps what is seen."""
+    from playwright.sync_api import sync_playwright
+
+    (first, tags, params, ours), *_, (second, _, others, theirs) = runs(team, "pipelines")
+    assert params["report.min_effect"] != others["report.min_effect"]
+    [experiment] = {tags["featdiff.experiment"]} if "featdiff.experiment" in tags else {"1"}
+    chosen = f'runs=["{first}","{second}"]&experiments=["{experiment}"]'
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(
+            viewport={"width": 1280, "height": 1600}, http_credentials={"username": USER, "password": PASSWORD}
+        )
+        page.goto(f"{team.tracking}/#/compare-runs?{chosen}")
+        page.get_by_text("report.min_effect").first.wait_for(timeout=60_000)
+        if folder := os.environ.get("PICTURES"):
+            page.screenshot(path=Path(folder) / "compare.png", full_page=True)
+        said = page.locator("body").inner_text()
+        browser.close()
+    headline = json.loads((team.second.folder / "metrics/headline.json").read_text(encoding="utf-8"))
+    for name in headline:
+        assert name in said, name
+    for values in (ours, theirs):
+        assert sum(f"{values[name]:g}" in said for name in headline) > len(headline) / 2
