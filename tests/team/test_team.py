@@ -100,7 +100,8 @@ from mlflow import MlflowClient
 client = MlflowClient()
 [experiment] = [found for found in client.search_experiments() if found.name == "featdiff"]
 found = client.search_runs([experiment.experiment_id], max_results=500, order_by=["attributes.start_time ASC"])
-print(json.dumps([[run.info.run_id, run.data.tags | {"experiment": experiment.experiment_id}, run.data.params, run.data.metrics] for run in found]))
+tags = {"experiment": experiment.experiment_id}
+print(json.dumps([[run.info.run_id, run.data.tags | tags, run.data.params, run.data.metrics] for run in found]))
 """
     done = team.first.says(sys.executable, "-c", program)
     every = json.loads(done.strip().splitlines()[-1])
