@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ def write_study(root: Path, plan: Plan) -> Path:
     _write_attribution(root, plan, fits, rng)
     _write_dynamics(root, plan, rng)
     _write_localize(root, plan, fits, rng)
+    _write_stitch(root, plan, samples, np.random.default_rng(plan.seed))
     _write_describe(root, plan, fits, rng)
     _write_intervene(root, plan, tasks, samples, answers, rng)
     return root
@@ -386,6 +388,19 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
         write_json(out / "features.json", as_json(selection, params) | facts)
         tables.SWEEP.write(out, sweep)
         tables.SCORES.write(out, score_rows(selection))
+
+
+def _write_stitch(root: Path, plan: Plan, samples: list[Sample], rng: np.random.Generator) -> None:
+    """Blocks of the model that is above count for half of its skill at every depth."""
+    asked, rows = [sample for sample in samples if sample.split == "report"][::2], []
+    for lower, depth in product(("original", "tuned"), (1, 2, 3)):
+        for sample in asked:
+            skills = {part: _skill(plan, model, sample.task, True) for part, model in (("original", "base"), ("tuned", "grpo"))}
+            facts = {"lower": lower, "depth": depth, "task": sample.task, "sample_id": sample.sample_id, "manner": "steps"}
+            rows.append(facts | {"correct": bool(rng.random() < np.mean(list(skills.values())))})
+    with published(root, "analysis/stitch") as out:
+        tables.STITCHED.write(out, rows)
+        write_json(out / "metrics.json", {})
 
 
 def _seeds() -> Row:

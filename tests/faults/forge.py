@@ -62,6 +62,7 @@ CHECKPOINT = "checkpoints/0*"
 SHORT = {
     "analysis/attribution": ["attribution"],
     "analysis/dynamics/grpo": ["dynamics", "--arm", "grpo"],
+    "analysis/stitch": ["stitch"],
     "analysis/describe": ["describe"],
 }
 GRAPH = [

@@ -17,7 +17,7 @@ from forge import CHECKPOINT, LONG, Study
 
 KILLS = 25
 """Of each long stage."""
-WORKING = re.compile(r"\| [1-9]\d*/[^\r\n]*(step|group|batch|part|shard)")
+WORKING = re.compile(r"\| [1-9]\d*/[^\r\n]*(step|group|batch|part|shard|checkpoint)")
 """A stage's progress bar that has got somewhere; those of libraries count other things."""
 
 

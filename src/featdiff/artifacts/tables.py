@@ -244,6 +244,14 @@ SWEEP = Table(
     integer("size"),
     number("expected_independent expected_shuffled p_shuffled jaccard"),
 )
+STITCHED = Table(
+    "analysis/stitch/samples.parquet",
+    text("lower"),
+    integer("depth"),
+    text("task sample_id"),
+    flag("correct"),
+    text("manner"),
+)
 CONTEXTS = Table(
     "analysis/describe/contexts.parquet",
     integer("feature_id"),

@@ -44,7 +44,7 @@ from featdiff.config.models import (
 from featdiff.config.parse import parse
 from featdiff.config.reading import PARAMS, ConfigError, closest, legible, read_yaml, refuse_secrets
 from featdiff.config.report import ReportParams
-from featdiff.config.sets import DescribeParams, InterveneParams, LocalizeParams
+from featdiff.config.sets import DescribeParams, InterveneParams, LocalizeParams, StitchParams
 from featdiff.config.values import BASE, Name, Params, Seed
 
 
@@ -79,6 +79,7 @@ class Study(Params):
     attribution: AttributionParams
     dynamics: DynamicsParams
     localize: LocalizeParams
+    stitch: StitchParams
     describe: DescribeParams
     intervene: InterveneParams
     report: ReportParams

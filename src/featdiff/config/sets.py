@@ -1,4 +1,4 @@
-"""Sections ``localize``, ``describe``, ``intervene``: how a set of features is found, read and tested."""
+"""Sections ``localize``, ``stitch``, ``describe``, ``intervene``: how a set of features is found, read and tested."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ class LocalizeParams(Params):
     def fits(self) -> list[str]:
         """Every crosscoder in which a set is sought."""
         return [self.fit, *self.seeds, *([self.random_dictionary] if self.random_dictionary else [])]
+
+
+class StitchParams(Params):
+    """Original and tuned model stitched together at several depths (featdiff.localization.stitching)."""
+
+    depths: Positive
+    """Seams at even distances; there is one at the hooked layer as well."""
+    questions: Positive
+    """Questions of the report split per task, the first of them."""
+    batch_size: Positive
+    max_new_tokens: Length
 
 
 class DescribeParams(Params):

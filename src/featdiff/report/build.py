@@ -21,6 +21,7 @@ from featdiff.report import (
     battery,
     browse,
     crosscoder_figures,
+    depth,
     dose_figures,
     feature_cards,
     feature_tables,
@@ -95,7 +96,7 @@ def render(
     (:mod:`featdiff.report.sources`). ``parents``: hashes of the artifacts it was made from."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
-    panels, cards = figures(evidence, params), feature_cards.cards(evidence)
+    panels, cards = figures(evidence, params) | {"stitched": depth.figure(claims)}, feature_cards.cards(evidence)
     edits = {edit: set_figures.heading(evidence, edit) for edit in set_figures.edits(evidence)}
     index = environment.get_template("template.html.j2").render(
         params=params,

@@ -90,6 +90,8 @@ class Evidence:
     scores: list[Row]
     sweep: list[Row]
     """The selection at other thresholds."""
+    stitched: list[Row]
+    """Answers of the original and the tuned model stitched together (`stitch`)."""
     described: Row
     """What the features of the set are (`describe`)."""
     contexts: list[Row]
@@ -144,6 +146,16 @@ class Evidence:
         return [name for name in self.tasks if name in self.localize["per_task"] and name not in self.localize["skipped"]]
 
     @property
+    def blocks(self) -> int:
+        """Of the original model."""
+        return int(self.models[self.roles.original].config["num_hidden_layers"])
+
+    @property
+    def hooked(self) -> int:
+        """Blocks below the layer at which features are read."""
+        return int(self.fits[self.localize["fit"]].config["layer"])
+
+    @property
     def set_size(self) -> int:
         return len(self.localize["features"])
 
@@ -163,8 +175,8 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
     data = read("data", "tasks.json", "eval.parquet")
     known = load_tasks(data)
     evals = {model: read(f"evals/{model}") for model in study.models}
-    attribution, localize, describe, intervene = (
-        read(f"analysis/{name}") for name in ("attribution", "localize", "describe", "intervene")
+    attribution, localize, stitch, describe, intervene = (
+        read(f"analysis/{name}") for name in ("attribution", "localize", "stitch", "describe", "intervene")
     )
     dynamics = [read(f"analysis/dynamics/{arm}") for arm in study.dynamics.arms]
     checkpoints = [read(f"checkpoints/{arm}") for arm in study.arms]
@@ -194,6 +206,7 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         localize=found,
         scores=tables.SCORES.read(localize),
         sweep=tables.SWEEP.read(localize),
+        stitched=tables.STITCHED.read(stitch),
         described=read_json(describe / "features.json"),
         contexts=tables.CONTEXTS.read(describe),
         token_values=tables.TOKEN_VALUES.read(describe),

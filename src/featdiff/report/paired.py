@@ -25,6 +25,9 @@ class Outcomes:
                 own |= {key: share for key, share in shares.items() if evidence.primary_mode(self.tasks[key]) == mode}
             self._models[model, None] = own
         self._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
+        self._stitched: dict[str, dict[int, dict[str, float]]] = {}
+        for (lower, depth), rows in _grouped(evidence.stitched, "lower", "depth").items():
+            self._stitched.setdefault(lower, {})[depth] = _shares(rows)
         self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
 
     def under(self, evidence: Evidence) -> Outcomes:
@@ -45,6 +48,10 @@ class Outcomes:
     def edited(self, purpose: str, control: str) -> dict[str, float]:
         """Share right by sample of one model under the set (``set``), without an edit (``none``)."""
         return self._edited.get((purpose, control), {})
+
+    def stitched(self, lower: str) -> dict[int, dict[str, float]]:
+        """Share right by sample of the models that have the first blocks of ``lower``, by their number."""
+        return self._stitched.get(lower, {})
 
     def flipped(self) -> set[str]:
         """Samples that the original fails and the tuned model solves."""

@@ -249,7 +249,7 @@ class SetClaims:
             said += sentence
         status = decide(criteria)
         if status != "supported":
-            said += self._resolution(purpose, found)
+            said += self._resolution(purpose, found) + (self._most() if sign < 0 else "")
         if status == "supported" and all(past_percentile(rows[task], sign) for task in found):
             said += " The effect is causal in the sense of this study: beyond the 95th percentile of random sets as long."
         weakest = self._weakest(criteria, alone=sign < 0 and not repeated) or _weakest_effect(rows, [*found, *heldout], sign)
@@ -318,6 +318,18 @@ class SetClaims:
         return (
             f" With {things(len(pooled), 'question')} of this spread, a change of {number(least)} is found with "
             f"{percent(p.power)} probability; {number(p.min_effect)} takes {enough}."
+        )
+
+    def _most(self) -> str:
+        """What the whole stream of the original takes away at the hooked layer, in a sentence; empty if none was stitched."""
+        evidence, outcomes = self.evidence, self.claims.outcomes
+        right = outcomes.stitched("original").get(evidence.hooked)
+        found = right and self.claims.estimate(evidence.far, right, outcomes.model(evidence.roles.tuned))
+        if not found:
+            return ""
+        return (
+            f" With the whole stream of {self.original} in place of its own at this layer and every position, the accuracy of "
+            f"{self.tuned} away from math changes by {change(found)} questions: what lies above is in no set of features here."
         )
 
     def _weakest(self, criteria: Sequence[Criterion], *, alone: bool) -> str:
