@@ -116,8 +116,8 @@ def _finished() -> Iterator[tuple[str, bytes, dict[str, float]]]:
             )
 
 
-def _params(entry: dict[str, Any], stage: str) -> tuple[int, dict[str, Any]]:
-    """Seed and this stage's section, from the params that dvc.lock holds (whole sections or dotted keys)."""
+def _params(entry: dict[str, Any], stage: str) -> tuple[int | None, dict[str, Any]]:
+    """Seed, None where the stage does not depend on it, and this stage's section, from the params that dvc.lock holds (whole sections or dotted keys)."""
     section: dict[str, Any] = {}
     files = entry.get("params", {})
     found = files.get("params.yaml", {}) if isinstance(files, dict) else files
@@ -137,7 +137,7 @@ def _params(entry: dict[str, Any], stage: str) -> tuple[int, dict[str, Any]]:
             method = found.get(value.get("method"), {})
             require(isinstance(method, dict), Path(LOCK), str(value.get("method")), "a mapping", method, REPAIR)
             section |= method | {key: change for key, change in value.items() if key not in ("method", "seed")}
-    return found.get("seed", 0), section
+    return found.get("seed"), section
 
 
 def _info(
@@ -151,6 +151,8 @@ def _info(
 ) -> dict[str, Any]:
     stage, _, key = label.partition("@")
     seed, params = _params(entry, stage)
+    if seed is None:  # as a record has it: of the study
+        seed = int(study.get("seed", 0))
     return {
         "id": identity,
         "restored": True,
