@@ -117,7 +117,8 @@ def _finished() -> Iterator[tuple[str, bytes, dict[str, float]]]:
 
 
 def _params(entry: dict[str, Any], stage: str) -> tuple[int | None, dict[str, Any]]:
-    """Seed, None where the stage does not depend on it, and this stage's section, from the params that dvc.lock holds (whole sections or dotted keys)."""
+    """Seed (None where the stage does not depend on it) and this stage's section, from the params that dvc.lock holds: whole
+    sections, or dotted keys."""
     section: dict[str, Any] = {}
     files = entry.get("params", {})
     found = files.get("params.yaml", {}) if isinstance(files, dict) else files
