@@ -317,25 +317,58 @@ def test_a_clone_pulls_and_recomputes_nothing_and_an_experiment_reruns_only_what
     assert {"0.2", "0.9"} <= set(re.findall(r"0\.\d+", shown))
 
 
+def checked_out(nano: Repository, name: str) -> Repository:
+    """A clone beside ``nano`` with its results, from its cache."""
+    nano.run("git", "clone", "--quiet", ".", f"../{name}")
+    clone = Repository(nano.path.parent / name, nano.path.parent)
+    clone.environment["FEATDIFF_MIRROR"] = "off"
+    clone.run("dvc", "cache", "dir", "--local", str(nano.path / ".dvc/cache"))
+    clone.run("dvc", "checkout")
+    return clone
+
+
 @pytest.mark.graph
 def test_a_changed_comment_reruns_the_stages_with_that_code_and_nothing_after_them(nano: Repository) -> None:
-    nano.run("git", "clone", "--quiet", ".", "../three")
-    three = Repository(nano.path.parent / "three", nano.path.parent)
-    three.environment["FEATDIFF_MIRROR"] = "off"
-    three.run("dvc", "cache", "dir", "--local", str(nano.path / ".dvc/cache"))
-    three.run("dvc", "checkout")
+    three = checked_out(nano, "three")
     code = three.path / "src/featdiff/crosscoder/fit.py"
     code.write_text(code.read_text(encoding="utf-8") + "# a comment\n", encoding="utf-8")
-    executed = three.executed(three.run("dvc", "repro"))
-    fits = [name for name in three.outputs() if name.startswith(("crosscoder@", "pair@", "dynamics@"))]
-    assert sorted(executed) == sorted(fits)
-    for name, before in nano.outputs().items():
-        after = three.outputs()[name]
+
+    def stale() -> set[str]:
+        return set(json.loads(three.run("dvc", "status", "--json")))
+
+    fits = {name for name in three.outputs() if name.startswith(("crosscoder@", "pair@", "dynamics@"))}
+    assert stale() == fits
+    rerun = ["crosscoder@joint_topk", "pair@sft"]  # of all that are stale two, to see that nothing after them is
+    assert three.executed(three.run("dvc", "repro", "--single-item", *rerun)) == rerun
+    assert stale() == fits - {*rerun}
+    for name in rerun:
+        before, after = nano.outputs()[name], three.outputs()[name]
         changed = {path for path in before if after[path] != before[path]}
-        assert changed == {path for path in before if name in executed and path.startswith("provenance/")}
+        assert changed == {path for path in before if path.startswith("provenance/")}
     said = [json.loads((one.path / "provenance/crosscoders/joint_topk.json").read_text()) for one in (nano, three)]
     assert {field for field in said[0] if said[0][field] != said[1][field]} == {"code", "self"}
     three.run(sys.executable, "-m", "featdiff.artifacts.integrity")
+
+
+@pytest.mark.graph
+def test_crosscoders_from_elsewhere_take_the_place_of_fitted_ones(nano: Repository) -> None:
+    """The study's own crosscoder comes back in another library's format, and leads to the same set; an SAE of one model does
+    for a crosscoder."""
+    four = checked_out(nano, "four")
+    params = yaml.safe_load((four.path / "params.yaml").read_text(encoding="utf-8"))
+    fits, exchange = params["crosscoder"]["fits"], (sys.executable, "-m", "featdiff.crosscoder.exchange")
+    for fit, words in (("joint_topk", ["dictionary_learning"]), ("joint_l1", ["saelens", "--model", "base"])):
+        four.run(*exchange, *words, "crosscoders/joint_topk", f"../{fit}")
+        fits[fit] = {"models": fits[fit]["models"], "loss": "imported", "seed": 0, "source": f"../{fit}"}
+    (four.path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    rerun = ["crosscoder@joint_topk", "crosscoder@joint_l1", "localize"]
+    assert four.executed(four.run("dvc", "repro", "--single-item", "check", *rerun))[1:] == rerun
+    ours, theirs = (json.loads((one.path / "analysis/localize/features.json").read_text()) for one in (nano, four))
+    assert theirs["features"] == ours["features"] != []
+    said = {fit: json.loads((four.path / f"crosscoders/{fit}/config.json").read_text()) for fit in ("joint_topk", "joint_l1")}
+    assert [said[fit]["loss"] for fit in said] == ["threshold", "jumprelu"]
+    fve = [json.loads((one.path / "crosscoders/joint_topk/metrics.json").read_text())["fve"] for one in (nano, four)]
+    assert fve[1] == pytest.approx(fve[0], abs=1e-4)
 
 
 @pytest.mark.graph

@@ -90,7 +90,9 @@ def test_batch_size_does_not_change_the_scale_of_l1() -> None:
 def test_the_cutoff_is_the_count_th_largest_value_whatever_the_guess(
     value: np.ndarray, count: int, guess: float | None
 ) -> None:
-    cutoff = batch_top_k(torch.from_numpy(value), count, None if guess is None else torch.tensor(guess)).item()
+    found, places = batch_top_k(torch.from_numpy(value), count, None if guess is None else torch.tensor(guess))
+    cutoff = found.item()
+    assert places.tolist() == np.flatnonzero(value >= cutoff).tolist()
     ordered = sorted(value.flatten().tolist(), reverse=True)
     kept = (value >= cutoff).sum()
     assert cutoff > 0
@@ -110,7 +112,7 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
     value = values(crosscoder, x)
     count = k * len(x)
     largest = value.flatten().topk(count)
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), count)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), count)[0]
     found = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
     kept = (found.fired > 0).flatten()
     assert kept.sum() == count
@@ -124,7 +126,7 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
 
 def test_gradients_reach_only_the_kept_features() -> None:
     crosscoder, x = random_crosscoder(MODELS), inputs(rows=4)
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 4)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 4)[0]
     found = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
     found.total.backward()
     kept = (found.fired > 0).any(0)
@@ -143,7 +145,7 @@ def dead_setup() -> tuple[Crosscoder, Tensor, Tensor, Tensor]:
     dead = torch.zeros(12, dtype=torch.bool)
     dead[value.amax(0).argsort()[:4]] = True
     value[:, dead] = 0
-    return crosscoder, x, batch_top_k(value, 12), dead
+    return crosscoder, x, batch_top_k(value, 12)[0], dead
 
 
 def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_features() -> None:
@@ -187,7 +189,7 @@ def test_the_auxiliary_gradient_reaches_only_dead_features() -> None:
 
 def test_permuting_features_changes_neither_loss() -> None:
     crosscoder, x = random_crosscoder(MODELS), inputs()
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 18)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 18)[0]
     dead = torch.arange(12) < 4
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     other = random_crosscoder(MODELS)
@@ -245,7 +247,7 @@ def test_the_threshold_is_a_running_mean_of_the_cutoffs_from_the_first_one_on(mo
     wanted = None
     for step in (1, 2, 3):
         x = inputs(rows=10, seed=step)
-        cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20).item()
+        cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)[0].item()
         wanted = cutoff if wanted is None else 0.75 * wanted + 0.25 * cutoff
         assert (take(x, step, NO_DEAD).fired > 0).sum() == 20
     assert crosscoder.threshold.item() == pytest.approx(wanted)
@@ -254,7 +256,7 @@ def test_the_threshold_is_a_running_mean_of_the_cutoffs_from_the_first_one_on(mo
 def test_batchtopk_trains_the_dead_with_the_numbers_of_params() -> None:
     crosscoder, x, dead = random_crosscoder(MODELS), inputs(rows=10), torch.arange(12) < 4
     take = running(BatchTopK, crosscoder, batch_tokens=10, k=2, aux_k=3, aux_weight=0.5)
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)
+    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)[0]
     wanted = batchtopk_loss(crosscoder, x, cutoff, dead, 3, 0.5, 1.0).total
     torch.testing.assert_close(take(x, 1, dead).total, wanted)
 

@@ -30,6 +30,15 @@ def kept(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     return chosen
 
 
+def places(chosen: Tensor) -> Tensor:
+    """Where ``chosen`` is not 0, in the flattened tensor."""
+    return chosen.flatten().nonzero().squeeze(1)
+
+
+def entries_of(code: Tensor) -> Entries:
+    return Entries.of(code, places(code))
+
+
 @pytest.mark.parametrize("uses", ["reconstruction", "values", "both"])
 def test_gradients_are_finite_differences(uses: str) -> None:
     x, *parameters = weights()
@@ -37,7 +46,7 @@ def test_gradients_are_finite_differences(uses: str) -> None:
 
     def outputs(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
         code = torch.relu(x @ W_enc + b_enc).detach() * chosen
-        rebuilt, value, _ = autoencode(x, W_enc, b_enc, W_dec, b_dec, code)
+        rebuilt, value = autoencode(x, W_enc, b_enc, W_dec, b_dec, entries_of(code))
         return {"reconstruction": (rebuilt.sin(),), "values": (value.square(),), "both": (rebuilt.sin(), value.square())}[uses]
 
     assert torch.autograd.gradcheck(outputs, tuple(parameters))
@@ -46,7 +55,8 @@ def test_gradients_are_finite_differences(uses: str) -> None:
 def test_reconstruction_and_values_are_those_of_the_dense_products() -> None:
     x, W_enc, b_enc, W_dec, b_dec = weights()
     code = (torch.relu(x @ W_enc + b_enc) * kept(x, W_enc, b_enc)).detach()
-    rebuilt, value, entries = autoencode(x, W_enc, b_enc, W_dec, b_dec, code)
+    entries = entries_of(code)
+    rebuilt, value = autoencode(x, W_enc, b_enc, W_dec, b_dec, entries)
     torch.testing.assert_close(rebuilt, code @ W_dec + b_dec)
     assert torch.equal(rebuilt[2], b_dec)
     assert torch.equal(code[entries.row_E, entries.column_E], value)
@@ -54,7 +64,7 @@ def test_reconstruction_and_values_are_those_of_the_dense_products() -> None:
 
 
 def test_entries_of_rows_and_columns_that_are_empty() -> None:
-    found = Entries.of(torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 3.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
+    found = entries_of(torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 3.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
     assert [part.tolist() for part in found] == [[1, 1, 3], [1, 2, 0], [2.0, 3.0, 4.0], [0, 0, 2, 2]]
 
 
@@ -71,7 +81,7 @@ def test_the_same_batch_gives_the_same_gradient_bytes_with_several_threads() -> 
     try:
         for _ in range(5):
             crosscoder.zero_grad()
-            error, activity, _ = rebuild(crosscoder, x, crosscoder.preactivations(x), chosen)
+            error, activity, _ = rebuild(crosscoder, x, crosscoder.preactivations(x), places(chosen))
             (error.square().sum() + activity).backward()
             found.add(b"".join(weight.grad.contiguous().numpy().tobytes() for weight in crosscoder.parameters()))
     finally:

@@ -64,6 +64,12 @@ def require(holds: bool, file: Path, field: str, expected: object, found: object
         raise ContractError(file, field, expected, reprlib.repr(found), todo)
 
 
+def require_empty(folder: Path) -> None:
+    """Raise ContractError where something lies in the way of a new folder."""
+    free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+    require(free, folder, "folder", "one that is empty or not there", "something", "name another")
+
+
 def inside(name: object) -> bool:
     """Whether ``name`` is a relative path that stays inside the folder it is joined to, and prints in one line."""
     if not (isinstance(name, str) and name.isprintable() and "\\" not in name and len(name.encode()) <= NAME_BYTES):

@@ -39,8 +39,16 @@ class Fit(Params):
     is an error of the method."""
 
     models: Annotated[list[Name], Field(min_length=2)]
-    loss: LossName
+    loss: LossName | Literal["imported"]
     seed: Seed
+    source: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """``imported``: folder of a crosscoder or an SAE that was fitted elsewhere (featdiff.crosscoder.imported)."""
+
+    @model_validator(mode="after")
+    def _fitted_or_brought(self) -> Fit:
+        if (self.loss == "imported") is (self.source is None):
+            raise ValueError("loss: imported needs the folder that it comes from as source, and no other loss has one")
+        return self
 
     @property
     def slots(self) -> dict[str, str]:

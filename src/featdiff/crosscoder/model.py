@@ -25,10 +25,12 @@ from featdiff.artifacts.artifact import ContractError, read_json, write_json
 
 
 class Crosscoder(nn.Module):
-    """Weights, normaliser and threshold of a crosscoder. ``loss`` is the name of the loss that trained it.
+    """Weights, normaliser and threshold of a crosscoder. ``loss`` is the name of the loss that trained it, or
+    says how one that was fitted elsewhere is active.
 
     The activation is a ReLU with a threshold on f_k Σ_m‖d_k^m‖₂. The loss sets the threshold while it trains
-    (featdiff.crosscoder.losses); at 0 the activation is the plain ReLU. Only ``select`` and ``cutoffs`` read it."""
+    (featdiff.crosscoder.losses), one for all features; at 0 the activation is the plain ReLU. What was fitted elsewhere may
+    have one of each feature [F]. Only ``select`` and ``cutoffs`` read it."""
 
     mean: Tensor
     scale: Tensor
@@ -122,6 +124,8 @@ class Crosscoder(nn.Module):
         config = read_json(folder / "config.json")
         crosscoder = cls(config["models"], config["d_model"], config["n_features"], config["loss"])
         weights = load_file(folder / "weights.safetensors")
+        if "threshold" in weights and weights["threshold"].shape == crosscoder.b_enc.shape:
+            crosscoder.threshold = torch.zeros_like(crosscoder.b_enc.detach())
         for name, tensor in crosscoder.state_dict().items():
             found = tuple(weights[name].shape) if name in weights else "nothing"
             if found != tuple(tensor.shape):

@@ -26,11 +26,12 @@ class Entries(NamedTuple):
     """Number of entries before each row's first one."""
 
     @classmethod
-    def of(cls, code_BF: Float[Tensor, "B F"]) -> Entries:
-        """The non-zero entries of ``code_BF``."""
-        row_E, column_E = code_BF.nonzero(as_tuple=True)
-        counts_B = torch.bincount(row_E, minlength=len(code_BF))
-        return cls(row_E, column_E, code_BF[row_E, column_E], counts_B.cumsum(0) - counts_B)
+    def of(cls, f_BF: Float[Tensor, "B F"], kept_E: Int[Tensor, " E"]) -> Entries:
+        """The entries of ``f_BF`` at ``kept_E``, ascending places in the flattened tensor."""
+        row_E = kept_E.div(f_BF.shape[1], rounding_mode="floor")
+        counts_B = torch.bincount(row_E, minlength=len(f_BF))
+        value_E = f_BF.detach().flatten()[kept_E]
+        return cls(row_E, kept_E - row_E * f_BF.shape[1], value_E, counts_B.cumsum(0) - counts_B)
 
 
 def _weighted_rows(table: Tensor, index_E: Tensor, start: Tensor, weight_E: Tensor) -> Tensor:
@@ -89,11 +90,10 @@ def autoencode(
     b_enc_F: Float[Tensor, " F"],
     W_dec_FI: Float[Tensor, "F I"],
     b_dec_I: Float[Tensor, " I"],
-    code_BF: Float[Tensor, "B F"],
-) -> tuple[Float[Tensor, "B I"], Float[Tensor, " E"], Entries]:
-    """Reconstruction, active values and entries of ``code_BF``, which must be relu(x W_enc + b_enc) with some entries set to 0.
+    entries: Entries,
+) -> tuple[Float[Tensor, "B I"], Float[Tensor, " E"]]:
+    """Reconstruction and active values of ``entries``, which must be positive ones of relu(x W_enc + b_enc).
 
-    Reconstruction and values are differentiable in all weights, and not in ``x_BI``."""
-    entries = Entries.of(code_BF)
+    Both are differentiable in all weights, and not in ``x_BI``."""
     rebuilt_BI, value_E = _Autoencode.apply(x_BI, W_enc_IF, b_enc_F, W_dec_FI, b_dec_I, entries)
-    return rebuilt_BI, value_E, entries
+    return rebuilt_BI, value_E

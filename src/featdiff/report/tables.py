@@ -109,7 +109,7 @@ def crosscoders(evidence: Evidence) -> Table:
         rows.append(
             [
                 label(name, " · ".join(map(evidence.names.label, fit.models))),
-                Cell(fit.config["loss"]),
+                Cell(fit.config["loss"] + ", imported" * ("source" in fit.config)),
                 Cell(fve),
                 Cell(number(fit.metrics["l0"], 1)),
                 Cell(percent(fit.metrics["dead_share"])),

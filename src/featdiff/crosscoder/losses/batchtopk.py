@@ -8,7 +8,7 @@ B batch, M models, D residual width, F features.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featdiff.crosscoder.losses.loss import Loss, Step, rebuild
@@ -21,18 +21,25 @@ GUESS = 0.8
 all entries, a guess far below it spares little: 0.8 leaves room for what cutoffs vary by from batch to batch."""
 
 
-def batch_top_k(value: Tensor, count: int, guess: Tensor | None = None) -> Float[Tensor, ""]:
-    """The ``count``-th largest entry of ``value`` (of any shape), but at least the smallest normal positive number, so that a
-    zero is never kept. The caller drops what is below the result.
+def batch_top_k(value: Tensor, count: int, guess: Tensor | None = None) -> tuple[Float[Tensor, ""], Int[Tensor, " E"]]:
+    """The cutoff and what is kept: the ``count``-th largest entry of ``value`` (of any shape), but at least the smallest normal
+    positive number, so that a zero is never kept; and the ascending places, in the flattened tensor, of all entries from there
+    on.
 
-    ``guess`` is any number; the result does not depend on it. A guess a little below the result makes the search fast."""
-    candidates = value.flatten()
+    ``guess`` is any number; the result does not depend on it. A guess a little below the cutoff makes the search fast."""
     # Exact: where at least `count` entries exceed the guess, the `count` largest of all are among these, and so is the
-    # smallest of them. Where fewer do, the guess was too high, and the search goes over everything.
-    if guess is not None and len(near := candidates[candidates > guess]) >= count:
-        candidates = near
-    cutoff = candidates.topk(min(count, len(candidates)), sorted=False).values.amin()
-    return cutoff.clamp(min=torch.finfo(value.dtype).tiny)
+    # smallest of them. Where fewer do, the guess was too high, and the search goes over everything that may be kept.
+    flat, least = value.flatten(), torch.finfo(value.dtype).tiny
+    near = torch.empty(0, dtype=torch.long) if guess is None else (flat > guess.clamp(min=least)).nonzero().squeeze(1)
+    if len(near) < count:
+        near = (flat >= least).nonzero().squeeze(1)
+    found = flat[near]
+    if not len(near):
+        return flat.new_tensor(least), near
+    cutoff = found.topk(min(count, len(near)), sorted=False).values.amin()
+    if len(near) < count:
+        cutoff = flat.new_tensor(least)  # fewer are positive than might be kept: all of them are
+    return cutoff, near[found >= cutoff]
 
 
 def batchtopk_loss(
@@ -43,18 +50,21 @@ def batchtopk_loss(
     aux_k: int,
     aux_weight: float,
     variance: float,
-    f_BF: Float[Tensor, "B F"] | None = None,
+    chosen: tuple[Float[Tensor, "B F"], Int[Tensor, " E"]] | None = None,
 ) -> Step:
     """Mean over tokens of Σ_m ‖x^m − x̂^m‖² / ``variance``, where x̂ uses the features with f_k Σ_m‖d_k^m‖ ≥ ``cutoff``
     (Bussmann et al. 2024; norm-weighted as in Minder, Dumas et al. 2025).
 
     Where features are dead, ``aux_weight`` times an auxiliary loss is added (Gao et al. 2024): each token's ``aux_k`` most
     active dead features rebuild the error, and what they leave is divided by the error, both as means over tokens.
-    ``f_BF`` are the preactivations of ``x_BMD``, for a caller that has them."""
-    f_BF = crosscoder.preactivations(x_BMD) if f_BF is None else f_BF
+    ``chosen``: the preactivations of ``x_BMD`` and the places from ``cutoff`` on, for a caller that has them."""
     # The choice of entries is a constant to the gradient: it moves only when two values change places.
-    kept_BF = f_BF.detach() * crosscoder.decoder_norms().detach().sum(1) >= cutoff
-    error, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_BF)
+    if chosen is None:
+        f_BF = crosscoder.preactivations(x_BMD)
+        kept_E = (f_BF.detach() * crosscoder.decoder_norms().detach().sum(1) >= cutoff).flatten().nonzero().squeeze(1)
+    else:
+        f_BF, kept_E = chosen
+    error, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_E)
     total = error.square().sum((1, 2)).mean() / variance
     dead = dead_F.nonzero().squeeze(1)
     if len(dead):
@@ -77,8 +87,8 @@ class BatchTopK(Loss):
     def __call__(self, x_BMD: Float[Tensor, "B M D"], step: int, dead_F: Bool[Tensor, " F"]) -> Step:
         threshold = self.crosscoder.threshold
         f_BF = self.crosscoder.preactivations(x_BMD)
-        cutoff = self._cutoff(f_BF.detach(), threshold * GUESS if step > 1 else None)
-        result = self._step(x_BMD, f_BF, cutoff, dead_F)
+        cutoff, kept_E = self._selected(f_BF.detach(), threshold * GUESS if step > 1 else None)
+        result = self._step(x_BMD, f_BF, kept_E, cutoff, dead_F)
         # The first cutoff replaces what was there, be it the 0 of a new crosscoder or the threshold of the one that this fit
         # started from, whose inputs were others. A mean that started from 0 would stay too low for hundreds of steps.
         memory = THRESHOLD_MEMORY if step > 1 else 0.0
@@ -86,18 +96,25 @@ class BatchTopK(Loss):
         return result
 
     def _step(
-        self, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], cutoff: Float[Tensor, ""], dead_F: Bool[Tensor, " F"]
+        self,
+        x_BMD: Float[Tensor, "B M D"],
+        f_BF: Float[Tensor, "B F"],
+        kept_E: Int[Tensor, " E"],
+        cutoff: Float[Tensor, ""],
+        dead_F: Bool[Tensor, " F"],
     ) -> Step:
-        """The loss at the batch's cutoff, from its preactivations ``f_BF``."""
-        params = self.params
-        return batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance, f_BF)
+        """The loss at the batch's cutoff, from its preactivations ``f_BF``, of which those at ``kept_E`` are kept."""
+        params, chosen = self.params, (f_BF, kept_E)
+        return batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance, chosen)
 
     @torch.no_grad()
-    def _cutoff(self, f_BF: Float[Tensor, "B F"], guess: Tensor | None) -> Float[Tensor, ""]:
-        """Cutoff of the whole batch. At most ``count`` of the largest values can come from one process, so each sends that
-        many of its own and the result is exact."""
+    def _selected(self, f_BF: Float[Tensor, "B F"], guess: Tensor | None) -> tuple[Float[Tensor, ""], Int[Tensor, " E"]]:
+        """Cutoff of the whole batch, and what of this process's rows is kept. At most ``count`` of the largest values can come
+        from one process, so each sends that many of its own and the result is exact."""
         value = f_BF * self.crosscoder.decoder_norms().sum(1)
         count = self.params.k * self.params.batch_tokens
-        if self.accelerator.num_processes > 1:
-            value = self.accelerator.gather(value.flatten().topk(min(count, value.numel())).values)
-        return batch_top_k(value, count, guess)
+        if self.accelerator.num_processes == 1:
+            return batch_top_k(value, count, guess)
+        largest = value.flatten().topk(min(count, value.numel())).values
+        cutoff, _ = batch_top_k(self.accelerator.gather(largest), count, guess)
+        return cutoff, (value >= cutoff).flatten().nonzero().squeeze(1)

@@ -9,7 +9,7 @@ B batch, M models, the first of which is the original, D residual width, F featu
 from __future__ import annotations
 
 from accelerate import Accelerator
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
@@ -42,9 +42,14 @@ class Delta(BatchTopK):
             raise ContractError("params.yaml", "crosscoder.training.delta_share", expected, params.delta_share, "change it")
 
     def _step(
-        self, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], cutoff: Float[Tensor, ""], dead_F: Bool[Tensor, " F"]
+        self,
+        x_BMD: Float[Tensor, "B M D"],
+        f_BF: Float[Tensor, "B F"],
+        kept_E: Int[Tensor, " E"],
+        cutoff: Float[Tensor, ""],
+        dead_F: Bool[Tensor, " F"],
     ) -> Step:
-        step = super()._step(x_BMD, f_BF, cutoff, dead_F)
+        step = super()._step(x_BMD, f_BF, kept_E, cutoff, dead_F)
         code_BC = f_BF[:, : self.features] * (step.fired[:, : self.features] > 0)
         difference = delta_loss(self.crosscoder, x_BMD, code_BC) / self.variance
         return step._replace(total=step.total + self.params.delta_weight * difference)

@@ -15,7 +15,7 @@ from featdiff.crosscoder.model import Crosscoder
 def l1_loss(crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], weight: float) -> Step:
     """Mean over tokens of Σ_m ‖x^m − x̂^m‖² + λ Σ_k f_k Σ_m ‖d_k^m‖₂, with λ = ``weight``, on normalised inputs."""
     f_BF = crosscoder.preactivations(x_BMD)
-    error, activity, code_BF = rebuild(crosscoder, x_BMD, f_BF, f_BF.detach() > 0)
+    error, activity, code_BF = rebuild(crosscoder, x_BMD, f_BF, f_BF.detach().flatten().nonzero().squeeze(1))
     total = error.square().sum((1, 2)).mean() + weight * activity / len(x_BMD)
     return Step(total, error.detach(), code_BF)
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.crosscoder.sparse import autoencode
+from featdiff.crosscoder.sparse import Entries, autoencode
 
 SPARSE_BELOW = 0.05
 """Share of active entries below which sparse sums are faster than dense products (measured on CPUs, widths of 96 and 576)."""
@@ -51,26 +51,29 @@ class Loss(ABC):
 
 
 def rebuild(
-    crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], kept_BF: Bool[Tensor, "B F"]
+    crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], kept_E: Int[Tensor, " E"]
 ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, ""], Float[Tensor, "B F"]]:
-    """Reconstruct ``x_BMD`` from the features ``f_BF`` where ``kept_BF`` is true, as a differentiable function of all weights.
+    """Reconstruct ``x_BMD`` from the positive entries of ``f_BF`` at ``kept_E``, ascending places in the flattened tensor, as a
+    differentiable function of all weights.
 
-    Returns the error x − x̂, the activity Σ_b Σ_k f_k Σ_m ‖d_k^m‖₂, and the code: what was kept of ``f_BF``, detached. ``f_BF``
+    Returns the error x − x̂, the activity Σ_b Σ_k f_k Σ_m ‖d_k^m‖, and the code: what was kept of ``f_BF``, detached. ``f_BF``
     are the preactivations of ``x_BMD``. The sum runs over active entries alone where few are active; values and gradients are
     the same either way (up to rounding)."""
     norms_F = crosscoder.decoder_norms().sum(1)
-    if kept_BF.count_nonzero() >= SPARSE_BELOW * kept_BF.numel():
-        code_BF = torch.where(kept_BF, f_BF, 0.0)
-        return x_BMD - crosscoder.decode(code_BF), (code_BF * norms_F).sum(), code_BF.detach()
-    code_BF = torch.where(kept_BF, f_BF.detach(), 0.0)
+    entries = Entries.of(f_BF, kept_E)
+    # Writing the few that are kept spares a pass of comparing and choosing over all of [B, F].
+    code_BF = torch.zeros_like(f_BF.detach()).flatten().index_copy(0, kept_E, entries.value_E).view_as(f_BF)
+    if len(kept_E) >= SPARSE_BELOW * f_BF.numel():
+        dense_BF = torch.where(code_BF > 0, f_BF, 0.0)
+        return x_BMD - crosscoder.decode(dense_BF), (dense_BF * norms_F).sum(), code_BF
     # f_BF's own graph is not used here: autoencode's backward reaches the encoder from the active entries.
-    rebuilt_BI, value_E, entries = autoencode(
+    rebuilt_BI, value_E = autoencode(
         x_BMD.flatten(1),
         crosscoder.W_enc.flatten(0, 1),
         crosscoder.b_enc,
         crosscoder.W_dec.flatten(1),
         crosscoder.b_dec.flatten(),
-        code_BF,
+        entries,
     )
     # Summed by feature before the norms come in: the gradient of norms_F[column_E] would add up the entries of a feature in
     # whatever order the threads meet (from 32,768 entries on), and two fits would differ.
