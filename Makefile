@@ -34,6 +34,9 @@ repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
+plan: $(STAMP)  ## operations, disk, memory and time of every stage before it is run (PROFILE=…; CONFIG=folder of a model that is not here)
+	@$(BIN)/python -m featdiff.planning.plan $(PROFILE) $(if $(CONFIG),--config '$(CONFIG)')
+
 why: $(STAMP)  ## why STAGE reruns: which param, file or stage upstream changed, and from what to what (no STAGE: all)
 	@$(BIN)/python -m featdiff.artifacts.why $(STAGE)
 
@@ -47,7 +50,7 @@ verify: $(STAMP)  ## hash every artifact against its manifest and every object o
 	@$(BIN)/python -m featdiff.artifacts.integrity
 
 faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: about 20 minutes on two cores
-	@$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal
+	@$(BIN)/python -m pytest tests/faults -m faults -n 3 --dist worksteal
 
 servers: $(STAMP)  ## a team's set-up for real: PostgreSQL, S3 and MLflow behind a password, the nano study between two clones (needs PostgreSQL)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[team]'
@@ -82,4 +85,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test why trace picture verify faults servers browser golden studies check format remote push pull ui
+.PHONY: help install profile repro test plan why trace picture verify faults servers browser golden studies check format remote push pull ui

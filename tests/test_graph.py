@@ -123,6 +123,7 @@ def test_no_arm_is_named_outside_of_methods_and_params() -> None:
 
 
 LAYERS = [
+    {"planning"},
     {"report"},
     {"intervention", "description"},
     {"attribution", "localization"},

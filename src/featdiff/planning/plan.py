@@ -1,0 +1,207 @@
+"""What a study costs, before it is run: ``python -m featdiff.planning.plan [profile] [--config <folder of a model>]``.
+
+Operations, bytes and memory follow from params (featdiff.planning.work). Time follows from how fast this machine multiplies
+matrices, measured in a second, and from what each kind of stage took for its work in a study that was run and recorded:
+``python -m featdiff.planning.plan --learn`` reads that from the records here and writes metrics/rates.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from featdiff.artifacts.artifact import ContractError, one_line, place_json, read_json
+from featdiff.config.params import Study, load_study
+from featdiff.config.parse import parse
+from featdiff.config.profiles import render_profile
+from featdiff.config.reading import ConfigError, parse_yaml
+from featdiff.language.models import character_tokenizer, organism_model
+from featdiff.planning.work import Size, Work, work
+from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.signals import say
+from featdiff.tracking.record import runs_folder
+from featdiff.training.imported import gguf_file
+
+RATES = Path("metrics/rates.json")
+ORGANISM_CHARACTERS = 100
+"""About as many as the texts of the organism have."""
+MATRIX, TRIES = 1024, 12
+WITHOUT = ("prepare", "imported", "noise", "report")
+"""Kinds of stages that hardly compute: their work is counted in texts, weights or answers."""
+GIB = 2**30
+
+
+def of_profile(name: str) -> Study:
+    """The study of a profile. Raises ConfigError where there is none of this name."""
+    return parse(Study, parse_yaml(render_profile(name), f"profile {name}"), f"profile {name}")
+
+
+def size_of(study: Study, folder: Path | None = None) -> Size:
+    """The size of the study's base: of ``folder`` if given, else of ``base.source``, read without its weights.
+
+    Raises ContractError where its configuration is not on this machine."""
+    source = study.base.source
+    if folder is None and source == "pretrain":
+        tokenizer = character_tokenizer([chr(0x4E00 + i) for i in range(ORGANISM_CHARACTERS)])
+        with torch.device("meta"):
+            config = organism_model(study.base.pretraining, tokenizer, 0).config
+    elif folder is None and source.startswith("hub:"):
+        todo = "give the folder of a model of that size: make plan CONFIG=folder"
+        raise ContractError("params.yaml", "base.source", "a model on this machine", source, todo)
+    elif folder is None and source.startswith("gguf:"):
+        file = gguf_file(source.removeprefix("gguf:"))
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    else:
+        config = _config(folder or Path(source))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text, way_in, way_out = config.get_text_config(), model.get_input_embeddings, model.get_output_embeddings
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Size(
+        layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        d_mlp=text.intermediate_size,
+        d_kv=head * (getattr(text, "num_key_value_heads", None) or heads),
+        vocabulary=text.vocab_size,
+        weights=sum(weight.numel() for weight in model.parameters()),
+        embeddings=sum(weight.numel() for weight in {ends().weight for ends in (way_in, way_out)}),
+    )
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ContractError(folder, "config.json", "a model configuration", "nothing", "give the folder of a model")
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # files of any content reach the library, which raises all kinds of errors
+        raise ContractError(folder, "config.json", "one that loads", one_line(str(error)), "give another folder") from None
+
+
+def peak() -> float:
+    """Operations a second of a product of matrices in float32, with the threads that stages have: the best of a few."""
+    a, best = torch.randn(MATRIX, MATRIX), 0.0
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * MATRIX**3 / (time.perf_counter() - start))
+    return best
+
+
+def seconds(works: Iterable[Work], rates: Mapping[str, Any], speed: float) -> dict[str, float | None]:
+    """Expected seconds of each stage on a machine of this ``speed``; None for a kind that no recorded study had."""
+    scale = rates["peak"] / speed
+    return {
+        each.stage: rates["kinds"][each.kind] * each.amount * scale + rates["start"] if each.kind in rates["kinds"] else None
+        for each in works
+    }
+
+
+def learn(study: Study, speed: float) -> dict[str, Any]:
+    """Rates from the records of ``study`` here, of each stage the fastest, which was disturbed least: seconds for each unit of
+    work, by kind of stage, on a machine of ``speed``; and what a stage takes to start, the median of the time between two of
+    one pipeline.
+
+    Raises ContractError where nothing is recorded."""
+    records = [read_json(file) for file in sorted(runs_folder().glob("*/run.json"))]
+    done = [each for each in records if each["status"] == "FINISHED" and each["profile"] == study.profile]
+    walls = defaultdict[str, list[float]](list)
+    for each in done:
+        walls[each["label"]].append(each["observed"]["wall_seconds"])
+    amounts, spent = defaultdict[str, float](float), defaultdict[str, float](float)
+    for stage in work(study, size_of(study)):
+        if took := walls.get(stage.stage.replace(" ", "@")):
+            amounts[stage.kind] += stage.amount
+            spent[stage.kind] += min(took)
+    starts = [after["started"] - before["ended"] for before, after in pairwise(done) if before["pipeline"] == after["pipeline"]]
+    if not spent or not starts:
+        raise ContractError(runs_folder(), "records", f"a pipeline of profile {study.profile}", "none", "dvc repro first")
+    rates = {kind: spent[kind] / amounts[kind] for kind in spent}
+    return {
+        "profile": study.profile, "peak": speed, "threads": torch.get_num_threads(), "start": median(starts), "kinds": rates,
+    }  # fmt: skip
+
+
+def lines(works: list[Work], took: Mapping[str, float | None], memory: float, disk: float) -> Iterator[str]:
+    """A line per stage, their sums, and what does not fit with the smallest change that would."""
+    width = max(len(each.stage) for each in works)
+    yield f"{'stage':{width}}  {'work':>10}  {'disk':>9}  {'memory':>9}  {'time':>8}"
+    for each in works:
+        done = "" if each.kind in WITHOUT else _scaled(each.amount, "FLOP")
+        sizes = f"{_bytes(each.disk):>9}  {_bytes(each.memory):>9}"
+        yield f"{each.stage:{width}}  {done:>10}  {sizes}  {_time(took[each.stage]):>8}"
+    known = [value for value in took.values() if value is not None]
+    total = sum(each.disk for each in works)
+    yield f"{'all':{width}}  {'':>10}  {_bytes(total):>9}  {_bytes(max(w.memory for w in works)):>9}  {_time(sum(known)):>8}"
+    yield f"This machine: {_bytes(memory)} of memory, {_bytes(disk)} of disk free."
+    for each in works:
+        if each.memory > memory:
+            batch = each.fitting(memory)
+            change = (
+                f"{each.field}: {batch} in place of {each.batch}" if batch else "no batch fits: more memory or a smaller model"
+            )
+            yield f"does not fit: {each.stage} takes {_bytes(each.memory)}; {change}"
+    if total > disk:
+        yield f"does not fit: {_bytes(total)} on a disk with {_bytes(disk)} free; fewer checkpoints or activations.tokens"
+
+
+def _scaled(amount: float, unit: str) -> str:
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if amount >= size:
+            return f"{amount / size:.3g} {prefix}{unit}"
+    return f"{amount:.3g} {unit}"
+
+
+def _bytes(amount: float) -> str:
+    return f"{amount / GIB:.2f} GiB" if amount >= 0.1 * GIB else f"{amount / 2**20:.1f} MiB"
+
+
+def _time(found: float | None) -> str:
+    if found is None:
+        return "?"
+    minutes = found / 60
+    return f"{found:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def main(words: list[str]) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="featdiff.planning.plan", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("profile", nargs="?", help="of conf/profiles (default: params.yaml as it is)")
+    parser.add_argument("--config", type=Path, help="folder of a model as large as the base, where the base is not here")
+    parser.add_argument("--learn", action="store_true", help="write metrics/rates.json from the records of this study")
+    given = parser.parse_args(words)
+    try:
+        study = load_study() if given.profile is None else of_profile(given.profile)
+        speed = peak()
+        if given.learn:
+            place_json(RATES, learn(study, speed))
+            print(f"{RATES}: written")
+            return 0
+        works = work(study, size_of(study, given.config))
+        rates = read_json(RATES)
+        took = seconds(works, rates, speed)
+    except (ConfigError, ContractError) as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    print(*lines(works, took, psutil.virtual_memory().total, shutil.disk_usage(".").free), sep="\n")
+    reached = (
+        f"{speed / 1e9:.0f} GFLOP/s here ({torch.get_num_threads()} threads) and what the study {rates['profile']} made of it"
+    )
+    print(f"Times: {reached}. Larger models reach more: for them these are upper bounds.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""What a study will do, worked out of its params alone: operations, bytes on disk and memory of every stage. All is ours.
+
+A forward pass costs 2 operations for each weight and token, and attention 4·d_model for each layer, token and token of its
+context; training costs three passes. Lengths of questions are not known before they are made: they are taken as
+:data:`QUESTION` tokens, or as what ``prepare.max_question_chars`` allows, and answers as long as they may be: operations are an
+upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from featdiff.config.data import FamilyTask
+from featdiff.config.dictionary import Fit
+from featdiff.config.params import Study
+
+FLOAT = 4
+"""Bytes of a number that is computed with."""
+QUESTION, CHARS_A_TOKEN = 40, 4
+"""Tokens of a generated question; characters of a token where questions are of natural language."""
+TRAINING = 3
+"""Passes that a training step costs: forward, and twice as much backward."""
+LIBRARIES = 550 * 2**20
+"""Bytes of a process that has computed nothing yet."""
+TEXT, ANSWER, EDITED = 20, 20, 2
+"""Bytes on disk of a text, of an answer in a table of answers, and of one of many under edits."""
+PACKED = 4500
+"""Bytes of memory of a text from which the base is pretrained, as it is read and as it is packed."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A language model, by what its cost depends on."""
+
+    layers: int
+    d_model: int
+    d_mlp: int
+    d_kv: int
+    """Width of keys and values together with their heads, per layer."""
+    vocabulary: int
+    weights: int
+    """All of them, embeddings included."""
+    embeddings: int
+    """Of tokens, at the way in and out; counted once where both are the same."""
+
+    @property
+    def body(self) -> int:
+        """Weights that every token passes."""
+        return self.weights - self.embeddings
+
+    def forward(self, tokens: float, context: float, depth: int | None = None) -> float:
+        """Operations on ``tokens`` with a mean ``context`` through ``depth`` layers, with logits where it is all of them."""
+        layers = self.layers if depth is None else depth
+        head = 2 * self.vocabulary * self.d_model if depth is None else 0
+        return tokens * (2 * self.body * layers / self.layers + 4 * self.d_model * context * layers + head)
+
+    def cache(self, tokens: float) -> float:
+        """Bytes of keys and values of ``tokens``."""
+        return 2 * self.layers * self.d_kv * tokens * FLOAT
+
+    def training(self, tokens: float) -> float:
+        """Bytes of what a training pass over ``tokens`` keeps for its way back, logits included."""
+        layer = 14 * self.d_model + 4 * self.d_mlp
+        return FLOAT * tokens * (self.layers * layer + 3 * self.vocabulary)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does."""
+
+    stage: str
+    kind: str
+    """Stages of one kind reach the same share of what a machine can do."""
+    amount: float
+    """Operations; for ``prepare`` and ``report``, which hardly compute, texts and answers."""
+    disk: float = 0.0
+    """Bytes that are kept."""
+    fixed: float = LIBRARIES
+    """Bytes of memory whatever the batch."""
+    each: float = 0.0
+    """Bytes of memory for each unit of ``field``."""
+    field: str = ""
+    """The number of params.yaml by which memory can be brought down."""
+    batch: int = 0
+
+    @property
+    def memory(self) -> float:
+        """Bytes, at most."""
+        return self.fixed + self.each * self.batch
+
+    def fitting(self, memory: float) -> int:
+        """The largest batch for which ``memory`` bytes do; 0 for none."""
+        return max(0, int((memory - self.fixed) / self.each)) if self.each else 0
+
+
+def work(study: Study, size: Size) -> list[Work]:
+    """Every stage of ``study`` whose models have ``size``, in the order of the graph."""
+    return list(_Plan(study, size).stages())
+
+
+class _Plan:
+    def __init__(self, study: Study, size: Size) -> None:
+        self.study, self.size = study, size
+        self.tasks = study.prepare.tasks.values()
+        own = all(isinstance(task, FamilyTask) for task in self.tasks)
+        self.question = QUESTION if own else min(512, study.prepare.max_question_chars // CHARS_A_TOKEN)
+        layer = study.activations.layer
+        self.depth = size.layers // 2 if layer == "middle" else int(layer)
+        self.bytes = 2 if study.base.dtype == "bfloat16" else FLOAT
+
+    def stages(self) -> Iterator[Work]:
+        study, prepare = self.study, self.study.prepare
+        texts = prepare.pretrain.texts + prepare.corpus.texts + prepare.train_problems
+        yield Work("prepare", "prepare", texts, disk=TEXT * texts)
+        yield self._base()
+        for name in study.arms:
+            yield self._arm(name)
+        questions = len(self.tasks) * sum(prepare.samples.model_dump().values())
+        for model in study.models:
+            yield self._answers(f"evaluate {model}", "evaluate", questions * (1 + study.evaluate.draws), study.evaluate)
+        for name in study.arms:
+            asked = study.checkpoints.questions * len(self.tasks) * self._checkpoints(name)
+            yield self._answers(f"checkpoints {name}", "checkpoints", asked, study.checkpoints)
+        for model in study.models:
+            yield self._activations(model)
+        for name, fit in study.fits.items():
+            yield self._fit(name, fit)
+        yield self._attribution()
+        for name in study.dynamics.arms:
+            yield self._dynamics(name)
+        yield from self._about_the_set()
+        answers = len(study.models) * questions
+        yield Work("report", "report", answers, disk=5e6 + 300.0 * answers)
+
+    def _base(self) -> Work:
+        size, base = self.size, self.study.base
+        if base.source != "pretrain":
+            return Work("base", "imported", size.weights, size.weights * self.bytes, LIBRARIES + 2 * FLOAT * size.weights)
+        p = base.pretraining
+        passes = TRAINING * size.forward(p.steps * p.batch_tokens, p.row_tokens / 2)
+        return Work(
+            "base", "base", passes, size.weights * self.bytes, self._trained(PACKED * self.study.prepare.pretrain.texts),
+            size.training(1), "base.pretraining.batch_tokens", p.batch_tokens,
+        )  # fmt: skip
+
+    def _trained(self, more: float = 0.0) -> float:
+        """Memory of weights, gradients and Adam's two moments."""
+        return LIBRARIES + 4 * FLOAT * self.size.weights + more
+
+    def _checkpoints(self, name: str) -> int:
+        numbers = self.study.numbers(name)
+        return 1 + len(numbers.checkpoints) if isinstance(numbers.checkpoints, list) else numbers.checkpoints
+
+    def _arm(self, name: str) -> Work:
+        method, p, size = self.study.arms[name].method, self.study.numbers(name), self.size
+        disk = self._checkpoints(name) * size.weights * self.bytes
+        if not hasattr(p, "micro_batch_size"):
+            return Work(f"arm {name}", method, size.weights, disk, LIBRARIES + 3 * FLOAT * size.weights)
+        problems, answer = self.study.prepare.train_problems, getattr(p, "max_new_tokens", 0)
+        length = p.max_length if method == "sft" else self.question + answer
+        sampled = 0.0
+        if method == "sft":
+            trained = p.epochs * problems
+        elif method == "grpo":
+            sampled = trained = p.steps * p.prompts_per_step * p.rollouts
+        else:
+            sampled, trained = problems * p.samples, p.steps * p.batch_size * (2 if method == "dpo" else 1)
+        passes = size.forward(sampled * length, length / 2) + TRAINING * size.forward(trained * length, length / 2)
+        each, field = size.training(length) + size.cache(length), f"{method}.micro_batch_size"
+        return Work(f"arm {name}", method, passes, disk, self._trained(), each, field, p.micro_batch_size)
+
+    def _answers(self, stage: str, kind: str, answers: float, p: Any, models: int = 1, answer: int = ANSWER) -> Work:
+        """Generated answers, as long as they may be."""
+        length = self.question + p.max_new_tokens
+        fixed = LIBRARIES + models * FLOAT * self.size.weights
+        each = models * self.size.cache(length) + FLOAT * 2 * self.size.vocabulary
+        passes = self.size.forward(answers * length, length / 2)
+        return Work(stage, kind, passes, answer * answers, fixed, each, f"{kind}.batch_size", p.batch_size)
+
+    def _activations(self, model: str) -> Work:
+        p, size = self.study.activations, self.size
+        tokens = p.tokens
+        if model in self.study.arms:
+            tokens += (self._checkpoints(model) - 1) * p.checkpoint_tokens
+        row = size.d_model * (2 if p.dtype == "bfloat16" else FLOAT)
+        fixed = LIBRARIES + FLOAT * size.weights + p.shard_rows * size.d_model * FLOAT
+        each = FLOAT * p.max_length * (8 * size.d_model + 2 * size.d_mlp)
+        passes = size.forward(tokens, p.max_length / 2, self.depth)
+        return Work(
+            f"activations {model}", "activations", passes, tokens * row, fixed, each, "activations.batch_size", p.batch_size
+        )
+
+    def _step(self, models: int, steps: float) -> float:
+        """Operations of ``steps`` of a crosscoder: the encoder's product, and sums over active entries alone."""
+        p, width = self.study.crosscoder.training, models * self.size.d_model
+        return steps * p.batch_tokens * width * (2 * p.n_features + 8 * p.k)
+
+    def _fit(self, name: str, fit: Fit) -> Work:
+        p, models = self.study.crosscoder.training, len(fit.slots)
+        weights = 2 * p.n_features * models * self.size.d_model
+        passes = self._step(models, p.steps) if fit.source is None else 0.0
+        measured = 4 * self.study.activations.tokens * models * self.size.d_model * p.n_features
+        fixed = LIBRARIES + 4 * FLOAT * weights + min(self.study.activations.tokens, 2**18) * models * self.size.d_model * FLOAT
+        each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
+        return Work(
+            f"crosscoder {name}", "crosscoder", passes + measured, weights * FLOAT, fixed, each,
+            "crosscoder.training.batch_tokens", p.batch_tokens,
+        )  # fmt: skip
+
+    def _attribution(self) -> Work:
+        study, d_model = self.study, self.size.d_model
+        rows = min(study.attribution.scaling_tokens, study.activations.tokens)
+        features = study.crosscoder.training.n_features
+        passes = sum(8.0 * rows * len(fit.slots) * d_model * features for fit in study.fits.values())
+        return Work(
+            "attribution", "attribution", passes, 200.0 * features * len(study.fits), LIBRARIES + 8 * FLOAT * rows * d_model
+        )
+
+    def _dynamics(self, name: str) -> Work:
+        study, p = self.study, self.study.crosscoder.training
+        kept = self._checkpoints(name) + 1
+        refits = kept * self._step(2, study.dynamics.refit_steps)
+        reads = kept * 8.0 * study.activations.checkpoint_tokens * self.size.d_model * p.n_features
+        # Base and checkpoint, as they are and in normalised units.
+        held = 4 * FLOAT * study.activations.checkpoint_tokens * self.size.d_model
+        return Work(f"dynamics {name}", "dynamics", refits + reads, 1e6, LIBRARIES + held)
+
+    def _about_the_set(self) -> Iterator[Work]:
+        study, size, split = self.study, self.size, self.study.prepare.samples
+        find = sum(task.role in ("train", "find") for task in self.tasks)
+        asked = find * split.find * 2 * len(study.localize.fits)
+        length = self.question + study.evaluate.max_new_tokens
+        yield Work("localize", "localize", size.forward(asked * length, length / 2), 2e6, LIBRARIES + 2 * FLOAT * size.weights)
+        seams = 2 * (study.stitch.depths + 1)
+        yield self._answers("stitch", "stitch", seams * study.stitch.questions * len(self.tasks), study.stitch, models=2)
+        read = study.describe.corpus_tokens + 2 * length * len(self.tasks) * (study.describe.samples + study.describe.shaded)
+        held = 2 * FLOAT * (size.weights + read * size.d_model)
+        yield Work("describe", "describe", 4 * size.forward(read, length / 2), 5e6, LIBRARIES + held)
+        yield self._answers("intervene", "intervene", self._edited(), study.intervene, models=2, answer=EDITED)
+
+    def _edited(self) -> float:
+        """Answers under edits: two searches on the tune split, and every purpose on the report split."""
+        study, p = self.study, self.study.intervene
+        find = sum(task.role == "find" for task in self.tasks)
+        draws, others = p.random_sets + p.random_directions, 8
+        settings = len(p.positions) * (len(p.doses) + 2)
+        search = find * settings * ((draws + others) * p.control_questions + 3 * study.prepare.samples.tune)
+        measured = draws * p.draw_questions + (others + 3) * study.prepare.samples.report
+        fewer = 2 * p.other_draws * p.draw_questions + (others + 3) * study.prepare.samples.report
+        other = (study.roles.contrast is not None) + len(study.repeats(study.roles.tuned)) - 1
+        return 2 * search + len(self.tasks) * (2 * measured + other * fewer)
