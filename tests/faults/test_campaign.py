@@ -31,6 +31,8 @@ LEAST = 60
 """Kills, and some in every kind of stage."""
 IMPORTS, LIFE = 4.0, 9.0
 """Seconds for which a stage of the nano study imports and lives."""
+HURRY = 0.3
+"""Of the time until a kill, where only kinds of stages are left of which none was hit: short ones were over too soon."""
 
 
 class Repository:
@@ -98,7 +100,7 @@ def test_killed_from_outside_in_every_stage_the_study_ends_in_the_same_bytes(stu
 
     while sum(hits.values()) < LEAST or spared():
         most += 3  # kills a stage: a round takes the study itself beside them
-        while attacked(repository, rng, hits, wanted, rng.choice(KILLS)):
+        while attacked(repository, rng, hits, wanted, rng.choice(KILLS), HURRY if sum(hits.values()) >= LEAST else 1.0):
             pass
         for out, _ in GRAPH:
             folder = repository.path / out
@@ -114,13 +116,14 @@ def attacked(
     hits: Counter[str],
     wanted: Callable[[str], bool],
     shot: tuple[signal.Signals, str],
+    pace: float,
 ) -> bool:
     """Start ``dvc repro`` and kill it while a stage runs that is ``wanted``; False if none was, and the study ended by
     itself."""
     dvc = repository.repro()
     wait_for(lambda: dvc.poll() is not None or wanted(repository.stage()), 600)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        dvc.wait(rng.choice([rng.uniform(0, IMPORTS), rng.uniform(0, IMPORTS), rng.uniform(IMPORTS, LIFE)]))
+        dvc.wait(pace * rng.choice([rng.uniform(0, IMPORTS), rng.uniform(0, IMPORTS), rng.uniform(IMPORTS, LIFE)]))
     if dvc.poll() is None:
         hit = repository.stage()
         if not repository.signal(dvc, *shot):
