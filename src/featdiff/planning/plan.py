@@ -38,8 +38,6 @@ RATES = Path("metrics/rates.json")
 ORGANISM_CHARACTERS = 100
 """About as many as the texts of the organism have."""
 MATRIX, TRIES = 1024, 12
-WITHOUT = ("prepare", "imported", "noise", "report")
-"""Kinds of stages that hardly compute: their work is counted in texts, weights or answers."""
 GIB = 2**30
 
 
@@ -139,7 +137,7 @@ def lines(works: list[Work], took: Mapping[str, float | None], memory: float, di
     width = max(len(each.stage) for each in works)
     yield f"{'stage':{width}}  {'work':>10}  {'disk':>9}  {'memory':>9}  {'time':>8}"
     for each in works:
-        done = "" if each.kind in WITHOUT else _scaled(each.amount, "FLOP")
+        done = _scaled(each.amount, "FLOP") if each.computes else ""
         sizes = f"{_bytes(each.disk):>9}  {_bytes(each.memory):>9}"
         yield f"{each.stage:{width}}  {done:>10}  {sizes}  {_time(took[each.stage]):>8}"
     known = [value for value in took.values() if value is not None]

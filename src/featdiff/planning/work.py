@@ -74,7 +74,7 @@ class Work:
     kind: str
     """Stages of one kind reach the same share of what a machine can do."""
     amount: float
-    """Operations; for ``prepare`` and ``report``, which hardly compute, texts and answers."""
+    """Operations; for what hardly computes, texts, weights or answers."""
     disk: float = 0.0
     """Bytes that are kept."""
     fixed: float = LIBRARIES
@@ -84,6 +84,7 @@ class Work:
     field: str = ""
     """The number of params.yaml by which memory can be brought down."""
     batch: int = 0
+    computes: bool = True
 
     @property
     def memory(self) -> float:
@@ -113,7 +114,7 @@ class _Plan:
     def stages(self) -> Iterator[Work]:
         study, prepare = self.study, self.study.prepare
         texts = prepare.pretrain.texts + prepare.corpus.texts + prepare.train_problems
-        yield Work("prepare", "prepare", texts, disk=TEXT * texts)
+        yield Work("prepare", "prepare", texts, disk=TEXT * texts, computes=False)
         yield self._base()
         for name in study.arms:
             yield self._arm(name)
@@ -132,12 +133,13 @@ class _Plan:
             yield self._dynamics(name)
         yield from self._about_the_set()
         answers = len(study.models) * questions
-        yield Work("report", "report", answers, disk=5e6 + 300.0 * answers)
+        yield Work("report", "report", answers, disk=5e6 + 300.0 * answers, computes=False)
 
     def _base(self) -> Work:
         size, base = self.size, self.study.base
         if base.source != "pretrain":
-            return Work("base", "imported", size.weights, size.weights * self.bytes, LIBRARIES + 2 * FLOAT * size.weights)
+            held = LIBRARIES + 2 * FLOAT * size.weights
+            return Work("base", "brought", size.weights, size.weights * self.bytes, held, computes=False)
         p = base.pretraining
         passes = TRAINING * size.forward(p.steps * p.batch_tokens, p.row_tokens / 2)
         return Work(
@@ -156,17 +158,16 @@ class _Plan:
     def _arm(self, name: str) -> Work:
         method, p, size = self.study.arms[name].method, self.study.numbers(name), self.size
         disk = self._checkpoints(name) * size.weights * self.bytes
-        if not hasattr(p, "micro_batch_size"):
-            return Work(f"arm {name}", method, size.weights, disk, LIBRARIES + 3 * FLOAT * size.weights)
-        problems, answer = self.study.prepare.train_problems, getattr(p, "max_new_tokens", 0)
-        length = p.max_length if method == "sft" else self.question + answer
-        sampled = 0.0
-        if method == "sft":
-            trained = p.epochs * problems
-        elif method == "grpo":
+        if not hasattr(p, "micro_batch_size"):  # nothing is trained
+            return Work(f"arm {name}", method, size.weights, disk, LIBRARIES + 3 * FLOAT * size.weights, computes=False)
+        # What a method does shows in the numbers that it has: a new one needs no line here unless it has others.
+        problems, length, sampled = self.study.prepare.train_problems, self.question + getattr(p, "max_new_tokens", 0), 0.0
+        if hasattr(p, "rollouts"):
             sampled = trained = p.steps * p.prompts_per_step * p.rollouts
+        elif hasattr(p, "samples"):
+            sampled, trained = problems * p.samples, p.steps * p.batch_size * (1 + hasattr(p, "pairs"))
         else:
-            sampled, trained = problems * p.samples, p.steps * p.batch_size * (2 if method == "dpo" else 1)
+            trained, length = p.epochs * problems, p.max_length
         passes = size.forward(sampled * length, length / 2) + TRAINING * size.forward(trained * length, length / 2)
         each, field = size.training(length) + size.cache(length), f"{method}.micro_batch_size"
         return Work(f"arm {name}", method, passes, disk, self._trained(), each, field, p.micro_batch_size)
