@@ -18,6 +18,7 @@ import pytest
 from servers import BUCKETS, KEYS, PASSWORD, USER, free_port, listens, mlflow, object_store, postgres, postgres_programs, status
 
 from featdiff.report.picture import BROWSERS
+from featdiff.tracking.record import numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = postgres_programs()
@@ -92,6 +93,11 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     assert not any(map(listens, ports)), "a server was left behind"
 
 
+def headline(person: Person) -> dict[str, float]:
+    """The numbers of a study as the tracking server names them."""
+    return numbers(json.loads((person.folder / "metrics/headline.json").read_text(encoding="utf-8")))
+
+
 def runs(team: Team, kind: str) -> list[Any]:
     """Runs on the server, the oldest first: of pipelines, or of stages."""
     program = """
@@ -114,8 +120,8 @@ def test_nobody_reads_the_server_without_a_password(team: Team) -> None:
 
 def test_the_server_has_the_pipeline_with_its_headline_its_params_and_a_run_of_every_stage(team: Team) -> None:
     [(_, _, params, metrics)] = runs(team, "pipelines")
-    headline = json.loads((team.first.folder / "metrics/headline.json").read_text(encoding="utf-8"))
-    assert {name: value for name, value in metrics.items() if name in headline} == pytest.approx(headline)
+    ours = headline(team.first)
+    assert {name: value for name, value in metrics.items() if name in ours} == pytest.approx(ours)
     assert params["report.min_effect"] == "0.05"
     stages = team.first.says(sys.executable, "-m", "dvc", "stage", "list", "--name-only").split()
     assert len(runs(team, "stages")) == len(set(stages) - {"check"})
@@ -154,9 +160,9 @@ def test_a_sweep_is_queued_run_and_compared(team: Team) -> None:
     team.second.says(sys.executable, "-m", "featdiff.tracking.mirror", "sync")
     swept = {run[2]["report.min_effect"]: run[3] for run in runs(team, "pipelines") if run[2]["report.min_effect"] in wanted}
     assert swept.keys() == wanted
-    for value, metrics in found.items():
-        assert {name: swept[value][name] for name in metrics["data"]} == pytest.approx(metrics["data"])
-    verdicts = [metrics["data"] for metrics in found.values()]
+    verdicts = [numbers(metrics["data"]) for metrics in found.values()]
+    for value, metrics in zip(found, verdicts, strict=True):
+        assert {name: swept[value][name] for name in metrics} == pytest.approx(metrics)
     assert verdicts[0] != verdicts[1], "nothing that was swept shows"
 
 
@@ -172,10 +178,10 @@ def test_another_experiment_shows_what_differs_and_is_kept_while_the_server_is_a
     after = runs(team, "pipelines")
     new = [run for run in after if run[0] not in {old[0] for old in before}]
     assert len(new) == 1, [run[1] for run in new]
-    (_, _, ours, numbers), (_, _, theirs, others) = new[0], before[0]
-    assert {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} == {"report.min_effect"}
-    headline = json.loads((team.second.folder / "metrics/headline.json").read_text(encoding="utf-8"))
-    assert headline.keys() <= numbers.keys() & others.keys(), "values of stages that came from the cache are there as well"
+    (_, _, here, found), (_, _, there, others) = new[0], before[0]
+    assert {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)} == {"report.min_effect"}
+    known = headline(team.second).keys()
+    assert known <= found.keys() & others.keys(), "values of stages that came from the cache are there as well"
     changed = team.second.says(sys.executable, "-m", "dvc", "params", "diff")
     assert "report.min_effect" in changed
     assert "0.07" in changed
@@ -196,12 +202,15 @@ def test_the_compare_page_has_the_headline_on_both_sides(team: Team) -> None:
         )
         page.goto(f"{team.tracking}/#/compare-runs?{chosen}")
         page.get_by_text("report.min_effect").first.wait_for(timeout=60_000)
+        differing = page.get_by_role("switch").first  # of params
+        differing.click()
         if folder := os.environ.get("PICTURES"):
-            page.screenshot(path=Path(folder) / "compare.png", full_page=True)
+            page.screenshot(path=Path(folder) / "compare.png")
+        differing.click()
         said = page.locator("body").inner_text()
         browser.close()
-    headline = json.loads((team.second.folder / "metrics/headline.json").read_text(encoding="utf-8"))
-    for name in headline:
+    known = headline(team.second)
+    for name in known:
         assert name in said, name
     for values in (ours, theirs):
-        assert sum(f"{values[name]:g}" in said for name in headline) > len(headline) / 2
+        assert sum(f"{values[name]:g}" in said for name in known) > len(known) / 2
