@@ -147,18 +147,18 @@ def test_a_clone_pulls_and_computes_nothing_again(team: Team) -> None:
 
 
 def test_a_sweep_is_queued_run_and_compared(team: Team) -> None:
-    dvc, wanted = (sys.executable, "-m", "dvc"), {"0.02", "0.9"}
-    team.second.says(*dvc, "exp", "run", "--queue", "-S", f"report.min_effect={','.join(sorted(wanted))}")
+    dvc, wanted = (sys.executable, "-m", "dvc"), {"0.3", "0.9"}
+    team.second.says(*dvc, "exp", "run", "--queue", "-S", f"localize.threshold={','.join(sorted(wanted))}")
     team.second.says(*dvc, "exp", "run", "--run-all")
     shown = json.loads(team.second.says(*dvc, "exp", "show", "--json").partition("[")[2].join(["[", ""]))
     every = [run["data"] for experiment in shown[1]["experiments"] for run in experiment["revs"]]
     found = {
-        str(run["params"]["params.yaml"]["data"]["report"]["min_effect"]): run["metrics"]["metrics/headline.json"]
+        str(run["params"]["params.yaml"]["data"]["localize"]["threshold"]): run["metrics"]["metrics/headline.json"]
         for run in every
     }
     assert found.keys() == wanted
     team.second.says(sys.executable, "-m", "featdiff.tracking.mirror", "sync")
-    swept = {run[2]["report.min_effect"]: run[3] for run in runs(team, "pipelines") if run[2]["report.min_effect"] in wanted}
+    swept = {run[2]["localize.threshold"]: run[3] for run in runs(team, "pipelines") if run[2]["localize.threshold"] in wanted}
     assert swept.keys() == wanted
     verdicts = [numbers(metrics["data"]) for metrics in found.values()]
     for value, metrics in zip(found, verdicts, strict=True):
@@ -206,8 +206,12 @@ def test_the_compare_page_has_the_headline_on_both_sides(team: Team) -> None:
         differing.click()
         if folder := os.environ.get("PICTURES"):
             page.screenshot(path=Path(folder) / "compare.png")
-        differing.click()
         said = page.locator("body").inner_text()
+        page.get_by_text("accuracy/contrast").hover()
+        for _ in range(30):  # the table holds only the rows in view
+            page.mouse.wheel(0, 100)
+            page.wait_for_timeout(100)
+            said += page.locator("body").inner_text()
         browser.close()
     known = headline(team.second)
     for name in known:
