@@ -205,6 +205,7 @@ def test_a_request_to_stop_waits_for_the_next_checkpoint_and_is_never_forgotten(
         with pytest.raises(signals.Stopped, match="SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
+        signals.listen()  # what was asked here would stop every later test of this process
         for number, handler in before.items():
             signal.signal(number, handler)
 
