@@ -119,10 +119,10 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
     for each in done:
         walls[each["label"]].append(each["observed"]["wall_seconds"])
     amounts, spent = defaultdict[str, float](float), defaultdict[str, float](float)
-    for stage in work(study, size_of(study)):
-        if took := walls.get(stage.stage.replace(" ", "@")):
-            amounts[stage.kind] += stage.amount
-            spent[stage.kind] += min(took)
+    for planned in work(study, size_of(study)):
+        if took := walls.get(planned.stage.replace(" ", "@")):
+            amounts[planned.kind] += planned.amount
+            spent[planned.kind] += min(took)
     starts = [after["started"] - before["ended"] for before, after in pairwise(done) if before["pipeline"] == after["pipeline"]]
     if not spent or not starts:
         raise ContractError(runs_folder(), "records", f"a pipeline of profile {study.profile}", "none", "dvc repro first")
@@ -194,10 +194,9 @@ def main(words: list[str]) -> int:
         say(str(error))
         return EXIT_BAD_INPUT
     print(*lines(works, took, psutil.virtual_memory().total, shutil.disk_usage(".").free), sep="\n")
-    reached = (
-        f"{speed / 1e9:.0f} GFLOP/s here ({torch.get_num_threads()} threads) and what the study {rates['profile']} made of it"
-    )
-    print(f"Times: {reached}. Larger models reach more: for them these are upper bounds.")
+    threads, known = torch.get_num_threads(), rates["profile"]
+    print(f"Times: {speed / 1e9:.0f} GFLOP/s here ({threads} threads), and what the study {known} made of it.")
+    print("Not tried with larger models, which ought to make more of it and take less.")
     return 0
 
 
