@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,11 +20,11 @@ from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.config.values import LossName
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses import batchtopk, loss
-from featdiff.crosscoder.losses.batchtopk import BatchTopK, batch_top_k, batchtopk_loss
+from featdiff.crosscoder.losses.batchtopk import BatchTopK, Kept, batch_top_k, batchtopk_loss
 from featdiff.crosscoder.losses.dedicated import Dedicated, foreign
 from featdiff.crosscoder.losses.delta import Delta, delta_loss
 from featdiff.crosscoder.losses.l1 import L1, l1_loss
-from featdiff.crosscoder.losses.loss import Loss
+from featdiff.crosscoder.losses.loss import Loss, Step
 from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
@@ -40,6 +40,10 @@ NO_DEAD = torch.zeros(12, dtype=torch.bool)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fact holds however the reconstruction is summed up."""
     monkeypatch.setattr(loss, "SPARSE_BELOW", 0.0 if request.param == "dense" else 2.0)
+
+
+def loss_at(crosscoder: Crosscoder, x: Tensor, cutoff: Tensor, *how: Any) -> Step:
+    return batchtopk_loss(crosscoder, x, Kept.at(crosscoder, x, cutoff), *how)
 
 
 def inputs(rows: int = 9, seed: int = 1) -> Tensor:
@@ -113,7 +117,7 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
     count = k * len(x)
     largest = value.flatten().topk(count)
     cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), count)[0]
-    found = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
+    found = loss_at(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
     kept = (found.fired > 0).flatten()
     assert kept.sum() == count
     assert set(kept.nonzero().squeeze(1).tolist()) == set(largest.indices.tolist())
@@ -121,13 +125,13 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
     assert cutoff.item() == pytest.approx(largest.values.min().item(), rel=1e-5)
     f = torch.where(value >= largest.values.min() * 0.99999, value, 0) / crosscoder.decoder_norms().sum(1)
     wanted = np.mean([squared_error(crosscoder, x[b], f[b]) for b in range(len(x))])
-    assert batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 2.5).total.item() == pytest.approx(wanted / 2.5, rel=1e-4)
+    assert loss_at(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 2.5).total.item() == pytest.approx(wanted / 2.5, rel=1e-4)
 
 
 def test_gradients_reach_only_the_kept_features() -> None:
     crosscoder, x = random_crosscoder(MODELS), inputs(rows=4)
     cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 4)[0]
-    found = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
+    found = loss_at(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
     found.total.backward()
     kept = (found.fired > 0).any(0)
     assert 0 < kept.sum() < 12
@@ -150,8 +154,8 @@ def dead_setup() -> tuple[Crosscoder, Tensor, Tensor, Tensor]:
 
 def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_features() -> None:
     crosscoder, x, cutoff, dead = dead_setup()
-    main = batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 2, 5.0, 3.0)
-    found = batchtopk_loss(crosscoder, x, cutoff, dead, 2, 5.0, 3.0)
+    main = loss_at(crosscoder, x, cutoff, NO_DEAD, 2, 5.0, 3.0)
+    found = loss_at(crosscoder, x, cutoff, dead, 2, 5.0, 3.0)
     f, ids = crosscoder.preactivations(x).detach(), dead.nonzero().squeeze(1).tolist()
     numerator = 0.0
     for b in range(len(x)):
@@ -160,8 +164,8 @@ def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_feature
         numerator += (main.error[b] - rebuilt).square().sum().item()
     aux = numerator / main.error.square().sum().item()
     assert found.total.item() == pytest.approx(main.total.item() + 5.0 * aux, rel=1e-4)
-    assert main.total.item() == pytest.approx(batchtopk_loss(crosscoder, x, cutoff, NO_DEAD, 2, 99.0, 3.0).total.item())
-    more = batchtopk_loss(crosscoder, x, cutoff, dead, 99, 5.0, 3.0)
+    assert main.total.item() == pytest.approx(loss_at(crosscoder, x, cutoff, NO_DEAD, 2, 99.0, 3.0).total.item())
+    more = loss_at(crosscoder, x, cutoff, dead, 99, 5.0, 3.0)
     assert torch.isfinite(more.total)
 
 
@@ -169,7 +173,7 @@ def test_the_auxiliary_gradient_reaches_only_dead_features() -> None:
     gradients = []
     for aux_weight in (0.0, 1.0):
         crosscoder, x, cutoff, dead = dead_setup()
-        batchtopk_loss(crosscoder, x, cutoff, dead, 2, aux_weight, 1.0).total.backward()
+        loss_at(crosscoder, x, cutoff, dead, 2, aux_weight, 1.0).total.backward()
         gradients.append(
             [
                 crosscoder.W_enc.grad.flatten(0, 1).T,
@@ -199,8 +203,8 @@ def test_permuting_features_changes_neither_loss() -> None:
         crosscoder.W_dec.data[order],
     )
     torch.testing.assert_close(l1_loss(other, x, 2.0).total, l1_loss(crosscoder, x, 2.0).total)
-    first = batchtopk_loss(crosscoder, x, cutoff * 0.9999, dead, 2, 1.0, 1.0)
-    second = batchtopk_loss(other, x, cutoff * 0.9999, dead[order], 2, 1.0, 1.0)
+    first = loss_at(crosscoder, x, cutoff * 0.9999, dead, 2, 1.0, 1.0)
+    second = loss_at(other, x, cutoff * 0.9999, dead[order], 2, 1.0, 1.0)
     torch.testing.assert_close(second.total, first.total)
     torch.testing.assert_close(second.fired, first.fired[:, order])
 
@@ -221,7 +225,7 @@ def test_sparse_sums_give_the_gradients_of_dense_products(
     x, dead_F = inputs(rows=5), torch.zeros(20, dtype=torch.bool)
     dead_F[list(dead)] = True
     objectives: list[Callable[[Crosscoder], Tensor]] = [
-        lambda crosscoder: batchtopk_loss(crosscoder, x, torch.tensor(cutoff), dead_F, 2, 0.5, 3.0).total,
+        lambda crosscoder: loss_at(crosscoder, x, torch.tensor(cutoff), dead_F, 2, 0.5, 3.0).total,
         lambda crosscoder: l1_loss(crosscoder, x, 1.5).total,
     ]
     for objective in objectives:
@@ -257,7 +261,7 @@ def test_batchtopk_trains_the_dead_with_the_numbers_of_params() -> None:
     crosscoder, x, dead = random_crosscoder(MODELS), inputs(rows=10), torch.arange(12) < 4
     take = running(BatchTopK, crosscoder, batch_tokens=10, k=2, aux_k=3, aux_weight=0.5)
     cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)[0]
-    wanted = batchtopk_loss(crosscoder, x, cutoff, dead, 3, 0.5, 1.0).total
+    wanted = loss_at(crosscoder, x, cutoff, dead, 3, 0.5, 1.0).total
     torch.testing.assert_close(take(x, 1, dead).total, wanted)
 
 

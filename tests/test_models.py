@@ -12,24 +12,29 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.language.decode import left_pad
+from featdiff.language.decode import PromptCache, generate, left_pad
 from featdiff.language.models import (
     block,
+    blocks,
     character_tokenizer,
     checkpoint_folders,
     encode_prompts,
+    final_norm,
     load_model,
     load_tokenizer,
     require_same_tokenizer,
     resolve_layer,
     save_model,
+    stitched,
     tokenizer_hash,
     trl_row,
     truncate,
 )
 from featdiff.tasks.task import Sample
+from featdiff.training.imported import load_base
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -153,6 +158,16 @@ def test_a_tokenizer_that_is_absent_or_broken_is_one_line(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gpt_neox"])
+def test_a_tokenizer_is_read_as_its_files_say_whatever_kind_the_model_is(kind: str, tmp_path: Path) -> None:
+    own = character_tokenizer(["abcdefghijkl"])
+    save_model(random_model(kind), own, tmp_path)
+    for found in (load_tokenizer(tmp_path), load_base(str(tmp_path), "float32")[1]):
+        assert len(found) == len(own)
+        assert tokenizer_hash(found) == tokenizer_hash(own)
+        assert found("ab l")["input_ids"] == own("ab l")["input_ids"]
+
+
 def test_another_tokenizer_than_the_bases_is_refused(folder: Path, saved: Path) -> None:
     require_same_tokenizer(folder, saved)
     character_tokenizer(["abcdef =.x"]).save_pretrained(folder)
@@ -177,9 +192,28 @@ def test_a_layer_is_between_one_and_the_number_of_blocks(make_model: Callable[..
             resolve_layer(make_model(), layer)
 
 
+SMALL = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+SIZES = {
+    "qwen2": SMALL | {"num_key_value_heads": 1},
+    "gemma3_text": SMALL | {"num_key_value_heads": 1, "head_dim": 8},
+    "gpt_neox": SMALL,
+    "gpt2": {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 64},
+}
+
+
+def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of three blocks of any kind that the library knows, with random weights."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, vocab_size=20, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[kind] | changes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3])
-def test_the_trunk_gives_the_hooked_residual_stream_bit_for_bit(make_model: Callable[..., Any], layer: int) -> None:
-    model = make_model(layers=3)
+@pytest.mark.parametrize("kind", [None, *SIZES])
+def test_the_trunk_gives_the_hooked_residual_stream_bit_for_bit(
+    make_model: Callable[..., Any], kind: str | None, layer: int
+) -> None:
+    model = make_model(layers=3) if kind is None else random_model(kind)
     ids, mask, positions = left_pad([[1, 4, 5, 6], [1, 7, 8, 9, 10, 4], [1, 5]], 0, torch.device("cpu"))
     seen = []
     handle = block(model, layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
@@ -188,12 +222,36 @@ def test_the_trunk_gives_the_hooked_residual_stream_bit_for_bit(make_model: Call
         handle.remove()
         trunk = truncate(model, layer)
         resid = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        known = resid if layer < 3 else final_norm(model.base_model)(resid)  # the library norms the last of its hidden states
     assert torch.equal(resid, seen[0])
-    if layer < 3:  # the library puts the final norm on the last of its hidden states
-        assert torch.equal(resid, full.hidden_states[layer])
-    else:
-        assert torch.equal(model.model.norm(resid), full.hidden_states[layer])
-    assert len(trunk.layers) == layer
+    assert torch.equal(known, full.hidden_states[layer])
+    assert len(blocks(trunk)) == layer
+    assert len(blocks(model.base_model)) == 3
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_models_of_other_kinds_answer_as_the_library_says_and_can_be_stitched(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = random_model(kind), character_tokenizer(["abcdefghijkl"])
+    save_model(model, tokenizer, tmp_path / kind)
+    loaded = load_model(tmp_path / kind)
+    prompts = [[1, 4, 5, 6], [1, 7, 8, 9, 10, 4], [1, 5]]
+    ours = generate(loaded, prompts, max_new_tokens=6, eos=2, pad=0, batch_size=3, shared=PromptCache())
+    for prompt, answer in zip(prompts, ours, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+        assert answer == (theirs[: theirs.index(2)] if 2 in theirs else theirs)
+    ids, other = torch.tensor([prompts[1]]), random_model(kind, seed=1)
+    with torch.inference_mode():
+        assert torch.equal(stitched(model, model, 1)(ids).logits, model(ids).logits)
+        assert not torch.allclose(stitched(model, other, 1)(ids).logits, model(ids).logits)
+        streams = [truncate(each, 1)(ids).last_hidden_state for each in (stitched(model, other, 1), model)]
+        assert torch.equal(*streams)
+
+
+def test_a_model_whose_blocks_have_no_known_name_is_one_line(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("opt", vocab_size=20, num_hidden_layers=1, hidden_size=16, ffn_dim=16, num_attention_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ContractError, match=r"model_type: expected blocks as layers or h, and a norm after them, found opt"):
+        load_model(tmp_path)
 
 
 def test_the_trunk_shares_its_weights_and_leaves_the_model_as_it_is(make_model: Callable[..., Any]) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from featdiff.config.report import ReportParams
-from featdiff.language.models import truncate
-from featdiff.localization.stitching import depths, seams, stitched
+from featdiff.language.models import stitched, truncate
+from featdiff.localization.stitching import depths, seams
 from featdiff.report import depth
 from featdiff.report.claims import Claims
 from featdiff.report.evidence import Evidence

@@ -150,15 +150,16 @@ def _from_dictionary_learning(folder: Path, models: Sequence[str]) -> Crosscoder
 
 def _from_saelens(folder: Path, models: Sequence[str], layer: int) -> Crosscoder:
     config, weights = _settings(folder / "cfg.json"), _Weights(folder / "sae_weights.safetensors")
+    another = "give another SAE"
     known = {
-        "architecture": ("standard", "jumprelu"),
-        "normalize_activations": ("none", None),
-        "reshape_activations": ("none", None),
+        "architecture": (("standard", "jumprelu"), another),
+        "normalize_activations": (("none", None), f"fold it into the weights, or {another}"),
+        "reshape_activations": (("none", None), another),
     }
-    for key, allowed in known.items():
+    for key, (allowed, todo) in known.items():
         if config.get(key) not in allowed:
             expected, found = " or ".join(str(each) for each in allowed if each), legible(str(config.get(key)))
-            raise ContractError(folder / "cfg.json", key, expected, found, "fold it into the weights, or give another SAE")
+            raise ContractError(folder / "cfg.json", key, expected, found, todo)
     _require_layer(folder / "cfg.json", config, layer)
     m, (d, f) = len(models), weights.sizes("W_enc", 2)
     W_enc_DF, b_enc_F = weights.take("W_enc", d, f), weights.take("b_enc", f)
@@ -167,8 +168,9 @@ def _from_saelens(folder: Path, models: Sequence[str], layer: int) -> Crosscoder
         b_enc_F = b_enc_F - b_dec_D @ W_enc_DF
     threshold = torch.tensor(0.0)
     if config["architecture"] == "jumprelu":
-        # Ours is a bound on f_k Σ_m‖d_k^m‖, theirs on f_k.
-        threshold = weights.take("threshold", f).clamp(min=0) * m * W_dec_FD.norm(dim=1)
+        # Ours is a bound on f_k Σ_m‖d_k^m‖, theirs on f_k. A feature that writes nothing has no such value: it is never active.
+        norm_F = m * W_dec_FD.norm(dim=1)
+        threshold = torch.where(norm_F > 0, weights.take("threshold", f).clamp(min=0) * norm_F, 1.0)
     return _made(
         models,
         JUMPRELU if threshold.ndim else RELU,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from featdiff import stats
 from featdiff.config.sets import DescribeParams
 from featdiff.language.decode import Edit, PromptCache, next_token_probabilities
+from featdiff.language.models import final_norm
 
 
 @torch.inference_mode()
@@ -26,20 +27,25 @@ def direct_logits(
     """Logits that a change of the residual stream gives through final norm and unembedding alone, less their mean over
     the vocabulary (direct logit attribution; Elhage et al. 2021, nostalgebraist 2020).
 
-        Δ_v = u_v · (γ ⊙ d) · mean_p 1/rms(h_p)       γ: weight of the RMSNorm, h_p: ``final_PD``, the stream that enters it
+        Δ_v = u_v · (γ ⊙ d) · mean_p 1/rms(h_p)       γ: weight of the norm, h_p: ``final_PD``, the stream that enters it
+    A LayerNorm takes the mean over D from both d and h_p first.
     Two approximations: blocks above the hooked layer see no change, and the norm's scale stays that of the unchanged
     stream, which is exact to first order for d ⟂ h and ignores that a large d lowers all other logits."""
-    norm = model.model.norm
-    scale = (final_PD.float().square().mean(-1) + norm.variance_epsilon).rsqrt().mean()
+    norm: Any = final_norm(model.base_model)
+    final_PD, written_SD = final_PD.float(), written_SD.to(norm.weight.device)
+    if isinstance(norm, torch.nn.LayerNorm):
+        final_PD, written_SD = (each - each.mean(-1, keepdim=True) for each in (final_PD, written_SD))
+    epsilon = norm.eps if isinstance(norm, torch.nn.LayerNorm) else norm.variance_epsilon
+    scale = (final_PD.square().mean(-1) + epsilon).rsqrt().mean()
     unembedding_VD = model.get_output_embeddings().weight.float()
-    logits_SV = (written_SD.to(unembedding_VD.device) * norm.weight.float() * scale) @ unembedding_VD.T
+    logits_SV = (written_SD * norm.weight.float() * scale) @ unembedding_VD.T
     return (logits_SV - logits_SV.mean(-1, keepdim=True)).cpu()
 
 
 def final_stream(model: PreTrainedModel, prompts: list[list[int]], pad: int, batch_size: int) -> Float[Tensor, "P D"]:
     """The residual stream that enters the final norm at every prompt's last token, longest prompt first."""
     found: list[Tensor] = []
-    hook = model.model.norm.register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0][:, -1].float()))
+    hook = final_norm(model.base_model).register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0][:, -1].float()))
     try:
         next_token_probabilities(model, prompts, pad=pad, batch_size=batch_size)
     finally:

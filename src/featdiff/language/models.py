@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from featdiff.artifacts.artifact import ContractError, hash_json
@@ -80,6 +81,10 @@ def organism_model(size: Pretraining, tokenizer: PreTrainedTokenizerFast, seed: 
 INDEX = "model.safetensors.index.json"
 MOST_JSON, MOST_HEADER, MOST_LAYERS = 2**24, 2**24, 1000
 """Bytes of a JSON file and of a safetensors header, blocks: far beyond any model's, and read without harm."""
+BLOCKS, NORMS = ("layers", "h"), ("norm", "final_layer_norm", "ln_f")
+"""What the libraries' models call their blocks, and the norm after the last one: Llama and its kin, GPT-NeoX, GPT-2."""
+AS_IT_STANDS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes that add nothing to what tokenizer.json says."""
 _BLOCK = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
 
 
@@ -154,16 +159,20 @@ def check_folder(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            described = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        described = model.num_parameters()
         layers = config.num_hidden_layers
     except Exception as error:  # settings of any kind reach the library's constructors, which raise all kinds of errors
         said = legible(" ".join(str(error).split()), 200)
         raise ContractError(file, "content", "a causal language model that can be built", said, "correct it") from None
     finally:
         logging.set_verbosity(verbosity)
-    blocks = 1 + max((int(match[1]) for match in map(_BLOCK.search, held) if match), default=-1)
-    if layers != blocks:
-        raise ContractError(file, "num_hidden_layers", f"{blocks}, as in the weights", layers, "fetch the model again")
+    numbered = 1 + max((int(match[1]) for match in map(_BLOCK.search, held) if match), default=-1)
+    if layers != numbered:
+        raise ContractError(file, "num_hidden_layers", f"{numbered}, as in the weights", layers, "fetch the model again")
+    if not _named(model.base_model, BLOCKS) or not _named(model.base_model, NORMS):
+        expected, found = f"blocks as {' or '.join(BLOCKS)}, and a norm after them", legible(str(config.model_type))
+        raise ContractError(file, "model_type", expected, found, "give a decoder of another kind")
     if described > 2 * (numbers := sum(map(math.prod, held.values()))):
         found = f"sizes that make {described}"
         raise ContractError(file, "sizes", f"about the {numbers} numbers of the weights", found, "fetch the model again")
@@ -194,12 +203,22 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def read_tokenizer(name: str | Path, **where: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or of a model of the hub, as its files describe it. Raises what the library raises."""
+    # For some kinds of models, Qwen2 among them, AutoTokenizer takes the class of the kind where the files name a general one,
+    # and that class splits text in its own way and may have tokens of its own, whatever tokenizer.json says.
+    declared = get_tokenizer_config(name, **where).get("tokenizer_class")
+    reader: Any = PreTrainedTokenizerFast if declared in AS_IT_STANDS else AutoTokenizer
+    tokenizer: PreTrainedTokenizerFast = reader.from_pretrained(name, trust_remote_code=False, **where)
+    return tokenizer
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in ``folder``, set to pad on the left; a missing pad token becomes EOS."""
     if not (folder / "tokenizer.json").is_file():
         raise ContractError(folder, "tokenizer.json", "a fast tokenizer", "none", "save the tokenizer beside the weights")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # as above
         said = legible(" ".join(str(error).split()), 200)
         raise ContractError(
@@ -248,21 +267,55 @@ def resolve_layer(model: PreTrainedModel, layer: int | str) -> int:
     return number
 
 
+def _named(module: torch.nn.Module, names: Iterable[str]) -> str | None:
+    return next((name for name in names if hasattr(module, name)), None)
+
+
+def blocks(trunk: torch.nn.Module) -> torch.nn.ModuleList:
+    """The blocks of a model without head, as ``model.base_model`` is, from the first to be run to the last."""
+    found: torch.nn.ModuleList = getattr(trunk, str(_named(trunk, BLOCKS)))
+    return found
+
+
+def final_norm(trunk: torch.nn.Module) -> torch.nn.Module:
+    """The norm between the last of :func:`blocks` and the head."""
+    found: torch.nn.Module = getattr(trunk, str(_named(trunk, NORMS)))
+    return found
+
+
 def block(model: PreTrainedModel, layer: int) -> torch.nn.Module:
     """The block whose output is the residual stream after ``layer`` blocks."""
-    return model.model.layers[layer - 1]
+    return blocks(model.base_model)[layer - 1]
+
+
+def with_shared_weights(module: torch.nn.Module) -> Any:
+    """A copy of ``module`` whose modules are new, to be rearranged, and whose weights are those of ``module``."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def truncate(model: PreTrainedModel, layer: int) -> torch.nn.Module:
     """The trunk of ``model`` that stops after ``layer`` blocks, without final norm and head; its
     ``last_hidden_state`` [B, T, D] is bit-identical to the hooked residual stream. ``model`` stays as it is and shares its
     weights with the trunk."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    trunk = copy.deepcopy(model.model, tensors)  # what the memo holds already is not copied: modules are new, weights are not
-    trunk.layers = trunk.layers[:layer]
+    trunk = with_shared_weights(model.base_model)
+    setattr(trunk, str(_named(trunk, BLOCKS)), blocks(trunk)[:layer])
+    setattr(trunk, str(_named(trunk, NORMS)), torch.nn.Identity())
     trunk.config.num_hidden_layers = layer
-    trunk.norm = torch.nn.Identity()
-    return trunk
+    shortened: torch.nn.Module = trunk
+    return shortened
+
+
+def stitched(lower: PreTrainedModel, upper: PreTrainedModel, depth: int) -> PreTrainedModel:
+    """The embeddings and the first ``depth`` blocks of ``lower`` under the other blocks, the norm and the head of ``upper``. It
+    shares the weights of both, which stay as they are."""
+    model, trunk = with_shared_weights(upper), with_shared_weights(lower.base_model)
+    for number, upper_block in enumerate(blocks(model.base_model)):
+        if number >= depth:
+            blocks(trunk)[number] = upper_block
+    setattr(trunk, str(_named(trunk, NORMS)), final_norm(model.base_model))
+    setattr(model, model.base_model_prefix, trunk)
+    made: PreTrainedModel = model
+    return made
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, samples: list[Sample], *, chat: bool) -> list[list[int]]:

@@ -6,12 +6,12 @@ there can take away no more than it does (**ours**)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
+
+from featdiff.language.models import stitched
 
 ORDERS = (("original", "tuned"), ("tuned", "original"))
 """Which part's blocks lie below, and whose above."""
@@ -29,18 +29,6 @@ def alike(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     return all(
         getattr(one.config, name) == getattr(other.config, name) for name in ("model_type", "hidden_size", "num_hidden_layers")
     )
-
-
-def stitched(lower: PreTrainedModel, upper: PreTrainedModel, depth: int) -> PreTrainedModel:
-    """The embedding and the first ``depth`` blocks of ``lower`` under the other blocks, the norm and the head of ``upper``. It
-    shares the weights of both, which stay as they are."""
-    tensors = {id(tensor): tensor for model in (lower, upper) for tensor in (*model.parameters(), *model.buffers())}
-    model: PreTrainedModel = copy.deepcopy(upper, tensors)  # modules are new, weights are not
-    below: Any = copy.deepcopy(lower.model, tensors)
-    model.model.embed_tokens = below.embed_tokens
-    for number in range(depth):
-        model.model.layers[number] = below.layers[number]
-    return model
 
 
 def seams(models: dict[str, PreTrainedModel], hooked: int, most: int) -> Iterator[tuple[str, int, PreTrainedModel]]:

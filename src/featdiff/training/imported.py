@@ -23,7 +23,15 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.config.models import ImportedParams
 from featdiff.config.reading import legible
 from featdiff.config.values import HUB_NAME
-from featdiff.language.models import check_folder, load_model, load_tokenizer, save_model, settings, tokenizer_hash
+from featdiff.language.models import (
+    check_folder,
+    load_model,
+    load_tokenizer,
+    read_tokenizer,
+    save_model,
+    settings,
+    tokenizer_hash,
+)
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 
@@ -118,7 +126,7 @@ def _from_pretrained(source: str, name: str, precision: torch.dtype, **where: An
         if getattr(config, "quantization_config", None):
             found, todo = "one: such weights can be neither trained nor edited", "give the unquantised model"
             raise ContractError(source, "quantization_config", "none", found, todo)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        tokenizer = read_tokenizer(name, **where)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=precision,

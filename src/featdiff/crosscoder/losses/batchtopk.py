@@ -7,6 +7,8 @@ B batch, M models, D residual width, F features.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -42,29 +44,37 @@ def batch_top_k(value: Tensor, count: int, guess: Tensor | None = None) -> tuple
     return cutoff, near[found >= cutoff]
 
 
+class Kept(NamedTuple):
+    """What a batch keeps of its preactivations."""
+
+    f_BF: Float[Tensor, "B F"]
+    places_E: Int[Tensor, " E"]
+    """Ascending places, in the flattened ``f_BF``, of the entries with f_k Σ_m‖d_k^m‖ ≥ cutoff."""
+
+    @classmethod
+    def at(cls, crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], cutoff: Float[Tensor, ""] | float) -> Kept:
+        """What ``cutoff`` keeps of the preactivations of ``x_BMD``."""
+        f_BF = crosscoder.preactivations(x_BMD)
+        return cls(f_BF, (f_BF.detach() * crosscoder.decoder_norms().detach().sum(1) >= cutoff).flatten().nonzero().squeeze(1))
+
+
 def batchtopk_loss(
     crosscoder: Crosscoder,
     x_BMD: Float[Tensor, "B M D"],
-    cutoff: Float[Tensor, ""],
+    kept: Kept,
     dead_F: Bool[Tensor, " F"],
     aux_k: int,
     aux_weight: float,
     variance: float,
-    chosen: tuple[Float[Tensor, "B F"], Int[Tensor, " E"]] | None = None,
 ) -> Step:
-    """Mean over tokens of Σ_m ‖x^m − x̂^m‖² / ``variance``, where x̂ uses the features with f_k Σ_m‖d_k^m‖ ≥ ``cutoff``
-    (Bussmann et al. 2024; norm-weighted as in Minder, Dumas et al. 2025).
+    """Mean over tokens of Σ_m ‖x^m − x̂^m‖² / ``variance``, where x̂ uses what is ``kept`` of the preactivations of
+    ``x_BMD`` (Bussmann et al. 2024; norm-weighted as in Minder, Dumas et al. 2025).
 
     Where features are dead, ``aux_weight`` times an auxiliary loss is added (Gao et al. 2024): each token's ``aux_k`` most
-    active dead features rebuild the error, and what they leave is divided by the error, both as means over tokens.
-    ``chosen``: the preactivations of ``x_BMD`` and the places from ``cutoff`` on, for a caller that has them."""
+    active dead features rebuild the error, and what they leave is divided by the error, both as means over tokens."""
     # The choice of entries is a constant to the gradient: it moves only when two values change places.
-    if chosen is None:
-        f_BF = crosscoder.preactivations(x_BMD)
-        kept_E = (f_BF.detach() * crosscoder.decoder_norms().detach().sum(1) >= cutoff).flatten().nonzero().squeeze(1)
-    else:
-        f_BF, kept_E = chosen
-    error, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_E)
+    f_BF = kept.f_BF
+    error, _, code_BF = rebuild(crosscoder, x_BMD, *kept)
     total = error.square().sum((1, 2)).mean() / variance
     dead = dead_F.nonzero().squeeze(1)
     if len(dead):
@@ -87,25 +97,18 @@ class BatchTopK(Loss):
     def __call__(self, x_BMD: Float[Tensor, "B M D"], step: int, dead_F: Bool[Tensor, " F"]) -> Step:
         threshold = self.crosscoder.threshold
         f_BF = self.crosscoder.preactivations(x_BMD)
-        cutoff, kept_E = self._selected(f_BF.detach(), threshold * GUESS if step > 1 else None)
-        result = self._step(x_BMD, f_BF, kept_E, cutoff, dead_F)
+        cutoff, places_E = self._selected(f_BF.detach(), threshold * GUESS if step > 1 else None)
+        result = self._step(x_BMD, Kept(f_BF, places_E), dead_F)
         # The first cutoff replaces what was there, be it the 0 of a new crosscoder or the threshold of the one that this fit
         # started from, whose inputs were others. A mean that started from 0 would stay too low for hundreds of steps.
         memory = THRESHOLD_MEMORY if step > 1 else 0.0
         threshold.mul_(memory).add_(cutoff, alpha=1 - memory)
         return result
 
-    def _step(
-        self,
-        x_BMD: Float[Tensor, "B M D"],
-        f_BF: Float[Tensor, "B F"],
-        kept_E: Int[Tensor, " E"],
-        cutoff: Float[Tensor, ""],
-        dead_F: Bool[Tensor, " F"],
-    ) -> Step:
-        """The loss at the batch's cutoff, from its preactivations ``f_BF``, of which those at ``kept_E`` are kept."""
-        params, chosen = self.params, (f_BF, kept_E)
-        return batchtopk_loss(self.crosscoder, x_BMD, cutoff, dead_F, params.aux_k, params.aux_weight, self.variance, chosen)
+    def _step(self, x_BMD: Float[Tensor, "B M D"], kept: Kept, dead_F: Bool[Tensor, " F"]) -> Step:
+        """The loss of what the whole batch's cutoff keeps of these rows."""
+        params = self.params
+        return batchtopk_loss(self.crosscoder, x_BMD, kept, dead_F, params.aux_k, params.aux_weight, self.variance)
 
     @torch.no_grad()
     def _selected(self, f_BF: Float[Tensor, "B F"], guess: Tensor | None) -> tuple[Float[Tensor, ""], Int[Tensor, " E"]]:

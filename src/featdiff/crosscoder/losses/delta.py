@@ -9,12 +9,12 @@ B batch, M models, the first of which is the original, D residual width, F featu
 from __future__ import annotations
 
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.dictionary import CrosscoderTraining
-from featdiff.crosscoder.losses.batchtopk import BatchTopK
+from featdiff.crosscoder.losses.batchtopk import BatchTopK, Kept
 from featdiff.crosscoder.losses.loss import Step
 from featdiff.crosscoder.model import Crosscoder
 
@@ -41,15 +41,8 @@ class Delta(BatchTopK):
             expected = f"a share of at least one of {crosscoder.n_features} features"
             raise ContractError("params.yaml", "crosscoder.training.delta_share", expected, params.delta_share, "change it")
 
-    def _step(
-        self,
-        x_BMD: Float[Tensor, "B M D"],
-        f_BF: Float[Tensor, "B F"],
-        kept_E: Int[Tensor, " E"],
-        cutoff: Float[Tensor, ""],
-        dead_F: Bool[Tensor, " F"],
-    ) -> Step:
-        step = super()._step(x_BMD, f_BF, kept_E, cutoff, dead_F)
-        code_BC = f_BF[:, : self.features] * (step.fired[:, : self.features] > 0)
+    def _step(self, x_BMD: Float[Tensor, "B M D"], kept: Kept, dead_F: Bool[Tensor, " F"]) -> Step:
+        step = super()._step(x_BMD, kept, dead_F)
+        code_BC = kept.f_BF[:, : self.features] * (step.fired[:, : self.features] > 0)
         difference = delta_loss(self.crosscoder, x_BMD, code_BC) / self.variance
         return step._replace(total=step.total + self.params.delta_weight * difference)
