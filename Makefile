@@ -63,6 +63,12 @@ browser: $(STAMP)  ## the report and the page of answers in a real browser (need
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
+bench: $(STAMP)  ## against sae-lens, sparsify and the limit of this machine, in turns (CASES="step answers"; none: all, some 20 minutes idle)
+	@$(BIN)/python -m benchmarks $(CASES)
+
+profile-step: $(STAMP)  ## where a crosscoder step and a pass of questions under edits spend their time (CASES="step answers")
+	@$(BIN)/python -m benchmarks.profiling $(CASES)
+
 studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise locked-101", JOBS=2 at a time; hours), and fill docs/calibration.md
 	@$(BIN)/python -m featdiff.pipeline.studies $(if $(JOBS),--jobs $(JOBS)) $(STUDIES)
 
@@ -85,4 +91,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test plan why trace picture verify faults servers browser golden studies check format remote push pull ui
+.PHONY: help install profile repro test plan why trace picture verify faults servers browser golden bench profile-step studies check format remote push pull ui

@@ -1,0 +1,225 @@
+"""featdiff against its peers and the machine's limit: `make bench`, or `python -m benchmarks CASE ...`.
+
+Contestants of a case are processes that wait for each other: every round each does one block of the same work, so that what the
+machine does meanwhile meets all of them. The first round warms up and is not counted. A ratio is the median over rounds of the
+other's time over ours. Writes metrics/benchmarks.json, and from it the tables of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from featdiff.artifacts.artifact import write_json
+from featdiff.artifacts.documents import fill, markdown
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
+RESULTS, PAGE, PEERS = ROOT / "metrics/benchmarks.json", ROOT / "docs/performance.md", ROOT / ".featdiff/peers"
+OURS, LIMIT = "featdiff", "limit"
+BOTH = {"models": 3, "batch": 1024, "lr": 1e-3}
+WIDE = BOTH | {"width": 576, "features": 8192, "k": 32, "aux_k": 512, "block": 4, "rows": 32_768}
+NARROW = BOTH | {"width": 96, "features": 768, "k": 16, "aux_k": 64, "block": 60, "rows": 65_536}
+NEVER = 10**9
+
+
+class Contestant(NamedTuple):
+    script: str
+    peer: str = ""
+    """The package of peers.txt that it needs; none: featdiff's own environment."""
+    arguments: tuple[str, ...] = ()
+    changes: Mapping[str, float] = {}
+    """Numbers of the case that are others for it."""
+
+
+class Case(NamedTuple):
+    title: str
+    numbers: Mapping[str, float]
+    contestants: Mapping[str, Contestant]
+    rounds: int = 9
+
+
+def steps(**changes: float) -> Contestant:
+    return Contestant("step_featdiff.py", changes=changes)
+
+
+SAELENS, SPARSIFY = Contestant("step_saelens.py", "sae-lens"), Contestant("step_sparsify.py", "eai-sparsify")
+GEMM = Contestant("step_gemm.py")
+CASES = {
+    "step": Case(
+        "BatchTopK step, D 576, M 3, F 8192, B 1024, k 32",
+        WIDE | {"dead_after": NEVER},
+        {OURS: steps(), "sae-lens BatchTopK": SAELENS, "sparsify TopK": SPARSIFY, LIMIT: GEMM},
+    ),
+    "small_step": Case(
+        "BatchTopK step, D 96, M 3, F 768, B 1024, k 16",
+        NARROW | {"dead_after": NEVER},
+        {OURS: steps(), "sae-lens BatchTopK": SAELENS, "sparsify TopK": SPARSIFY, LIMIT: GEMM},
+    ),
+    "l1_step": Case(
+        "ReLU+L1 step, D 576, M 3, F 8192, B 1024",
+        WIDE | {"dead_after": NEVER},
+        {OURS: steps(l1=3.0), "sae-lens Standard": SAELENS._replace(changes={"l1": 3.0}), LIMIT: GEMM},
+    ),
+    "dead": Case(
+        "BatchTopK step as in the first row, a tenth of the features dead, against none",
+        WIDE | {"dead_after": 4096, "lr": 1e-9},
+        {OURS: steps(dead=0.1), "none dead": steps(dead_after=NEVER)},
+    ),
+    "answers": Case(
+        "120 questions under 24 edits, model of the default study",
+        {"questions": 120, "edits": 24, "block": 1},
+        {
+            OURS: Contestant("answers.py", arguments=("featdiff",)),
+            "generate with a hook": Contestant("answers.py", arguments=("naive",)),
+        },
+        rounds=6,
+    ),
+    "harvest": Case(
+        "Residual stream at half depth, SmolLM2-135M's shape",
+        {"texts": 32, "batch": 16, "block": 1},
+        {
+            OURS: Contestant("harvest.py", arguments=("featdiff",)),
+            "whole forward pass": Contestant("harvest.py", arguments=("whole",)),
+        },
+        rounds=5,
+    ),
+    "reads": Case(
+        "Shuffled rows of a store, 3 x 576, bfloat16, 300,000 rows",
+        {"models": 3, "width": 576, "rows": 300_000, "batch": 4096, "block": 1},
+        {OURS: Contestant("reads.py")},
+        rounds=3,
+    ),
+}
+
+
+def python_of(peer: str) -> str:
+    """The Python under which ``peer`` is installed, which is made where it is missing."""
+    if not peer:
+        return sys.executable
+    pinned = [line for line in (HERE / "peers.txt").read_text(encoding="utf-8").splitlines() if line.startswith(f"{peer}==")]
+    place = PEERS / pinned[0].replace("==", "-")
+    python, done = place / "bin/python", place / ".installed"
+    if not done.exists():
+        print(f"installing {pinned[0]} into {place.relative_to(ROOT)}", file=sys.stderr)
+        venv.create(place, with_pip=True, clear=True)
+        own = f"torch=={torch.__version__.partition('+')[0]}"
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", own, *pinned], check=True)
+        done.touch()
+    return str(python)
+
+
+class Process:
+    """A contestant at work."""
+
+    def __init__(self, label: str, contestant: Contestant, numbers: Mapping[str, float]) -> None:
+        self.label, script = label, str(HERE / contestant.script)
+        given = json.dumps(dict(numbers) | dict(contestant.changes))
+        command = [python_of(contestant.peer), script, given, *contestant.arguments]
+        environment = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    def ask(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        """The next value that it says; what libraries print in between is passed over."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+        assert self.process.stderr is not None
+        raise SystemExit(f"{self.label} stopped: {self.process.stderr.read()[-2000:]}")
+
+    def end(self) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.hear()
+
+
+@contextlib.contextmanager
+def at_work(case: Case) -> Iterator[dict[str, Process]]:
+    numbers = {**case.numbers, "steps": case.rounds * case.numbers["block"]}
+    processes = {label: Process(label, contestant, numbers) for label, contestant in case.contestants.items()}
+    try:
+        yield processes
+    finally:
+        for each in processes.values():
+            each.process.kill()
+            each.process.wait()
+
+
+def run(name: str, case: Case) -> dict[str, Any]:
+    """Seconds of a step of each contestant in each round but the first, and what each found."""
+    rounds: dict[str, list[float]] = {label: [] for label in case.contestants}
+    with at_work(case) as processes:
+        for each in processes.values():
+            each.hear()
+        for _ in tqdm(range(case.rounds), desc=name, unit="round"):
+            for label, each in processes.items():
+                each.ask()
+                rounds[label].append(median(each.hear()))
+        found = {label: each.end() for label, each in processes.items()}
+    counted = {label: seconds[1:] for label, seconds in rounds.items()}
+    if name == "answers":
+        same, other = (found[label].pop("answers") for label in case.contestants)
+        pairs = [(a, b) for under, theirs in zip(same, other, strict=True) for a, b in zip(under, theirs, strict=True)]
+        found[OURS] |= {"equal": sum(a == b for a, b in pairs), "of": len(pairs)}
+    return {
+        label: {
+            "milliseconds": 1000 * median(seconds),
+            "ratio": median(other / own for other, own in zip(seconds, counted[OURS], strict=True)),
+            "least_ratio": min(other / own for other, own in zip(seconds, counted[OURS], strict=True)),
+            "most_ratio": max(other / own for other, own in zip(seconds, counted[OURS], strict=True)),
+            "found": found[label] or {},
+        }
+        for label, seconds in counted.items()
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """One line for each case and contestant."""
+    body = []
+    for name, case in CASES.items():
+        for label, one in results.get(name, {}).items():
+            ratio = "" if label == OURS else f"{one['ratio']:.2f} ({one['least_ratio']:.2f} to {one['most_ratio']:.2f})"
+            facts = ", ".join(f"{key} {value:.3g}" for key, value in one["found"].items() if isinstance(value, (int, float)))
+            body.append([case.title if label == OURS else "", label, f"{one['milliseconds']:.1f}", ratio, facts])
+    return markdown(["work", "by", "ms", "times ours (least to most)", "found"], body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; none: all")
+    chosen = parser.parse_args().cases or list(CASES)
+    if unknown := set(chosen) - set(CASES):
+        raise SystemExit(f"benchmarks: {', '.join(sorted(unknown))}: unknown; known: {', '.join(CASES)}")
+    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"cases": {}}
+    for name in chosen:
+        held["cases"][name] = run(name, CASES[name])
+        threads = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        held["machine"] = threads | {"torch": torch.__version__, "python": platform.python_version()}
+        write_json(RESULTS, held)
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), "benchmarks", table(held["cases"])), encoding="utf-8")
+    print(table({name: held["cases"][name] for name in chosen}))
+
+
+if __name__ == "__main__":
+    main()

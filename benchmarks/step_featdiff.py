@@ -1,0 +1,67 @@
+"""featdiff's own fit, from its first line to its last: reading, selection, auxiliary loss, dead features, clipping, Adam."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from featdiff.config.dictionary import CrosscoderTraining
+from featdiff.crosscoder.fit import fit
+from featdiff.crosscoder.model import Crosscoder
+from featdiff.pipeline.checkpoint import Scratch
+from pace import Paced, case, explained, planted_rows, say
+
+given = case()
+M, D = int(given["models"]), int(given["width"])
+LOSS = "l1" if given.get("l1") else "batchtopk"
+
+
+class Rows:
+    """Planted rows as an activation source."""
+
+    models, d_model = [f"model {number}" for number in range(M)], D
+
+    def __init__(self) -> None:
+        self.held = planted_rows(M * D, int(given["rows"]))
+        self.rows = len(self.held)
+        self.paced: Paced | None = None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.held[start:stop].view(-1, M, D)
+
+    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
+        self.paced = Paced(self.held[start:stop], batch, int(given["block"]))
+        return (rows.view(-1, M, D) for rows in self.paced)
+
+
+def dead(source: Rows, share: float) -> Crosscoder:
+    """A crosscoder in which ``share`` of the features is too weakly decoded to be chosen, as dead ones are."""
+    crosscoder = Crosscoder(source.models, D, int(given["features"]), LOSS)
+    crosscoder.initialise(0.1, torch.Generator().manual_seed(0), tied=True)
+    with torch.no_grad():
+        crosscoder.W_dec[: int(share * crosscoder.n_features)] *= 1e-3
+    return crosscoder
+
+
+source = Rows()
+params = CrosscoderTraining(
+    n_features=int(given["features"]), batch_tokens=int(given["batch"]), steps=int(given["steps"]), lr=given["lr"],
+    warmup_share=0.0, decay_share=0.0, k=int(given["k"]), aux_k=int(given["aux_k"]), aux_weight=1 / 32,
+    dead_after_tokens=int(given["dead_after"]), l1_weight=given.get("l1") or 1.0, l1_warmup_share=0.0, decoder_norm=0.1,
+    heldout_share=0.1, log_every=int(given["steps"]),
+)  # fmt: skip
+curves: list[dict[str, float]] = []
+warm = dead(source, given["dead"]) if "dead" in given else None
+os.environ.setdefault("TQDM_DISABLE", "1")
+crosscoder, _, train_rows = fit(
+    source, LOSS, params, 0, lambda _, point: curves.append(point), "benchmark", scratch=Scratch(), warm=warm
+)
+assert source.paced is not None
+source.paced.finish()
+x_BMD = crosscoder.normalise(source.read(train_rows, source.rows))
+code_BF = crosscoder.encode(x_BMD)
+fve = explained(x_BMD.flatten(1), crosscoder.decode(code_BF).flatten(1))
+say({"fve": fve, "l0": float((code_BF > 0).sum(1).float().mean()), "dead": curves[-1].get("dead", 0.0)})

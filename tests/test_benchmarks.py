@@ -1,0 +1,68 @@
+"""The benchmarks' contestants really do the work, and take turns."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from project import ROOT
+
+TINY = {"models": 2, "width": 8, "features": 32, "batch": 16, "k": 3, "aux_k": 4, "block": 3, "rows": 300, "lr": 1e-2}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.__main__")
+
+
+def test_a_case_times_each_contestant_in_turns_and_learns(bench: Any) -> None:
+    dead = bench.steps(dead=0.25, dead_after=16, lr=1e-9)
+    contestants = {"featdiff": bench.steps(), "limit": bench.GEMM, "l1": bench.steps(l1=0.1), "dead": dead}
+    case = bench.Case("tiny", TINY | {"dead_after": 10**9}, contestants, rounds=60)
+    found = bench.run("tiny", case)
+    assert list(found) == list(contestants)
+    assert found["featdiff"]["ratio"] == 1.0
+    assert all(one["milliseconds"] > 0 and one["least_ratio"] <= one["ratio"] <= one["most_ratio"] for one in found.values())
+    assert found["featdiff"]["found"]["fve"] > 0.05
+    assert found["featdiff"]["found"]["dead"] == 0.0
+    assert found["dead"]["found"]["dead"] >= 0.25
+    text = bench.table({"step": found})
+    assert bench.CASES["step"].title in text
+    assert "| limit |" in text
+
+
+def test_a_contestant_that_stops_is_named_with_what_it_said(bench: Any) -> None:
+    without_k = {name: value for name, value in TINY.items() if name != "k"}
+    case = bench.Case("tiny", without_k | {"dead_after": 1}, {"featdiff": bench.steps()})
+    with pytest.raises(SystemExit, match=r"(?s)featdiff stopped: .*KeyError: 'k'"):
+        bench.run("tiny", case)
+
+
+def test_planted_rows_are_the_same_for_all_and_of_mean_square_one(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pace = importlib.import_module("pace")
+    one, two = (pace.planted_rows(12, 500) for _ in range(2))
+    assert torch.equal(one, two)
+    assert float(one.square().mean()) == pytest.approx(1.0, abs=1e-5)
+    assert pace.explained(one, one) == 1.0
+    assert pace.explained(one, one.mean(0).expand_as(one)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_every_figure_of_the_page_comes_from_the_results(bench: Any) -> None:
+    if not bench.RESULTS.exists():
+        pytest.skip("never run")
+    page = bench.PAGE.read_text(encoding="utf-8")
+    assert bench.table(json.loads(bench.RESULTS.read_text(encoding="utf-8"))["cases"]) in page
+
+
+def test_the_profile_names_operations_of_the_step(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.CASES["step"]._replace(numbers=TINY | {"dead_after": 10**9})
+    monkeypatch.setitem(bench.CASES, "step", case)
+    found = importlib.import_module("benchmarks.profiling").table("step")
+    assert "aten::addmm" in found
+    assert "aten::randint" not in found
