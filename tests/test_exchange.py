@@ -1,5 +1,6 @@
 """Crosscoders in other libraries' formats give the same values there. Where the library is installed, it is asked itself."""
 
+import errno
 import json
 from types import ModuleType
 
@@ -106,3 +107,13 @@ def test_from_the_terminal_and_what_it_refuses(tmp_path, capsys):
         assert err.count("\n") == 1
         assert said in err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "fit").mkdir()
+    crosscoder().save(tmp_path / "fit")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("featdiff.crosscoder.exchange.write_json", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space"):
+        main(["saelens", str(tmp_path / "fit"), str(tmp_path / "sae"), "--model", "sft"])
+    assert [path.name for path in tmp_path.iterdir()] == ["fit"]

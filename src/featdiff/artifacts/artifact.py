@@ -18,7 +18,9 @@ import re
 import reprlib
 import shutil
 import stat
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
@@ -64,10 +66,18 @@ def require(holds: bool, file: Path, field: str, expected: object, found: object
         raise ContractError(file, field, expected, reprlib.repr(found), todo)
 
 
-def require_empty(folder: Path) -> None:
-    """Raise ContractError where something lies in the way of a new folder."""
+@contextmanager
+def exported(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` when all is written; after an error nothing is left. Raises ContractError
+    where something lies in the way."""
     free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
     require(free, folder, "folder", "one that is empty or not there", "something", "name another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:100]}.") as place:
+        filled = Path(place) / "filled"
+        filled.mkdir()
+        yield filled
+        filled.rename(folder)
 
 
 def inside(name: object) -> bool:

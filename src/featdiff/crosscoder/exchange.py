@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from featdiff.artifacts.artifact import ContractError, require_empty, write_json
+from featdiff.artifacts.artifact import ContractError, exported, write_json
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.readout import Reader
 from featdiff.processes.launch import EXIT_BAD_INPUT
@@ -112,16 +112,17 @@ def main(words: list[str]) -> int:
     parser.add_argument("--hook", default="", help="where its residual stream is read, such as blocks.14.hook_resid_post")
     given = parser.parse_args(words)
     try:
-        require_empty(given.folder)
         crosscoder = Crosscoder.load(given.crosscoder)
         if given.format == "saelens" and given.model not in crosscoder.models:
             models = ", ".join(crosscoder.models)
             raise ContractError(given.crosscoder, "--model", f"one of {models}", given.model or "none", "name one")
-        if given.format == "saelens":
-            to_saelens(crosscoder, given.model, given.folder, given.hook)
-            print(f"{given.folder}: sae_lens.SAE.load_from_disk")
-        else:
-            print(f"{given.folder}: {to_dictionary_learning(crosscoder, given.folder)}.from_pretrained(…, from_hub=True)")
+        with exported(given.folder) as folder:
+            if given.format == "saelens":
+                to_saelens(crosscoder, given.model, folder, given.hook)
+                reader = "sae_lens.SAE.load_from_disk"
+            else:
+                reader = f"{to_dictionary_learning(crosscoder, folder)}.from_pretrained(…, from_hub=True)"
+        print(f"{given.folder}: {reader}")
     except ContractError as error:
         say(str(error))
         return EXIT_BAD_INPUT

@@ -23,7 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifacts.artifact import ContractError, read_json, require_empty, verify
+from featdiff.artifacts.artifact import ContractError, exported, read_json, verify
 from featdiff.artifacts.tables import CONTEXTS
 from featdiff.config.params import load_study
 from featdiff.config.reading import ConfigError
@@ -180,7 +180,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--creator-id", default=CREATOR, help="account there (default: that of their own importer)")
     given = parser.parse_args(words)
     try:
-        require_empty(given.folder)
         for name in ("model", "set"):
             if not getattr(given, name).replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ContractError("command", f"--{name}", "letters, digits, -, _ and .", getattr(given, name), "name another")
@@ -189,11 +188,12 @@ def main(words: list[str]) -> int:
         fit = Path("crosscoders") / read_json(DESCRIBED / "features.json")["fit"]
         verify(fit)
         names = Names(given.model, given.set, study.report.title, given.creator, given.creator_id)
-        out = write(given.folder, DESCRIBED, fit, given.part, getattr(study.roles, given.part), names)
+        with exported(given.folder) as folder:
+            out = write(folder, DESCRIBED, fit, given.part, getattr(study.roles, given.part), names).relative_to(folder)
     except (ConfigError, ContractError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
-    print(f"{out}: for Neuronpedia's bulk import")
+    print(f"{given.folder / out}: for Neuronpedia's bulk import")
     return 0
 
 
