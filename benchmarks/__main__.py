@@ -16,6 +16,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,12 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from featdiff.artifacts.artifact import write_json
+from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.artifacts.documents import fill, markdown
+from featdiff.config.params import load_study
+from featdiff.tracking.record import runs_folder
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RESULTS, PAGE, PEERS = ROOT / "metrics/benchmarks.json", ROOT / "docs/performance.md", ROOT / ".featdiff/peers"
-OURS, LIMIT = "featdiff", "limit"
+OURS, LIMIT, STUDY = "featdiff", "limit", "study"
 BOTH = {"models": 3, "batch": 1024, "lr": 1e-3}
 WIDE = BOTH | {"width": 576, "features": 8192, "k": 32, "aux_k": 512, "block": 4, "rows": 32_768}
 NARROW = BOTH | {"width": 96, "features": 768, "k": 16, "aux_k": 64, "block": 60, "rows": 65_536}
@@ -203,22 +206,56 @@ def table(results: Mapping[str, Any]) -> str:
     return markdown(["work", "by", "ms", "times ours (least to most)", "found"], body)
 
 
+def study() -> dict[str, Any]:
+    """Seconds of the stages of the last whole run of the default study here, by kind, from its records."""
+    records = [read_json(file) for file in sorted(runs_folder().glob("*/run.json"))]
+    done = [each for each in records if each["status"] == "FINISHED" and each["profile"] == load_study().profile]
+    pipelines = dict.fromkeys(each["pipeline"]["id"] for each in done if each["pipeline"])
+    runs = [[each for each in done if (each["pipeline"] or {}).get("id") == pipeline] for pipeline in pipelines]
+    whole = [run for run in runs if run[0]["stage"] in ("prepare", "base") and run[-1]["stage"] == "report"]
+    if not whole:
+        raise SystemExit(
+            f"benchmarks: {runs_folder()}: no run of the whole study; dvc repro in a checkout without its results first"
+        )
+    seconds: dict[str, list[float]] = {}
+    for each in whole[-1]:
+        seconds.setdefault(each["stage"], []).append(each["observed"]["wall_seconds"])
+    between = sum(max(0.0, after["started"] - before["ended"]) for before, after in pairwise(whole[-1]))
+    kinds = {stage: {"stages": len(walls), "seconds": sum(walls)} for stage, walls in seconds.items()}
+    return {"kinds": kinds, "between": between, "whole": whole[-1][-1]["ended"] - whole[-1][0]["started"]}
+
+
+def study_table(found: Mapping[str, Any]) -> str:
+    body = [[kind, str(one["stages"]), f"{one['seconds']:.0f}"] for kind, one in found["kinds"].items()]
+    last = [
+        ["from one stage to the next", "", f"{found['between']:.0f}"],
+        ["first start to last end", "", f"{found['whole']:.0f}"],
+    ]
+    return markdown(["kind of stage", "stages", "seconds"], body + last)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; none: all")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)} and {STUDY}; none: all but {STUDY}"
+    )
     chosen = parser.parse_args().cases or list(CASES)
-    if unknown := set(chosen) - set(CASES):
-        raise SystemExit(f"benchmarks: {', '.join(sorted(unknown))}: unknown; known: {', '.join(CASES)}")
+    if unknown := set(chosen) - {*CASES, STUDY}:
+        raise SystemExit(f"benchmarks: {', '.join(sorted(unknown))}: unknown; known: {', '.join(CASES)}, {STUDY}")
     held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"cases": {}}
     for name in chosen:
-        held["cases"][name] = run(name, CASES[name])
-        threads = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        held["machine"] = threads | {"torch": torch.__version__, "python": platform.python_version()}
+        if name == STUDY:
+            held[STUDY] = study()
+        else:
+            held["cases"][name] = run(name, CASES[name])
+            threads = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+            held["machine"] = threads | {"torch": torch.__version__, "python": platform.python_version()}
         write_json(RESULTS, held)
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), "benchmarks", table(held["cases"])), encoding="utf-8")
-    print(table({name: held["cases"][name] for name in chosen}))
+        page = fill(PAGE.read_text(encoding="utf-8"), "benchmarks", table(held["cases"]))
+        PAGE.write_text(fill(page, STUDY, study_table(held[STUDY])) if STUDY in held else page, encoding="utf-8")
+    print(table({name: held["cases"][name] for name in chosen if name in CASES}))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from featdiff.artifacts.artifact import write_json
 from project import ROOT
 
 TINY = {"models": 2, "width": 8, "features": 32, "batch": 16, "k": 3, "aux_k": 4, "block": 3, "rows": 300, "lr": 1e-2}
@@ -66,3 +68,27 @@ def test_the_profile_names_operations_of_the_step(bench: Any, monkeypatch: pytes
     found = importlib.import_module("benchmarks.profiling").table("step")
     assert "aten::addmm" in found
     assert "aten::randint" not in found
+
+
+def test_the_studys_times_are_those_of_its_last_whole_run(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(number: int, stage: str, pipeline: str, started: float, seconds: float) -> None:
+        folder = tmp_path / f"{number:03d}"
+        folder.mkdir()
+        run = {"status": "FINISHED", "profile": "organism", "stage": stage, "pipeline": {"id": pipeline}, "started": started}
+        write_json(folder / "run.json", run | {"ended": started + seconds, "observed": {"wall_seconds": seconds}})
+
+    monkeypatch.setattr(bench, "runs_folder", lambda: tmp_path)
+    with pytest.raises(SystemExit, match="no run of the whole study"):
+        bench.study()
+    stages = ["prepare a", "report a", "base b", "arm b", "arm b", "report b"]
+    for number, (stage, pipeline) in enumerate(map(str.split, stages)):
+        record(number, stage, pipeline, 100.0 * number, 10.0 * (number + 1))
+    record(6, "report", "c", 600.0, 5.0)
+    found = bench.study()
+    assert found["kinds"] == {
+        "base": {"stages": 1, "seconds": 30.0},
+        "arm": {"stages": 2, "seconds": 90.0},
+        "report": {"stages": 1, "seconds": 60.0},
+    }
+    assert (found["between"], found["whole"]) == (70.0 + 60.0 + 50.0, 360.0)
+    assert "| arm | 2 | 90 |" in bench.study_table(found)
