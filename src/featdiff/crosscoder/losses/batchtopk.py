@@ -73,14 +73,15 @@ def batchtopk_loss(
     Where features are dead, ``aux_weight`` times an auxiliary loss is added (Gao et al. 2024): each token's ``aux_k`` most
     active dead features rebuild the error, and what they leave is divided by the error, both as means over tokens."""
     # The choice of entries is a constant to the gradient: it moves only when two values change places.
-    f_BF = kept.f_BF
     error, _, code_BF = rebuild(crosscoder, x_BMD, *kept)
     total = error.square().sum((1, 2)).mean() / variance
     dead = dead_F.nonzero().squeeze(1)
     if len(dead):
-        top = f_BF[:, dead].topk(min(aux_k, len(dead)), dim=1)
-        sparse = torch.zeros_like(f_BF[:, dead]).scatter(1, top.indices, top.values)
-        rebuilt = (sparse @ crosscoder.W_dec[dead].flatten(1)).view_as(error)
+        # Read anew, C features instead of F: the gradient through f_BF would be a product over all features.
+        dead_BC = crosscoder.preactivations(x_BMD, dead)
+        top = dead_BC.topk(min(aux_k, len(dead)), dim=1)
+        sparse_BC = torch.zeros_like(dead_BC).scatter(1, top.indices, top.values)
+        rebuilt = (sparse_BC @ crosscoder.W_dec.index_select(0, dead).flatten(1)).view_as(error)
         # The error is detached: living features must not learn to leave errors that dead ones can explain. Each process divides
         # by the error of its own rows, so with several processes the ratio is the mean of theirs (the one approximation).
         aux = (error.detach() - rebuilt).square().sum((1, 2)).mean() / error.detach().square().sum((1, 2)).mean()
