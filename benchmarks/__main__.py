@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -132,8 +133,10 @@ class Process:
         given = json.dumps(dict(numbers) | dict(contestant.changes))
         command = [python_of(contestant.peer), script, given, *contestant.arguments]
         environment = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process; a pipe that nobody reads would fill)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
+        )
 
     def ask(self) -> None:
         assert self.process.stdin is not None
@@ -146,8 +149,8 @@ class Process:
         for line in self.process.stdout:
             with contextlib.suppress(ValueError):
                 return json.loads(line)
-        assert self.process.stderr is not None
-        raise SystemExit(f"{self.label} stopped: {self.process.stderr.read()[-2000:]}")
+        self.said.seek(0)
+        raise SystemExit(f"{self.label} stopped: {self.said.read()[-2000:]}")
 
     def end(self) -> Any:
         assert self.process.stdin is not None

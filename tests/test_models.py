@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.language.decode import PromptCache, generate, left_pad
@@ -35,6 +35,7 @@ from featdiff.language.models import (
 )
 from featdiff.tasks.task import Sample
 from featdiff.training.imported import load_base
+from tiny import SIZES, random_model
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -190,22 +191,6 @@ def test_a_layer_is_between_one_and_the_number_of_blocks(make_model: Callable[..
     for layer in (0, 3, -1):
         with pytest.raises(ContractError, match=rf"activations.layer: expected 1 to 2 .* found {layer};"):
             resolve_layer(make_model(), layer)
-
-
-SMALL = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-SIZES = {
-    "qwen2": SMALL | {"num_key_value_heads": 1},
-    "gemma3_text": SMALL | {"num_key_value_heads": 1, "head_dim": 8},
-    "gpt_neox": SMALL,
-    "gpt2": {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 64},
-}
-
-
-def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model of three blocks of any kind that the library knows, with random weights."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, vocab_size=20, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[kind] | changes)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])

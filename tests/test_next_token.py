@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.description.next_token import direct_logits, effects_of, final_stream, next_token_effects
 from featdiff.language.decode import PromptCache, next_token_probabilities
-from featdiff.language.models import block
-from tiny import params_of, random_crosscoder, tiny_model
+from featdiff.language.models import block, final_norm
+from tiny import SIZES, params_of, random_crosscoder, random_model, tiny_model
 
 PROMPTS = ["rev abcd=", "q=", "sort zx=", "12+7="]
 
@@ -47,16 +48,27 @@ def alone(model: Any, ids: list[int], change_D: Tensor | None = None) -> Tensor:
     return logits.softmax(-1)
 
 
-def test_direct_attribution_is_the_slope_of_the_head_where_the_norm_keeps_its_scale() -> None:
-    model, generator = uneven_norm(0)[0], torch.Generator().manual_seed(1)
+def uneven(kind: str) -> PreTrainedModel:
+    """A model of another kind whose norm has weights that differ."""
+    model = random_model(kind)
+    with torch.no_grad():
+        for weight in final_norm(model.base_model).parameters():
+            weight.uniform_(0.5, 2.0)
+        model.get_output_embeddings().weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("kind", [None, *SIZES])
+def test_direct_attribution_is_the_slope_of_the_head_where_the_norm_keeps_its_scale(kind: str | None) -> None:
+    model, generator = uneven_norm(0)[0] if kind is None else uneven(kind), torch.Generator().manual_seed(1)
     final_PD = torch.randn(3, 16, generator=generator) * torch.tensor([[0.5], [1.0], [5.0]])
-    span_DP = torch.linalg.qr(final_PD.T).Q
+    span_DP = torch.linalg.qr(torch.cat([final_PD, torch.ones(1, 16)]).T).Q  # and the mean, which a LayerNorm takes out
     written_SD = torch.randn(2, 16, generator=generator)
     written_SD -= written_SD @ span_DP @ span_DP.T  # across every stream, so that a small change leaves the scale alone
 
     def head(stream_PD: Tensor) -> Tensor:
         with torch.no_grad():
-            return model.lm_head(model.model.norm(stream_PD))
+            return model.get_output_embeddings()(final_norm(model.base_model)(stream_PD))
 
     step = 2e-3
     moved_SV = torch.stack([(head(final_PD + step * d) - head(final_PD - step * d)).mean(0) / (2 * step) for d in written_SD])

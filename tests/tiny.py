@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import write_json
@@ -92,6 +92,22 @@ def tiny_model(seed: int = 0, layers: int = 2, d_model: int = 16) -> tuple[PreTr
             if weight.ndim > 1:
                 weight.mul_(8)
     return model, tokenizer
+
+
+SMALL = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+SIZES = {
+    "qwen2": SMALL | {"num_key_value_heads": 1},
+    "gemma3_text": SMALL | {"num_key_value_heads": 1, "head_dim": 8},
+    "gpt_neox": SMALL,
+    "gpt2": {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 64},
+}
+
+
+def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of three blocks of any kind that the library knows, with random weights."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, vocab_size=20, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SIZES[kind] | changes)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def answers(task: str, correct: list[bool], manner: str = "steps", **more: Any) -> list[dict[str, Any]]:

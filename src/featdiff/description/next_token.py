@@ -31,15 +31,23 @@ def direct_logits(
     A LayerNorm takes the mean over D from both d and h_p first.
     Two approximations: blocks above the hooked layer see no change, and the norm's scale stays that of the unchanged
     stream, which is exact to first order for d ⟂ h and ignores that a large d lowers all other logits."""
-    norm: Any = final_norm(model.base_model)
-    final_PD, written_SD = final_PD.float(), written_SD.to(norm.weight.device)
+    norm, unembedding_VD = final_norm(model.base_model), model.get_output_embeddings().weight.float()
+    final_PD, written_SD = final_PD.float(), written_SD.to(unembedding_VD.device)
     if isinstance(norm, torch.nn.LayerNorm):
         final_PD, written_SD = (each - each.mean(-1, keepdim=True) for each in (final_PD, written_SD))
-    epsilon = norm.eps if isinstance(norm, torch.nn.LayerNorm) else norm.variance_epsilon
-    scale = (final_PD.square().mean(-1) + epsilon).rsqrt().mean()
-    unembedding_VD = model.get_output_embeddings().weight.float()
-    logits_SV = (written_SD * norm.weight.float() * scale) @ unembedding_VD.T
+    scale = final_PD.square().mean(-1).rsqrt().mean()
+    logits_SV = (written_SD * _gain(norm, unembedding_VD.shape[1]) * scale) @ unembedding_VD.T
     return (logits_SV - logits_SV.mean(-1, keepdim=True)).cpu()
+
+
+def _gain(norm: torch.nn.Module, width: int) -> Float[Tensor, " D"]:
+    """What ``norm`` multiplies each dimension by, beside its common scale: its weight, in Gemma 1 + its weight."""
+    # Asked of the norm itself, of a stream whose mean is 0 and whose mean square is 1, so that it has no scale of its own.
+    weight = next(norm.parameters())
+    signs_D = torch.ones(width, dtype=weight.dtype, device=weight.device)
+    signs_D[1::2] = -1
+    gain_D: Tensor = (norm(signs_D) - norm(torch.zeros_like(signs_D))) * signs_D
+    return gain_D.float()
 
 
 def final_stream(model: PreTrainedModel, prompts: list[list[int]], pad: int, batch_size: int) -> Float[Tensor, "P D"]:
