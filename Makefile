@@ -49,7 +49,7 @@ trace: $(STAMP)  ## rows, artifacts, commits and runs behind the numbers of a cl
 verify: $(STAMP)  ## hash every artifact against its manifest and every object of DVC's cache against its name
 	@$(BIN)/python -m featdiff.artifacts.integrity
 
-faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: half an hour and more on two cores
+faults: $(STAMP)  ## kill, corrupt, fill the disk, lose ranks and servers: under 25 minutes on two idle cores
 	@$(BIN)/python -m pytest tests/faults -m faults -n 3 --dist worksteal
 
 servers: $(STAMP)  ## a team's set-up for real: PostgreSQL, S3 and MLflow behind a password, the nano study between two clones (needs PostgreSQL)
