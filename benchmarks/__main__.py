@@ -204,7 +204,9 @@ def table(results: Mapping[str, Any]) -> str:
     for name, case in CASES.items():
         for label, one in results.get(name, {}).items():
             ratio = "" if label == OURS else f"{one['ratio']:.2f} ({one['least_ratio']:.2f} to {one['most_ratio']:.2f})"
-            facts = ", ".join(f"{key} {value:.3g}" for key, value in one["found"].items() if isinstance(value, (int, float)))
+            facts = ", ".join(
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in one["found"].items()
+            )
             body.append([case.title if label == OURS else "", label, f"{one['milliseconds']:.1f}", ratio, facts])
     return markdown(["work", "by", "ms", "times ours (least to most)", "found"], body)
 
@@ -256,6 +258,7 @@ def main() -> None:
             threads = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
             held["machine"] = threads | {"torch": torch.__version__, "python": platform.python_version()}
         write_json(RESULTS, held)
+        held = read_json(RESULTS)  # in the order in which it lies there
         page = fill(PAGE.read_text(encoding="utf-8"), "benchmarks", table(held["cases"]))
         PAGE.write_text(fill(page, STUDY, study_table(held[STUDY])) if STUDY in held else page, encoding="utf-8")
     print(table({name: held["cases"][name] for name in chosen if name in CASES}))

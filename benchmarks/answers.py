@@ -15,14 +15,16 @@ from torch import Tensor
 from featdiff.crosscoder.edits import Change
 from featdiff.language.decode import PromptCache, batches, generate_under, left_pad
 from featdiff.language.models import block, encode_prompts, load_model, load_tokenizer, resolve_layer
-from featdiff.tasks.task import load_samples, load_tasks
+from featdiff.tasks.task import first_of_each, load_samples
 from pace import case, timed
 
 LIMIT, BATCH = 40, 256
 given, way = case(), sys.argv[2]
-model, tokenizer, tasks = load_model(Path("models/grpo")), load_tokenizer(Path("models/grpo")), load_tasks(Path("data"))
-samples = [sample for sample in load_samples(Path("data"), "report") if sample.task in ("reverse", "double", "last", "shift")]
-asked = encode_prompts(tokenizer, samples[: int(given["questions"])], chat=False)
+model, tokenizer = load_model(Path("models/grpo")), load_tokenizer(Path("models/grpo"))
+FAMILIES = ("reverse", "double", "last", "shift")
+reported = [sample for sample in load_samples(Path("data"), "eval") if sample.split == "report" and sample.task in FAMILIES]
+samples = first_of_each(reported, int(given["questions"]) // len(FAMILIES))
+asked = encode_prompts(tokenizer, samples, chat=False)
 layer, generator = resolve_layer(model, "middle"), torch.Generator().manual_seed(0)
 pushes_ED = torch.randn(int(given["edits"]), model.config.hidden_size, generator=generator)
 answers: list[list[list[int]]] = []
@@ -71,4 +73,4 @@ def naive() -> None:
         answers.append(under)
 
 
-timed({"featdiff": ours, "naive": naive}[way], int(given["block"]), {"answers": answers})
+timed({"featdiff": ours, "naive": naive}[way], int(given["block"]), lambda: {"answers": answers})

@@ -72,8 +72,8 @@ class Paced(Iterator[Tensor]):
         say([*self.seconds, perf_counter() - self.start])
 
 
-def timed(step: Callable[[], object], block: int, found: object = None) -> None:
-    """Blocks of ``step`` for as long as lines come."""
+def timed(step: Callable[[], object], block: int, found: Callable[[], object] = lambda: None) -> None:
+    """Blocks of ``step`` for as long as lines come, and what was ``found`` at the end."""
     step()
     say(None)
     while sys.stdin.readline().strip():
@@ -83,7 +83,7 @@ def timed(step: Callable[[], object], block: int, found: object = None) -> None:
             step()
             seconds.append(perf_counter() - start)
         say(seconds)
-    say(found)
+    say(found())
 
 
 def explained(x_BI: Tensor, rebuilt_BI: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
+from featdiff.crosscoder.losses.batchtopk import batch_top_k
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.checkpoint import Scratch
 from pace import Paced, case, explained, planted_rows, say
@@ -63,5 +64,9 @@ assert source.paced is not None
 source.paced.finish()
 x_BMD = crosscoder.normalise(source.read(train_rows, source.rows))
 code_BF = crosscoder.encode(x_BMD)
+if LOSS == "batchtopk":  # as the others select: after so few steps the threshold for inference still runs after the cutoffs
+    f_BF = crosscoder.preactivations(x_BMD)
+    _, kept_E = batch_top_k(f_BF * crosscoder.decoder_norms().sum(1), params.k * len(f_BF))
+    code_BF = torch.zeros_like(f_BF).flatten().index_copy(0, kept_E, f_BF.flatten()[kept_E]).view_as(f_BF)
 fve = explained(x_BMD.flatten(1), crosscoder.decode(code_BF).flatten(1))
 say({"fve": fve, "l0": float((code_BF > 0).sum(1).float().mean()), "dead": curves[-1].get("dead", 0.0)})
