@@ -28,3 +28,13 @@ def test_a_short_stage_has_no_samples_and_does_not_wait_for_one(tmp_path):
     Sampler(tmp_path / "system.jsonl").close()
     assert time.monotonic() - began < 5
     assert not (tmp_path / "system.jsonl").exists()
+
+
+def test_a_folder_that_goes_away_ends_the_samples_without_a_word(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    sampler = Sampler(tmp_path / "gone" / "system.jsonl", 0.01)
+    time.sleep(0.3)
+    assert not any(thread.name == "system metrics" for thread in threading.enumerate())
+    sampler.close()
+    assert said == []

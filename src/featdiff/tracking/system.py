@@ -38,8 +38,11 @@ class Sampler:
                 "system_memory_usage_megabytes": round((memory.total - memory.available) / MIB, 1),
                 "system_memory_usage_percentage": memory.percent,
             } | _gpus()
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"time": time.time_ns() // 1_000_000} | values) + "\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"time": time.time_ns() // 1_000_000} | values) + "\n")
+            except OSError:  # the folder is gone or the disk is full: samples are not worth a word, what the stage writes is
+                return
 
 
 def _gpus() -> dict[str, float]:
