@@ -63,7 +63,7 @@ browser: $(STAMP)  ## the report and the page of answers in a real browser (need
 golden: $(STAMP)  ## attribution methods against known features; fails where the figures are missed
 	@$(BIN)/python -m featdiff.attribution.golden
 
-bench: $(STAMP)  ## against sae-lens, sparsify and the limit of this machine, in turns (CASES="step answers"; none: all, some 20 minutes idle)
+bench: $(STAMP)  ## against sae-lens, sparsify and the limit of this machine, in turns (CASES="step answers"; none: all, some 10 minutes idle once the peers are installed)
 	@$(BIN)/python -m benchmarks $(CASES)
 
 profile-step: $(STAMP)  ## where a crosscoder step and a pass of questions under edits spend their time (CASES="step answers")

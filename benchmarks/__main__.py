@@ -28,7 +28,7 @@ from tqdm import tqdm
 from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.artifacts.documents import fill, markdown
 from featdiff.config.params import load_study
-from featdiff.tracking.record import runs_folder
+from featdiff.tracking.record import finished, runs_folder
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RESULTS, PAGE, PEERS = ROOT / "metrics/benchmarks.json", ROOT / "docs/performance.md", ROOT / ".featdiff/peers"
@@ -59,6 +59,11 @@ def steps(**changes: float) -> Contestant:
     return Contestant("step_featdiff.py", changes=changes)
 
 
+def in_two_ways(script: str, usual: str) -> dict[str, Contestant]:
+    """The same work as featdiff does it and the ``usual`` way."""
+    return {label: Contestant(script, arguments=(label,)) for label in (OURS, usual)}
+
+
 SAELENS, SPARSIFY = Contestant("step_saelens.py", "sae-lens"), Contestant("step_sparsify.py", "eai-sparsify")
 GEMM = Contestant("step_gemm.py")
 CASES = {
@@ -85,19 +90,13 @@ CASES = {
     "answers": Case(
         "120 questions under 24 edits, model of the default study",
         {"questions": 120, "edits": 24, "block": 1},
-        {
-            OURS: Contestant("answers.py", arguments=("featdiff",)),
-            "generate with a hook": Contestant("answers.py", arguments=("naive",)),
-        },
+        in_two_ways("answers.py", "generate with a hook"),
         rounds=6,
     ),
     "harvest": Case(
         "Residual stream at half depth, SmolLM2-135M's shape",
         {"texts": 32, "batch": 16, "block": 1},
-        {
-            OURS: Contestant("harvest.py", arguments=("featdiff",)),
-            "whole forward pass": Contestant("harvest.py", arguments=("whole",)),
-        },
+        in_two_ways("harvest.py", "whole forward pass"),
         rounds=5,
     ),
     "reads": Case(
@@ -170,6 +169,12 @@ def at_work(case: Case) -> Iterator[dict[str, Process]]:
             each.process.wait()
 
 
+def agreement(ours: list[list[list[int]]], theirs: list[list[list[int]]]) -> dict[str, int]:
+    """How many answers, under each edit to each question, are the same token by token."""
+    pairs = [pair for under in zip(ours, theirs, strict=True) for pair in zip(*under, strict=True)]
+    return {"equal": sum(a == b for a, b in pairs), "of": len(pairs)}
+
+
 def run(name: str, case: Case) -> dict[str, Any]:
     """Seconds of a step of each contestant in each round but the first, and what each found."""
     rounds: dict[str, list[float]] = {label: [] for label in case.contestants}
@@ -181,21 +186,19 @@ def run(name: str, case: Case) -> dict[str, Any]:
                 each.ask()
                 rounds[label].append(median(each.hear()))
         found = {label: each.end() for label, each in processes.items()}
-    counted = {label: seconds[1:] for label, seconds in rounds.items()}
-    if name == "answers":
-        same, other = (found[label].pop("answers") for label in case.contestants)
-        pairs = [(a, b) for under, theirs in zip(same, other, strict=True) for a, b in zip(under, theirs, strict=True)]
-        found[OURS] |= {"equal": sum(a == b for a, b in pairs), "of": len(pairs)}
-    return {
-        label: {
-            "milliseconds": 1000 * median(seconds),
-            "ratio": median(other / own for other, own in zip(seconds, counted[OURS], strict=True)),
-            "least_ratio": min(other / own for other, own in zip(seconds, counted[OURS], strict=True)),
-            "most_ratio": max(other / own for other, own in zip(seconds, counted[OURS], strict=True)),
+    if "answers" in found[OURS]:
+        found[OURS] |= agreement(*(each.pop("answers") for each in found.values()))
+    results = {}
+    for label, seconds in rounds.items():
+        ratios = [other / own for other, own in zip(seconds[1:], rounds[OURS][1:], strict=True)]
+        results[label] = {
+            "milliseconds": 1000 * median(seconds[1:]),
+            "ratio": median(ratios),
+            "least_ratio": min(ratios),
+            "most_ratio": max(ratios),
             "found": found[label] or {},
         }
-        for label, seconds in counted.items()
-    }
+    return results
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -213,8 +216,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def study() -> dict[str, Any]:
     """Seconds of the stages of the last whole run of the default study here, by kind, from its records."""
-    records = [read_json(file) for file in sorted(runs_folder().glob("*/run.json"))]
-    done = [each for each in records if each["status"] == "FINISHED" and each["profile"] == load_study().profile]
+    done = finished(load_study().profile)
     pipelines = dict.fromkeys(each["pipeline"]["id"] for each in done if each["pipeline"])
     runs = [[each for each in done if (each["pipeline"] or {}).get("id") == pipeline] for pipeline in pipelines]
     whole = [run for run in runs if run[0]["stage"] in ("prepare", "base") and run[-1]["stage"] == "report"]

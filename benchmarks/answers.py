@@ -73,4 +73,4 @@ def naive() -> None:
         answers.append(under)
 
 
-timed({"featdiff": ours, "naive": naive}[way], int(given["block"]), lambda: {"answers": answers})
+timed({"featdiff": ours, "generate with a hook": naive}[way], int(given["block"]), lambda: {"answers": answers})

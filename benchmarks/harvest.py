@@ -47,4 +47,6 @@ def whole() -> None:
     sums[0] = float(torch.cat(found).double().sum())
 
 
-timed({"featdiff": ours, "whole": whole}[way], int(given["block"]), lambda: {"tokens": stream.rows, "sum": sums[0]})
+timed(
+    {"featdiff": ours, "whole forward pass": whole}[way], int(given["block"]), lambda: {"tokens": stream.rows, "sum": sums[0]}
+)

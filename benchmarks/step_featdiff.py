@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses.batchtopk import batch_top_k
+from featdiff.crosscoder.losses.loss import rebuild
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.checkpoint import Scratch
 from pace import Paced, case, explained, planted_rows, say
@@ -56,17 +56,17 @@ params = CrosscoderTraining(
 )  # fmt: skip
 curves: list[dict[str, float]] = []
 warm = dead(source, given["dead"]) if "dead" in given else None
-os.environ.setdefault("TQDM_DISABLE", "1")
 crosscoder, _, train_rows = fit(
     source, LOSS, params, 0, lambda _, point: curves.append(point), "benchmark", scratch=Scratch(), warm=warm
 )
 assert source.paced is not None
 source.paced.finish()
 x_BMD = crosscoder.normalise(source.read(train_rows, source.rows))
-code_BF = crosscoder.encode(x_BMD)
-if LOSS == "batchtopk":  # as the others select: after so few steps the threshold for inference still runs after the cutoffs
-    f_BF = crosscoder.preactivations(x_BMD)
+f_BF = crosscoder.preactivations(x_BMD)
+if LOSS == "l1":
+    kept_E = f_BF.flatten().nonzero().squeeze(1)
+else:  # as the others select: after so few steps the threshold for inference still runs after the cutoffs
     _, kept_E = batch_top_k(f_BF * crosscoder.decoder_norms().sum(1), params.k * len(f_BF))
-    code_BF = torch.zeros_like(f_BF).flatten().index_copy(0, kept_E, f_BF.flatten()[kept_E]).view_as(f_BF)
-fve = explained(x_BMD.flatten(1), crosscoder.decode(code_BF).flatten(1))
-say({"fve": fve, "l0": float((code_BF > 0).sum(1).float().mean()), "dead": curves[-1].get("dead", 0.0)})
+error_BMD, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_E)
+fve = explained(x_BMD.flatten(1), (x_BMD - error_BMD).flatten(1))
+say({"fve": fve, "l0": float((code_BF > 0).sum(1).float().mean()), "dead": curves[-1]["dead"]})

@@ -45,6 +45,14 @@ def test_a_contestant_that_stops_is_named_with_what_it_said(bench: Any) -> None:
         bench.run("tiny", case)
 
 
+def test_answers_that_differ_in_one_token_are_not_equal(bench: Any) -> None:
+    ours = [[[1, 2], [3]], [[1, 2], []]]
+    assert bench.agreement(ours, ours) == {"equal": 4, "of": 4}
+    assert bench.agreement(ours, [[[1, 2], [3]], [[1, 5], [2]]]) == {"equal": 2, "of": 4}
+    with pytest.raises(ValueError, match="shorter"):
+        bench.agreement(ours, ours[:1])
+
+
 def test_planted_rows_are_the_same_for_all_and_of_mean_square_one(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     pace = importlib.import_module("pace")
@@ -56,10 +64,10 @@ def test_planted_rows_are_the_same_for_all_and_of_mean_square_one(bench: Any, mo
 
 
 def test_every_figure_of_the_page_comes_from_the_results(bench: Any) -> None:
-    if not bench.RESULTS.exists():
-        pytest.skip("never run")
-    page = bench.PAGE.read_text(encoding="utf-8")
-    assert bench.table(json.loads(bench.RESULTS.read_text(encoding="utf-8"))["cases"]) in page
+    page, results = bench.PAGE.read_text(encoding="utf-8"), json.loads(bench.RESULTS.read_text(encoding="utf-8"))
+    assert results["cases"].keys() == bench.CASES.keys()
+    assert bench.table(results["cases"]) in page
+    assert bench.study_table(results["study"]) in page
 
 
 def test_the_profile_names_operations_of_the_step(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +85,7 @@ def test_the_studys_times_are_those_of_its_last_whole_run(bench: Any, tmp_path: 
         run = {"status": "FINISHED", "profile": "organism", "stage": stage, "pipeline": {"id": pipeline}, "started": started}
         write_json(folder / "run.json", run | {"ended": started + seconds, "observed": {"wall_seconds": seconds}})
 
-    monkeypatch.setattr(bench, "runs_folder", lambda: tmp_path)
+    monkeypatch.setattr("featdiff.tracking.record.runs_folder", lambda: tmp_path)
     with pytest.raises(SystemExit, match="no run of the whole study"):
         bench.study()
     stages = ["prepare a", "report a", "base b", "arm b", "arm b", "report b"]

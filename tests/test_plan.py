@@ -107,7 +107,7 @@ def test_rates_are_learnt_from_records_and_predict_them(tmp_path: Path, monkeypa
         place = tmp_path / f"{number:03}"
         place.mkdir()
         (place / "run.json").write_text(json.dumps(record))
-    monkeypatch.setattr(plan, "runs_folder", lambda: tmp_path)
+    monkeypatch.setattr("featdiff.tracking.record.runs_folder", lambda: tmp_path)
     rates = plan.learn(study, 1e10)
     assert rates["start"] == pytest.approx(3.5)
     told = seconds(found, rates, 1e10)

@@ -31,7 +31,7 @@ from featdiff.language.models import character_tokenizer, organism_model
 from featdiff.planning.work import Size, Work, work
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
-from featdiff.tracking.record import runs_folder
+from featdiff.tracking.record import finished, runs_folder
 from featdiff.training.imported import gguf_file
 
 RATES = Path("metrics/rates.json")
@@ -113,8 +113,7 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
     one pipeline.
 
     Raises ContractError where nothing is recorded."""
-    records = [read_json(file) for file in sorted(runs_folder().glob("*/run.json"))]
-    done = [each for each in records if each["status"] == "FINISHED" and each["profile"] == study.profile]
+    done = finished(study.profile)
     walls = defaultdict[str, list[float]](list)
     for each in done:
         walls[each["label"]].append(each["observed"]["wall_seconds"])

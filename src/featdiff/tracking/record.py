@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.dvc import read_yaml
 from featdiff.processes.ranks import dvc_process, process_start
 from featdiff.tracking.system import SYSTEM, Sampler
@@ -40,6 +41,12 @@ def home() -> Path:
 
 def runs_folder() -> Path:
     return home() / "runs"
+
+
+def finished(profile: str) -> list[dict[str, Any]]:
+    """What ``run.json`` says of every stage that ran to its end here under ``profile``, in the order in which they began."""
+    records = [read_json(file) for file in sorted(runs_folder().glob("*/run.json"))]
+    return [each for each in records if each["status"] == "FINISHED" and each["profile"] == profile]
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
