@@ -24,10 +24,10 @@ install: $(STAMP)  ## create .venv and install from the constraints file (other 
 profile: $(STAMP)  ## write params.yaml for PROFILE (DISCARD=1 overwrites edits by hand)
 	@$(BIN)/python -m featdiff.config.profiles use $(PROFILE) $(if $(DISCARD),--discard) $(if $(SUITES),--suites=$(SUITES))
 
-repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of the whole study, then fill the tracking view
+repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of the whole study, stages side by side (JOBS=1: one by one), then fill the tracking view
 	@$(BIN)/python -m featdiff.config.profiles check > /dev/null
 	@$(BIN)/python -m featdiff.artifacts.dvc
-	dvc repro
+	@$(BIN)/python -m featdiff.pipeline.repro $(if $(JOBS),--jobs $(JOBS))
 	-@$(BIN)/python -m featdiff.tracking.mirror sync --wait 60
 	@echo "report: $(CURDIR)/report/index.html"
 

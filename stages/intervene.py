@@ -1,4 +1,4 @@
-"""Does the set carry the gain? Taken away from the tuned model, its repeats and the contrast, amplified in the original."""
+"""Does the set carry the gain? Taken away from the tuned model, its repeats and the contrast, or amplified in the original."""
 
 from safetensors.torch import load_file
 
@@ -9,13 +9,14 @@ from featdiff.crosscoder.edits import Editor
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention.controls import Draws
 from featdiff.intervention.models import EditableModels
-from featdiff.intervention.purposes import purposes
+from featdiff.intervention.purposes import SIDES, purposes
 from featdiff.intervention.sensitivity import Otherwise, sensitivity
 from featdiff.intervention.study import Questions, intervene
-from featdiff.pipeline.stage import stage
+from featdiff.pipeline.stage import stage, stage_key
 from featdiff.processes.ranks import process_state
 
-with stage("intervene", out="analysis/intervene") as run:
+side = stage_key("--side", __doc__, lambda _: SIDES)
+with stage("intervene", out=f"analysis/intervene/{side}", key=side) as run:
     params, roles, data = run.params, run.study.roles, run.read("data", "tasks.json", "eval.parquet", "corpus.parquet")
     localized, store = run.read("analysis/localize"), ActivationStore({roles.tuned: run.read(f"activations/{roles.tuned}")})
     found, summary = read_json(localized / "features.json"), {}
@@ -25,13 +26,14 @@ with stage("intervene", out="analysis/intervene") as run:
         fits = {name: run.read(f"crosscoders/{name}") for name in sets}
         layer, device = read_json(fits[found["fit"]] / "config.json")["layer"], process_state().device
         editors = {name: Editor.of(Crosscoder.load(fit), layer, device, store, roles) for name, fit in fits.items()}
-        main, asked = editors.pop(found["fit"]), purposes(roles, run.study.repeats(roles.tuned))
+        main = editors.pop(found["fit"])
+        asked = [each for each in purposes(roles, run.study.repeats(roles.tuned)) if each.side == side or each.chosen]
         folders = {each: run.read(f"models/{each.model}") for each in asked if each.slot_in(main.crosscoder.models)}
         directions = load_file(localized / "directions.safetensors")
         draws = Draws.of(params, main.crosscoder, roles.original, found, editors, directions, run.seed)
         questions, once = Questions.load(data, params.collateral_texts), run.scratch().part
         models = EditableModels(folders, main, questions.tasks, params)
-        result = intervene(models, draws, found["features"], questions, params, run.seed, once)
+        result = intervene(models, side, draws, found["features"], questions, params, run.seed, once)
         otherwise = Otherwise(found["variants"], {name: sets[name] for name in editors}, editors)
         tried = sensitivity(models, result, otherwise, questions.tune, run.seed, once)
         result.save(run.out, sensitivity=tried)

@@ -30,11 +30,13 @@ from featdiff.intervention.purposes import (
     DIRECTIONS,
     RANDOM_DICTIONARY,
     RIVALS,
+    SIDES,
     SINGLE,
     ZERO_CONTRAST,
     ZERO_TUNED,
     Purpose,
     purposes,
+    side_of,
 )
 from featdiff.intervention.search import Searched, edits_tried, gentlest
 from featdiff.intervention.study import FEW, Edits, InterventionResult, fewer
@@ -582,8 +584,9 @@ def _write_intervene(
 ) -> None:
     """Under an edit a share of the answers is that of the model which the edited one is to become like (:func:`_share`)."""
     if plan.status != "found":
-        with published(root, "analysis/intervene") as out:
-            write_json(out / "metrics.json", {"status": plan.status})
+        for side in SIDES:
+            with published(root, f"analysis/intervene/{side}") as out:
+                write_json(out / "metrics.json", {"status": plan.status})
         return
     study, report = plan.study, [sample for sample in samples if sample.split == "report"]
     params = study.intervene.model_copy(update={"bootstrap": 100})
@@ -641,6 +644,25 @@ def _write_intervene(
         flipped = right[study.roles.tuned] - right[study.roles.original]
         known = {task.name: task for task in tasks}
         table += effects(purpose, marked, nats, report, flipped, unread, known, params, plan.seed)
+    for side in SIDES:
+        _write_side(root, plan, side, searched, kept, table, spilled, outcomes)
+
+
+def _write_side(
+    root: Path,
+    plan: Plan,
+    side: str,
+    searched: dict[str, Searched],
+    kept: list[Row],
+    table: list[Row],
+    spilled: list[Row],
+    outcomes: list[Row],
+) -> None:
+    """What the stage of one side publishes of the whole."""
+    searched = {name: each for name, each in searched.items() if side_of(name) == side}
+    kept, table, spilled, outcomes, tried = (
+        [row for row in rows if side_of(row["purpose"]) == side] for rows in (kept, table, spilled, outcomes, _sensitivity())
+    )
     chosen = {
         name: [
             {"control": each.name, "set_draw": each.number, "features": list(each.features)}
@@ -652,10 +674,9 @@ def _write_intervene(
     search = [row for each in searched.values() for row in each.rows]
     columns = {name: [row[name] for row in outcomes] for name in tables.OUTCOMES.columns}
     choice = {"features": list(SET), "controls": chosen}
-    with published(root, "analysis/intervene") as out:
+    with published(root, f"analysis/intervene/{side}") as out:
         write_json(out / "metrics.json", {"status": plan.status})
-        result = InterventionResult(choice, search, kept, table, spilled, columns, searched)
-        result.save(out, sensitivity=_sensitivity())
+        InterventionResult(choice, search, kept, table, spilled, columns, searched).save(out, sensitivity=tried)
 
 
 def _sensitivity() -> list[Row]:

@@ -469,9 +469,10 @@ def test_too_few_flipped_samples_are_a_result(study: Project, run: Run) -> None:
     assert (described["status"], described["features"]) == ("too_few_flipped", [])
     assert CONTEXTS.read(study.path / "analysis/describe") == []
     assert artifact.read_json(study.path / "analysis/describe/metrics.json")["status"] == "too_few_flipped"
-    result = run("stages/intervene.py")
-    assert result.returncode == 0, result.stderr
-    assert artifact.read_json(study.path / "analysis/intervene/metrics.json") == {"status": "too_few_flipped"}
+    for side in ("remove", "amplify"):
+        result = run("stages/intervene.py", "--side", side)
+        assert result.returncode == 0, result.stderr
+        assert artifact.read_json(study.path / f"analysis/intervene/{side}/metrics.json") == {"status": "too_few_flipped"}
 
     study.set({"localize.min_flipped": 2})
     result = run("stages/localize.py")

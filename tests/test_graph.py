@@ -261,7 +261,9 @@ def test_the_study_ends_in_a_report_and_a_summary(nano: Repository) -> None:
     assert "<html" in page
     assert "http://" not in re.sub(r'"http://www.w3.org[^"]*"', "", page.split("<script", 1)[0])
     assert set(summary) >= {"verdicts"}
-    assert (nano.path / "analysis/intervene/effects.parquet").is_file(), "the nano study should get as far as interventions"
+    assert (nano.path / "analysis/intervene/remove/effects.parquet").is_file(), (
+        "the nano study should get as far as interventions"
+    )
 
 
 @pytest.mark.graph
@@ -277,8 +279,9 @@ def test_arms_start_from_one_base_on_the_same_problems(nano: Repository) -> None
 @pytest.mark.graph
 def test_no_op_arm_gives_the_bytes_of_the_unedited_model(nano: Repository) -> None:
     from featdiff.artifacts.tables import EDITED_SAMPLES
+    from featdiff.intervention.purposes import SIDES
 
-    rows = EDITED_SAMPLES.read(nano.path / "analysis/intervene")
+    rows = [row for side in SIDES for row in EDITED_SAMPLES.read(nano.path / "analysis/intervene" / side)]
     kept = ("purpose", "sample_id", "completion", "parsed", "correct", "manner")
     arms = {arm: [[row[key] for key in kept] for row in rows if row["control"] == arm] for arm in ("none", "noop")}
     assert arms["none"]
@@ -312,7 +315,7 @@ def test_a_clone_pulls_and_recomputes_nothing_and_an_experiment_reruns_only_what
     assert two.run("dvc", "status").strip().endswith("up to date.")
     executed = two.executed(two.run("dvc", "exp", "run", "--name", "higher", "--set-param", "localize.threshold=0.9"))
     assert executed[:2] == ["check", "localize"]
-    assert set(executed) <= {"check", "localize", "describe", "intervene", "report"}
+    assert set(executed) <= {"check", "localize", "describe", "intervene@remove", "intervene@amplify", "report"}
     shown = two.run("dvc", "exp", "show", "--csv")
     assert "higher" in shown
     assert {"0.2", "0.9"} <= set(re.findall(r"0\.\d+", shown))

@@ -57,7 +57,8 @@ def test_every_stage_of_a_profile_is_there(profile: str, tmp_path: Path) -> None
     stages = [each.stage for each in found]
     assert len(set(stages)) == len(stages)
     parts = [f"evaluate {model}" for model in study.models] + [f"crosscoder {fit}" for fit in study.fits]
-    assert {*parts, *(f"arm {arm}" for arm in study.arms), "prepare", "base", "intervene", "stitch", "report"} <= set(stages)
+    assert {*parts, *(f"arm {arm}" for arm in study.arms), "prepare", "base", "stitch", "report"} <= set(stages)
+    assert {"intervene remove", "intervene amplify"} <= set(stages)
     assert all(each.amount > 0 and each.memory > 0 for each in found)
 
 

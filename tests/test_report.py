@@ -441,7 +441,7 @@ def test_plots_have_their_columns_where_nothing_was_edited_as_well(pages: dict[s
 def test_a_lost_column_is_one_line_that_names_it(tmp_path: Path) -> None:
     plan = Plan(n=10)
     write_study(tmp_path, plan)
-    path = tmp_path / "analysis/intervene/effects.parquet"
+    path = tmp_path / "analysis/intervene/remove/effects.parquet"
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["random_low"]), path)
     with pytest.raises(ContractError, match=r"effects\.parquet: random_low: expected float, null, found nothing"):

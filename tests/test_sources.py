@@ -22,7 +22,7 @@ def study(tmp_path_factory):
 
 def test_every_number_leads_to_rows(study):
     folder, claims, verdicts = study
-    found = traced(claims, verdicts, {"analysis/intervene": "f" * 32}, lambda rows: rows.count(folder))
+    found = traced(claims, verdicts, {"analysis/intervene/remove": "f" * 32}, lambda rows: rows.count(folder))
     numbers = [(key, name, number) for key, claim in found["claims"].items() for name, number in claim["numbers"].items()]
     assert {key for key, _, _ in numbers} == {verdict.key for verdict in verdicts if verdict.estimates}
     assert len(numbers) >= 10
@@ -30,7 +30,7 @@ def test_every_number_leads_to_rows(study):
         assert number["rows"], (key, name)
         assert all(rows["count"] > 0 for rows in number["rows"]), (key, name)
         assert {rows["table"].rpartition("/")[0] for rows in number["rows"]} <= found["artifacts"].keys()
-    assert found["artifacts"]["analysis/intervene"] == "f" * 32
+    assert found["artifacts"]["analysis/intervene/remove"] == "f" * 32
     json.dumps(found, allow_nan=False)
 
 
@@ -80,14 +80,14 @@ def test_from_a_claim_to_runs_and_from_an_artifact_to_claims(study, tmp_path, mo
     (tmp_path / "report/claims.json").write_text(json.dumps(found))
     record = tmp_path / ".featdiff/runs/one"
     record.mkdir(parents=True)
-    info = {"out": "analysis/intervene", "status": "FINISHED", "ended": 1.0, "commit": "c" * 40, "id": "the-run"}
+    info = {"out": "analysis/intervene/remove", "status": "FINISHED", "ended": 1.0, "commit": "c" * 40, "id": "the-run"}
     (record / "run.json").write_text(json.dumps(info))
-    assert trace.main(["necessary", "analysis/intervene"]) == 0
+    assert trace.main(["necessary", "analysis/intervene/remove"]) == 0
     said = capsys.readouterr().out
-    assert "rows of analysis/intervene/samples.parquet (purpose zero_tuned;" in said
+    assert "rows of analysis/intervene/remove/samples.parquet (purpose zero_tuned;" in said
     assert "run the-run at commit cccccccccccc" in said
     readers = {line.strip() for line in said.partition("read by")[2].splitlines()}
-    assert {"necessary: found_on", "sufficient: heldout", "dictionary: amplified"} <= readers
+    assert {"necessary: found_on", "necessary: heldout", "dictionary: taken away"} <= readers
     assert not any(line.startswith(("transfer", "forgetting", "features")) for line in readers)
     assert trace.main(["neccessary"]) == 2
     assert "did you mean necessary" in capsys.readouterr().err

@@ -54,7 +54,7 @@ LONG = {
     "activations/grpo": ["activations", "--model", "grpo"],
     "crosscoders/joint_topk": ["crosscoder", "--fit", "joint_topk"],
     "crosscoders/joint_l1": ["crosscoder", "--fit", "joint_l1"],
-    "analysis/intervene": ["intervene"],
+    "analysis/intervene/remove": ["intervene", "--side", "remove"],
 }
 """Long stages by output: what has to go on after a kill."""
 CHECKPOINT = "checkpoints/0*"
@@ -76,7 +76,8 @@ GRAPH = [
     ("analysis/localize", ["localize"]),
     ("analysis/dynamics/sft", ["dynamics", "--arm", "sft"]),
     *SHORT.items(),
-    ("analysis/intervene", LONG["analysis/intervene"]),
+    ("analysis/intervene/amplify", ["intervene", "--side", "amplify"]),
+    ("analysis/intervene/remove", LONG["analysis/intervene/remove"]),
 ]
 
 

@@ -23,8 +23,8 @@ READERS = {
     "evals/grpo": ("samples.parquet", "analysis/localize", ["localize"]),
     "activations/sft": ("acts-00000.safetensors", "crosscoders/joint_topk", LONG["crosscoders/joint_topk"]),
     "crosscoders/joint_topk": ("weights.safetensors", "analysis/attribution", ["attribution"]),
-    "analysis/localize": ("features.json", "analysis/intervene", LONG["analysis/intervene"]),
-    "analysis/intervene": ("effects.parquet", "report", ["report"]),
+    "analysis/localize": ("features.json", "analysis/intervene/remove", LONG["analysis/intervene/remove"]),
+    "analysis/intervene/remove": ("effects.parquet", "report", ["report"]),
 }
 """For every kind of artifact: a file, and a stage that reads it."""
 

@@ -152,7 +152,7 @@ def test_killing_dvc_leaves_no_orphan_and_the_next_repro_finishes(study: Study, 
     assert (folder / weights).read_bytes() == (study.path / weights).read_bytes()
 
 
-@pytest.mark.parametrize("out", ["models/base", "evals/grpo", "activations/grpo", OUT, "analysis/intervene"])
+@pytest.mark.parametrize("out", ["models/base", "evals/grpo", "activations/grpo", OUT, "analysis/intervene/remove"])
 def test_a_full_disk_is_one_line_and_nothing_half_written(study: Study, out: str) -> None:
     study.clear(out)
     disk = study.path / ".featdiff"

@@ -291,7 +291,7 @@ CONTROL = [*text("control"), *integer("set_draw")]
 EDITED = [*text("purpose model"), *CONTROL]
 SETTING = [*text("edit positions"), *number("dose")]
 SEARCH = Table(
-    "analysis/intervene/search.parquet",
+    "analysis/intervene/<side>/search.parquet",
     text("purpose"),
     CONTROL,
     SETTING,
@@ -301,10 +301,10 @@ SEARCH = Table(
     number("accuracy steps unread"),
     flag("chosen"),
 )
-EDITED_SAMPLES = Table("analysis/intervene/samples.parquet", EDITED, ANSWER)
-OUTCOMES = Table("analysis/intervene/outcomes.parquet", text("purpose"), CONTROL, text("sample_id"), flag("correct"))
+EDITED_SAMPLES = Table("analysis/intervene/<side>/samples.parquet", EDITED, ANSWER)
+OUTCOMES = Table("analysis/intervene/<side>/outcomes.parquet", text("purpose"), CONTROL, text("sample_id"), flag("correct"))
 EFFECTS = Table(
-    "analysis/intervene/effects.parquet",
+    "analysis/intervene/<side>/effects.parquet",
     text("purpose model task role subset"),
     integer("n"),
     number("unread_toward"),
@@ -317,9 +317,9 @@ EFFECTS = Table(
     interval("start_nats"),
     interval("rest_nats"),
 )
-COLLATERAL = Table("analysis/intervene/collateral.parquet", EDITED, number("perplexity change low high"), integer("n"))
+COLLATERAL = Table("analysis/intervene/<side>/collateral.parquet", EDITED, number("perplexity change low high"), integer("n"))
 SENSITIVITY = Table(
-    "analysis/intervene/sensitivity.parquet",
+    "analysis/intervene/<side>/sensitivity.parquet",
     text("purpose varied choice"),
     integer("size"),
     SETTING,

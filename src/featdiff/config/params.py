@@ -62,6 +62,9 @@ class Study(Params):
 
     profile: Name
     seed: Seed
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
+    """Of each process of a stage on a CPU, and part of no stage's signature; None: all cores. One thread leaves the other cores
+    to other stages, and gives the same bytes whatever number of cores there is."""
     prepare: PrepareParams
     base: BaseParams
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]

@@ -54,10 +54,9 @@ class EditableModels:
     tasks: dict[str, TaskInfo]
     params: InterveneParams
 
-    @property
-    def purposes(self) -> list[Purpose]:
-        """What is asked, in order."""
-        return list(self.folders)
+    def asked(self, side: str) -> list[Purpose]:
+        """What is asked on one side, in order; the first is the one whose setting is chosen."""
+        return [purpose for purpose in self.folders if purpose.side == side]
 
     def open(self, purpose: Purpose) -> EditableModel:
         """The model of ``purpose``; its donor is the model that it is to become like."""
@@ -78,7 +77,7 @@ class EditableModels:
 
     def named(self, name: str) -> Purpose:
         """The purpose called ``name``."""
-        return next(purpose for purpose in self.purposes if purpose.name == name)
+        return next(purpose for purpose in self.folders if purpose.name == name)
 
     @cached_property
     def _tuned(self) -> Evaluator:

@@ -16,6 +16,10 @@ ZERO_TUNED, ZERO_CONTRAST, AMPLIFY_ORIGINAL = "zero_tuned", "zero_contrast", "am
 REPEAT = "repeat_"
 """Begins the name of zeroing the set in a repeat of the tuned model, before the name of the repeat."""
 
+REMOVE, AMPLIFY = "remove", "amplify"
+SIDES = (REMOVE, AMPLIFY)
+"""What is done to the set, each by a stage of its own: all purposes but the last take it away."""
+
 SET = "set"
 SINGLE = ("alone", "without")
 """Controls that edit one feature of the set, or all but one, as long as they are."""
@@ -48,6 +52,11 @@ class Purpose:
         return sign_of(self.name)
 
     @property
+    def side(self) -> str:
+        """What it does to the set, one of :data:`SIDES`."""
+        return side_of(self.name)
+
+    @property
     def chosen(self) -> bool:
         """Whether its setting is chosen on the tune split; any other purpose takes over what was chosen for ``zero_tuned``."""
         return self.name in (ZERO_TUNED, AMPLIFY_ORIGINAL)
@@ -66,9 +75,14 @@ def purposes(roles: Roles, repeats: Sequence[str]) -> list[Purpose]:
     return found + [Purpose(f"{REPEAT}{name}", name, roles.tuned, roles.original) for name in repeats if name != roles.tuned]
 
 
+def side_of(purpose: str) -> str:
+    """What the purpose of this name does to the set, one of :data:`SIDES`."""
+    return AMPLIFY if purpose == AMPLIFY_ORIGINAL else REMOVE
+
+
 def sign_of(purpose: str) -> int:
     """Direction in which the claim behind the purpose of this name says that accuracy moves."""
-    return 1 if purpose == AMPLIFY_ORIGINAL else -1
+    return 1 if side_of(purpose) == AMPLIFY else -1
 
 
 def against_draws(effect: float, draws: Sequence[float], sign: int) -> dict[str, Any]:

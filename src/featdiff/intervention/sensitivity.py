@@ -70,7 +70,8 @@ def sensitivity(
     """One row per case: ``effect`` is the change in mean accuracy on ``samples`` (tune split, tasks used for finding),
     ``random`` the largest change in the claimed direction that any of :data:`DRAWS` random sets makes that are as long, and
     ``median`` their median change; None where a search found nothing or too few other features act."""
-    edited = {model.purpose.name: (model, model.prompts(samples)) for model in (models.tuned, models.original)}
+    opened = [models.open(models.named(name)) for name in result.searched]
+    edited = {model.purpose.name: (model, model.prompts(samples)) for model in opened}
     planned, rows = cases(result, otherwise), []
     with on_a_bar(once, "sensitivity", len(planned) + len(edited)) as once:
         before = {}

@@ -23,7 +23,7 @@ from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws
 from featdiff.intervention.effects import Marks, effects, marks, questions_under
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE, ZERO_TUNED
+from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE
 from featdiff.intervention.search import Once, Searched, on_a_bar, search
 from featdiff.language.decode import text_nats
 from featdiff.language.evaluation import Row
@@ -177,7 +177,7 @@ class InterventionResult:
     outcomes: dict[str, list[Any]]
     """Whether each answer to the report split was right, under every control: columns of :data:`OUTCOMES`."""
     searched: dict[str, Searched]
-    """By purpose, of the two for which settings are chosen."""
+    """By purpose, of the one for which settings are chosen."""
 
     def save(self, out: Path, *, sensitivity: list[dict[str, Any]]) -> None:
         """Write ``choice.json``, every table and the table ``sensitivity`` into ``out``."""
@@ -214,6 +214,7 @@ class InterventionResult:
 
 def intervene(
     models: EditableModels,
+    side: str,
     draws: Draws,
     found: Sequence[int],
     questions: Questions,
@@ -221,30 +222,30 @@ def intervene(
     seed: int,
     once: Once,
 ) -> InterventionResult:
-    """The whole study of the feature set ``found``.
+    """One ``side`` of the study of the feature set ``found``.
 
-    Settings are chosen for the tuned and the original model on the tune split of the tasks used for finding, for the set and
-    for every control alike. The contrast model and the repeats of the tuned model take over what was chosen for taking the set
-    away from the tuned one, with fewer draws: nothing is chosen on them. Everything else is measured on the report split of
-    every task, and on free text."""
+    Settings are chosen for the tuned (``remove``) or the original model (``amplify``) on the tune split of the tasks used for
+    finding, for the set and for every control alike. The contrast model and the repeats of the tuned model take over what was
+    chosen for taking the set away from the tuned one, with fewer draws: nothing is chosen on them. Everything else is measured
+    on the report split of every task, and on free text."""
     samples, tasks = questions.report, questions.tasks
-    with on_a_bar(once, "intervene") as once:
-        chosen = (models.tuned, models.original)
-        searched = {each.purpose.name: search(each, draws, found, questions.tune, params, once) for each in chosen}
+    with on_a_bar(once, f"intervene {side}") as once:
+        chosen, *_ = models.asked(side)
+        searched = search(models.open(chosen), draws, found, questions.tune, params, once)
         unedited = {
             each.purpose.model: {
-                row["sample_id"]: row for row in once(f"{each.purpose.model} unedited", partial(each.evaluator.answer, samples))
+                row["sample_id"]: row
+                for row in once(f"{side}: {each.purpose.model} unedited", partial(each.evaluator.answer, samples))
             }
-            for each in chosen
+            for each in (models.tuned, models.original)
         }
         right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in unedited.items()}
         flipped = right[models.tuned.purpose.model] - right[models.original.purpose.model]
         rows, table, spilled = list[Row](), list[dict[str, Any]](), list[dict[str, Any]]()
         columns: tuple[list[Any], ...] = tuple([] for _ in OUTCOMES.columns)
-        for purpose in models.purposes:
-            model, source = models.open(purpose), searched[purpose.name if purpose.chosen else ZERO_TUNED]
-            toward = unedited[purpose.toward]
-            made = edits(model, found, source, source.controls)
+        for purpose in models.asked(side):
+            model, toward = models.open(purpose), unedited[purpose.toward]
+            made = edits(model, found, searched, searched.controls)
             made = made if purpose.chosen else fewer(made, params.other_draws)
             answered = answer(model, made, samples, toward, params, once)
             rows += answered.rows
@@ -261,14 +262,14 @@ def intervene(
     return InterventionResult(
         choice={
             "features": list(found),
-            "controls": {purpose: _settings(each) for purpose, each in searched.items()},
+            "controls": {chosen.name: _settings(searched)},
         },
-        search=[row for each in searched.values() for row in each.rows],
+        search=searched.rows,
         samples=rows,
         effects=table,
         collateral=spilled,
         outcomes=dict(zip(OUTCOMES.columns, columns, strict=True)),
-        searched=searched,
+        searched={chosen.name: searched},
     )
 
 

@@ -71,14 +71,13 @@ class Plans(Params):
         return found or every
 
 
-def _run(folder: Path, *command: str, threads: int | None = None, log: Path | None = None) -> None:
+def _run(folder: Path, *command: str, log: Path | None = None) -> None:
     environment = os.environ | {"PYTHONPATH": str((folder / "src").resolve())}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
     with log.open("a", encoding="utf-8") if log else nullcontext() as output:
         done = subprocess.run(command, cwd=folder, env=environment, check=False, stdout=output, stderr=output)
     if done.returncode:
-        raise ContractError(log or folder, command[-1], "status 0", done.returncode, "what was computed is kept: say it again")
+        todo = "what was computed is kept: say it again"
+        raise ContractError(log or folder, " ".join(command[1:]), "status 0", done.returncode, todo)
 
 
 def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
@@ -100,19 +99,19 @@ def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
 
 def run(name: str, plan: Plan, seed: int, jobs: int = 1) -> None:
     """Run one study to its end, unless it has a result, and keep what its report says. One of several that run side by side
-    has its share of the cores (unless OMP_NUM_THREADS says otherwise) and writes to a file in place of the terminal."""
+    runs its share of the stages at a time, and writes to a file in place of the terminal."""
     result = RESULTS / f"{name}.json"
     if result.exists():
         say(f"{name}: has a result; a study is run once ({result})")
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     folder, log = CLONES / name, CLONES / f"{name}.log" if jobs > 1 else None
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
+    stages = max(1, (os.cpu_count() or 1) // jobs)
     say(f"{name}: profile {plan.profile}, seed {seed}, in {folder}" + (f"; what it says is in {log}" if log else ""))
     prepare(folder, commit, plan.profile, seed)
-    _run(folder, sys.executable, "-m", "dvc", "repro", threads=threads, log=log)
+    _run(folder, sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", str(stages), log=log)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    facts = {"commit": commit, "profile": plan.profile, "seed": seed, "threads": threads}
+    facts = {"commit": commit, "profile": plan.profile, "seed": seed}
     write_json(result, facts | {"summary": read_json(folder / "metrics/summary.json")})
     say(f"{name}: done; {result}")
 

@@ -15,6 +15,7 @@ from typing import Any
 from featdiff.config.data import FamilyTask
 from featdiff.config.dictionary import Fit
 from featdiff.config.params import Study
+from featdiff.intervention.purposes import SIDES, purposes
 
 FLOAT = 4
 """Bytes of a number that is computed with."""
@@ -239,10 +240,11 @@ class _Plan:
         read = study.describe.corpus_tokens + 2 * length * len(self.tasks) * (study.describe.samples + study.describe.shaded)
         held = 2 * FLOAT * (size.weights + read * size.d_model)
         yield Work("describe", "describe", 4 * size.forward(read, length / 2), 5e6, LIBRARIES + held)
-        yield self._answers("intervene", "intervene", self._edited(), study.intervene, models=2, answer=EDITED)
+        for side in SIDES:
+            yield self._answers(f"intervene {side}", "intervene", self._edited(side), study.intervene, models=2, answer=EDITED)
 
-    def _edited(self) -> float:
-        """Answers under edits: two searches on the tune split, and every purpose on the report split."""
+    def _edited(self, side: str) -> float:
+        """Answers under edits: a search on the tune split, and every purpose of ``side`` on the report split."""
         study, p = self.study, self.study.intervene
         find = sum(task.role == "find" for task in self.tasks)
         draws, others = p.random_sets + p.random_directions, 8
@@ -250,5 +252,5 @@ class _Plan:
         search = find * settings * ((draws + others) * p.control_questions + 3 * study.prepare.samples.tune)
         measured = draws * p.draw_questions + (others + 3) * study.prepare.samples.report
         fewer = 2 * p.other_draws * p.draw_questions + (others + 3) * study.prepare.samples.report
-        other = (study.roles.contrast is not None) + len(study.repeats(study.roles.tuned)) - 1
-        return 2 * search + len(self.tasks) * (2 * measured + other * fewer)
+        asked = [purpose for purpose in purposes(study.roles, study.repeats(study.roles.tuned)) if purpose.side == side]
+        return search + len(self.tasks) * (measured + (len(asked) - 1) * fewer)

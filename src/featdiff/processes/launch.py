@@ -59,7 +59,7 @@ class Launch:
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Exit status of ``command`` and of all that it started: 0, 2 (bad input), 75 (stopped), or another failure."""
         environment = environment | {RANKS: str(self._ranks), LAUNCHER: f"{os.getpid()}:{process_start(os.getpid())}"}
-        child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_follow)
+        child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=signals.follow)
         self._group = child.pid
         if self._requests.asked:  # while it was being started
             self._signal_group(signal.SIGTERM)
@@ -120,18 +120,22 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _follow() -> None:
-    """In the new process: end with this one, and write to the terminal from the background."""
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    signals.die_with_parent(signal.SIGTERM)
-
-
 def _hardware(path: Path) -> tuple[int, bool]:
     """Processes on this machine and whether they run on the CPU, as an accelerate configuration says."""
     import yaml
 
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     return max(1, found.get("num_processes", 1) // found.get("num_machines", 1)), bool(found.get("use_cpu"))
+
+
+def _threads(ranks: int, on_cpu: bool) -> int:
+    """Threads of each rank: on a CPU what params.yaml says, else its share of the cores."""
+    from featdiff.config.reading import PARAMS, ConfigError, read_yaml
+
+    given = None
+    with suppress(ConfigError):  # the stage says what is wrong with it
+        given = read_yaml(PARAMS).get("threads")
+    return given if on_cpu and isinstance(given, int) and given > 0 else max(1, (os.cpu_count() or 1) // ranks)
 
 
 def accelerate_launch() -> None:
@@ -176,7 +180,7 @@ def main(arguments: list[str]) -> int:
     ranks = 1 if one else ranks
     if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
-    threads = environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    threads = environment.setdefault("OMP_NUM_THREADS", str(_threads(ranks, on_cpu)))
     environment.setdefault("GOMP_SPINCOUNT", SPIN)
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand

@@ -69,19 +69,20 @@ def ancestors() -> Iterator[tuple[int, list[str]]]:
         pid = parent
 
 
-def _is_dvc(command: list[str]) -> bool:
-    return any(Path(part).name in ("dvc", "dvc.EXE") for part in command[:3])
+def _runs_stages(command: list[str]) -> bool:
+    """Whether this is the command line of a dvc, or of what starts several."""
+    return any(Path(part).name in ("dvc", "dvc.EXE") or part == "featdiff.pipeline.repro" for part in command[:3])
 
 
-def dvc_process() -> int | None:
-    """Pid of the outermost dvc that started this process."""
-    return next((pid for pid, command in reversed(list(ancestors())) if _is_dvc(command)), None)
+def pipeline_process() -> int | None:
+    """Pid of the outermost process above this one that runs stages."""
+    return next((pid for pid, command in reversed(list(ancestors())) if _runs_stages(command)), None)
 
 
 def starters() -> list[int]:
-    """Pids of the processes above this one, up to the outermost dvc or launcher: when one of them ends, so does this one."""
+    """Pids of the processes above this one, up to the outermost that runs stages: when one of them ends, so does this one."""
     above = list(ancestors())
-    counted = [i for i, (_, command) in enumerate(above) if _is_dvc(command) or "featdiff.processes.launch" in command[:4]]
+    counted = [i for i, (_, command) in enumerate(above) if _runs_stages(command) or "featdiff.processes.launch" in command[:4]]
     return [pid for pid, _ in above[1 : max(counted, default=0) + 1]]
 
 

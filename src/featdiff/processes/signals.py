@@ -113,6 +113,13 @@ def die_with_parent(number: int = PARENT_ENDED, parent: int | None = None) -> No
             raise Stopped(_name(PARENT_ENDED))
 
 
+def follow() -> None:
+    """In a new process that leads a group of its own: end with the one that started it, and write to the terminal from the
+    background."""
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    die_with_parent(signal.SIGTERM)
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, so that they can be waited for."""
     if sys.platform == "linux":

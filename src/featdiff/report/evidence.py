@@ -14,6 +14,7 @@ from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.tables import Table
 from featdiff.config.models import Arm, Roles
 from featdiff.config.params import Study
+from featdiff.intervention.purposes import SIDES
 from featdiff.report.names import Names
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 
@@ -175,9 +176,10 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
     data = read("data", "tasks.json", "eval.parquet")
     known = load_tasks(data)
     evals = {model: read(f"evals/{model}") for model in study.models}
-    attribution, localize, stitch, describe, intervene = (
-        read(f"analysis/{name}") for name in ("attribution", "localize", "stitch", "describe", "intervene")
+    attribution, localize, stitch, describe = (
+        read(f"analysis/{name}") for name in ("attribution", "localize", "stitch", "describe")
     )
+    intervened = [read(f"analysis/intervene/{side}") for side in SIDES]
     dynamics = [read(f"analysis/dynamics/{arm}") for arm in study.dynamics.arms]
     checkpoints = [read(f"checkpoints/{arm}") for arm in study.arms]
     features = tables.FEATURES.read(attribution)
@@ -211,30 +213,31 @@ def load(read: Callable[..., Path], study: Study) -> Evidence:
         contexts=tables.CONTEXTS.read(describe),
         token_values=tables.TOKEN_VALUES.read(describe),
         probes=tables.PROBES.read(describe),
-        **(_interventions(intervene) if found["status"] == "found" else NOT_TESTED),
+        **(_interventions(intervened) if found["status"] == "found" else NOT_TESTED),
     )
 
 
-def _joined(table: Table, folders: list[Path]) -> list[Row]:
-    """The rows of one table in every folder."""
-    return [row for folder in folders for row in table.read(folder)]
+def _joined(table: Table, folders: list[Path], columns: str = "", **only: Any) -> list[Row]:
+    """The rows of one table in every folder; the rest as for ``Table.read``."""
+    return [row for folder in folders for row in table.read(folder, columns, **only)]
 
 
-def _interventions(folder: Path) -> dict[str, Any]:
+def _interventions(folders: list[Path]) -> dict[str, Any]:
     """The tables of `intervene`, which writes them where there is a feature set to test."""
+    choices = [read_json(folder / "choice.json") for folder in folders]
     return {
-        "choice": read_json(folder / "choice.json"),
-        "search": tables.SEARCH.read(folder),
-        "effects": tables.EFFECTS.read(folder),
-        "collateral": tables.COLLATERAL.read(folder),
-        "sensitivity": tables.SENSITIVITY.read(folder),
-        "edited": tables.EDITED_SAMPLES.read(folder),
-        "outcomes": partial(_outcomes, folder),
+        "choice": choices[0] | {"controls": {name: each for choice in choices for name, each in choice["controls"].items()}},
+        "search": _joined(tables.SEARCH, folders),
+        "effects": _joined(tables.EFFECTS, folders),
+        "collateral": _joined(tables.COLLATERAL, folders),
+        "sensitivity": _joined(tables.SENSITIVITY, folders),
+        "edited": _joined(tables.EDITED_SAMPLES, folders),
+        "outcomes": partial(_outcomes, folders),
     }
 
 
-def _outcomes(folder: Path, control: str, number: int) -> list[Row]:
-    return tables.OUTCOMES.read(folder, "purpose sample_id correct", control=control, set_draw=number)
+def _outcomes(folders: list[Path], control: str, number: int) -> list[Row]:
+    return _joined(tables.OUTCOMES, folders, "purpose sample_id correct", control=control, set_draw=number)
 
 
 def _model(name: str, read: Callable[..., Path]) -> ModelFacts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from featdiff.artifacts import tables
 from featdiff.artifacts.tables import Table
 from featdiff.config.dictionary import PAIR
-from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, RIVALS, SET, ZERO_TUNED
+from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, RIVALS, SET, ZERO_TUNED, side_of
 from featdiff.report.claims import Claims
 from featdiff.report.verdicts import Verdict
 
@@ -20,13 +21,13 @@ class Rows(NamedTuple):
 
     table: Table
     of: str
-    """Whose table it is: a model or an arm; empty where there is one only."""
+    """Whose table it is: of a model, an arm or a side; empty where there is one only."""
     where: Mapping[str, Sequence[Any]]
 
     @property
     def path(self) -> Path:
         """The table's file."""
-        return Path(self.table.name.replace("<model>", self.of).replace("<arm>", self.of))
+        return Path(re.sub("<[a-z]+>", lambda _: self.of, self.table.name))
 
     def count(self, root: Path = Path()) -> int:
         """How many rows these are under ``root``."""
@@ -77,7 +78,7 @@ def _edited(claims: Claims, claim: str, number: str) -> list[Rows]:
     tasks = evidence.named("heldout") if number == "heldout" else evidence.found_on
     controls = [SET, *(RIVALS if claim == "dictionary" else ["none"])]
     purpose = AMPLIFY_ORIGINAL if claim == "sufficient" or number == "amplified" else ZERO_TUNED
-    return [Rows(tables.EDITED_SAMPLES, "", {"purpose": [purpose], "control": controls, "task": tasks})]
+    return [Rows(tables.EDITED_SAMPLES, side_of(purpose), {"purpose": [purpose], "control": controls, "task": tasks})]
 
 
 def traced(

@@ -25,7 +25,7 @@ from typing import Any
 
 from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.dvc import read_yaml
-from featdiff.processes.ranks import dvc_process, process_start
+from featdiff.processes.ranks import pipeline_process, process_start
 from featdiff.tracking.system import SYSTEM, Sampler
 
 WORDS = ("report.title", "report.about")
@@ -233,7 +233,7 @@ def _commit() -> str:
 
 def _pipeline() -> dict[str, Any]:
     """The dvc process that started this stage, or this process when started by hand: the parent run's identity."""
-    found = dvc_process() or os.getpid()
+    found = pipeline_process() or os.getpid()
     start = process_start(found)
     # one dvc process may run several experiments
     names = (socket.gethostname(), found, start, os.environ.get("DVC_EXP_NAME"))
@@ -249,7 +249,7 @@ def in_force(root: Path) -> dict[str, Any]:
 
     params = read_yaml(root / PARAMS)
     methods = {arm.get("method") for arm in params.get("arms", {}).values() if isinstance(arm, Mapping)}
-    left_out = {"resume", *(METHODS.keys() - methods)}
+    left_out = {"resume", "threads", *(METHODS.keys() - methods)}
     flat: dict[str, Any] = {}
     for section, values in params.items():
         if section not in left_out:

@@ -1,0 +1,270 @@
+"""``dvc repro`` with stages side by side: ``python -m featdiff.pipeline.repro [--jobs N]`` (ours).
+
+DVC runs one stage after another, but lets several of it work in one repository, each on a stage of its own: it locks what
+stages read and write, and says itself that this is how to run them side by side. Here is decided which may begin, in an order
+by which what most waits for goes first. What each says goes to .featdiff/logs, and from there to the terminal. At the end DVC
+itself has the last word on whether anything is left to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from featdiff.config.params import load_study
+from featdiff.config.reading import ConfigError
+from featdiff.processes import signals
+from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.signals import EXIT_STOPPED, say
+
+LOGS = Path(".featdiff/logs")
+POLL_SECONDS = 0.2
+SHOWN_EVERY = 30
+"""Seconds between two states of a bar where the output is no terminal."""
+USUAL = (
+    "Running stage",
+    "> ",
+    "Generating lock file",
+    "Updating lock file",
+    "To track",
+    "git add",
+    "To enable",
+    "dvc config",
+    "Use `dvc",
+)
+"""What dvc says of every stage, and what stays in its log; --quiet would keep back its errors, too."""
+Graph = Mapping[str, set[str]]
+"""What each stage waits for."""
+
+
+class Output:
+    """What a stage writes to its log, as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream, self._rest, self._shown = path.open("rb"), "", time.monotonic()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def lines(self) -> list[str]:
+        """Those finished since; of a bar, which is written over itself, its last state."""
+        *whole, self._rest = (self._rest + self._decoder.decode(self._stream.read())).split("\n")
+        return [text for line in whole if (text := _last(line))]
+
+    @property
+    def bar(self) -> str:
+        """The newest state of the line that is being written."""
+        return _last(self._rest)
+
+    def due(self) -> str:
+        """:attr:`bar`, now and then; else nothing."""
+        if time.monotonic() - self._shown < SHOWN_EVERY:
+            return ""
+        self._shown = time.monotonic()
+        return self.bar
+
+
+def _last(line: str) -> str:
+    return next((part for part in reversed(line.split("\r")) if part.strip()), "")
+
+
+class Job:
+    """One stage at work, under a dvc that leads a group of processes."""
+
+    def __init__(self, stage: str, environment: Mapping[str, str]) -> None:
+        self.stage, self.began, self.log = stage, time.monotonic(), LOGS / f"{stage}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0,
+                preexec_fn=signals.follow,
+            )  # fmt: skip
+        self.output = Output(self.log)
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    @property
+    def took(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        return f"{minutes}:{seconds:02d}"
+
+
+class Repro:
+    """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time."""
+
+    def __init__(self, graph: Graph, changed: set[str], jobs: int) -> None:
+        self._graph, self._jobs, self._requests = graph, jobs, signals.Requests()
+        self._stale = set(changed)
+        self._sorter = TopologicalSorter(graph)
+        self._order = order(graph)
+        self._running: list[Job] = []
+        self._ready: list[str] = []
+        self._status, self._done, self._all = 0, 0, len(affected(graph, changed))
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self._environment = os.environ | ({"TQDM_MININTERVAL": "1"} if self._console.is_terminal else {})
+        signals.handle(self._hand_on)
+        signal.signal(signal.SIGTSTP, self._pause)
+
+    def run(self) -> int:
+        """Exit status of the first stage that failed, 75 after a request to stop, else 0. After either no stage begins, and
+        those at work end: a request as they are asked to, a failure of another by themselves."""
+        self._sorter.prepare()
+        with Live(console=self._console, get_renderable=self._shown, refresh_per_second=2, transient=True) as live:
+            while self._sorter.is_active():
+                self._ready += self._sorter.get_ready()
+                self._begin()
+                if not self._running:
+                    if self._over:
+                        break
+                    continue  # what was passed over lets others begin
+                time.sleep(POLL_SECONDS)
+                for job in list(self._running):
+                    ended = job.process.poll()
+                    self._tell(job, live.is_started and self._console.is_terminal)
+                    if ended is not None:
+                        self._end(job, ended)
+        return EXIT_STOPPED if self._requests.asked else self._status
+
+    @property
+    def _over(self) -> bool:
+        """Whether no further stage may begin."""
+        return bool(self._requests.asked or self._status)
+
+    def _begin(self) -> None:
+        """Pass over what has nothing to do, and start what there is room for."""
+        for stage in sorted(self._ready, key=self._order.__getitem__):
+            if stage not in self._stale:
+                self._sorter.done(stage)
+            elif self._over or len(self._running) >= self._jobs:
+                continue
+            else:
+                self._running.append(job := Job(stage, self._environment))
+                self._say(stage, "begins")
+                if self._requests.asked:  # while it was being started, so that it was not told
+                    job.signal(signal.SIGINT)
+            self._ready.remove(stage)
+
+    def _end(self, job: Job, status: int) -> None:
+        self._running.remove(job)
+        if status:
+            self._status = self._status or status
+            self._say(job.stage, f"failed after {job.took} (status {status}); all that it said: {job.log}")
+            return
+        self._done += 1
+        self._stale |= {stage for stage, upstream in self._graph.items() if job.stage in upstream}
+        self._sorter.done(job.stage)
+        self._say(job.stage, f"done in {job.took} ({self._done} of {self._all})")
+
+    def _tell(self, job: Job, bars_are_shown: bool) -> None:
+        for line in job.output.lines():
+            if not line.strip().startswith(USUAL):
+                self._say(job.stage, line)
+        if not bars_are_shown and (bar := job.output.due()):
+            self._say(job.stage, bar)
+
+    def _say(self, stage: str, text: str) -> None:
+        self._console.print(f"{stage} | {text}")
+
+    def _shown(self) -> Table:
+        """A line for each stage at work: how long, and the newest state of its bar."""
+        table = Table.grid(padding=(0, 2))
+        for _ in range(3):
+            table.add_column(no_wrap=True, overflow="ellipsis")
+        for job in self._running:
+            table.add_row(job.stage, job.took, job.output.bar.strip())
+        return table
+
+    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+        """To dvc and launcher as a key press, whatever was asked: dvc waits for the launcher, which ends the stage."""
+        if self._requests.first(number) is not None:
+            for job in self._running:
+                job.signal(signal.SIGINT)
+
+    def _pause(self, _number: int, _frame: FrameType | None) -> None:
+        """Ctrl-Z stops the stages too, and ``fg`` lets them go on."""
+        for job in self._running:
+            job.signal(signal.SIGTSTP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for job in self._running:
+            job.signal(signal.SIGCONT)
+
+
+def affected(graph: Graph, changed: set[str]) -> set[str]:
+    """``changed`` and all that waits for one of them, directly or not."""
+    found: set[str] = set()
+    for stage in TopologicalSorter(graph).static_order():
+        if stage in changed or found & graph[stage]:
+            found.add(stage)
+    return found
+
+
+def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
+    """Sort keys: first the stage for which most others wait, and of several the one that itself waited for most, since the last
+    ones of a study tend to be the long ones."""
+    above: dict[str, set[str]] = {}
+    for stage in TopologicalSorter(graph).static_order():
+        above[stage] = graph[stage].union(*(above[each] for each in graph[stage]))
+    below = {stage: sum(stage in others for others in above.values()) for stage in graph}
+    return {stage: (-below[stage], -len(above[stage]), stage) for stage in graph}
+
+
+def stages() -> tuple[Graph, set[str]]:
+    """What every stage of the repository waits for, and those of which anything is not as dvc.lock has it."""
+    from dvc.repo import Repo
+
+    with Repo(_wait_for_lock=True) as repo:
+        graph = repo.index.graph
+        waits = {stage.addressing: {each.addressing for each in graph.successors(stage)} for stage in graph}
+        return waits, set(repo.status())
+
+
+def side_by_side() -> int:
+    """As many stages as have a core for each of their threads."""
+    threads = load_study().threads
+    return max(1, (os.cpu_count() or 1) // threads) if threads else 1
+
+
+def main(arguments: list[str]) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="featdiff.pipeline.repro", description="dvc repro, with stages side by side")
+    parser.add_argument(
+        "--jobs", type=int, choices=range(1, 65), metavar="N", help="stages at a time (default: cores / threads)"
+    )
+    asked = parser.parse_args(arguments)
+    signals.outlive_terminal()
+    try:
+        jobs = asked.jobs or side_by_side()
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    if jobs == 1:
+        return subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode
+    graph, changed = stages()
+    if changed:
+        status = Repro(graph, changed, jobs).run()
+        if status == EXIT_STOPPED:
+            say("stopped; what was computed is kept: say it again")
+        if status:
+            return status
+        _, changed = stages()
+    say(f"changed meanwhile: {', '.join(sorted(changed))}; say it again" if changed else "every stage is up to date")
+    return EXIT_BAD_INPUT if changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

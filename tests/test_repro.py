@@ -1,0 +1,179 @@
+"""``featdiff.pipeline.repro``: real dvc, stages of a few lines that say when they began and ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featdiff.artifacts.dvc import locked
+from featdiff.pipeline.repro import Output, affected, order
+
+STAGE = """
+import pathlib, sys, time
+name, seconds, *inputs = sys.argv[1:]
+def note(what):
+    with open("times.txt", "a") as times:
+        times.write(f"{name} {what} {time.time()}\\n")
+note("begins")
+print(f"{name} speaks", flush=True)
+print("10%", end="\\r", file=sys.stderr)
+if pathlib.Path(f"{name}.fails").exists():
+    raise SystemExit(3)
+try:
+    time.sleep(float(seconds))
+except KeyboardInterrupt:
+    note("stopped")
+    raise SystemExit(75)
+pathlib.Path(f"{name}.out").write_text("".join(pathlib.Path(each).read_text() for each in inputs) + name)
+note("ends")
+"""
+GRAPH = {"first": [], "left": ["first"], "right": ["first"], "last": ["left", "right"], "aside": ["first"]}
+
+
+class Toy:
+    """A repository of DVC with the stages of :data:`GRAPH`."""
+
+    def __init__(self, root: Path, seconds: float = 1.0) -> None:
+        self.root = root
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
+        self.environment["PYTHONUNBUFFERED"] = "1"
+        (root / "stage.py").write_text(STAGE, encoding="utf-8")
+        (root / "text").write_text("0", encoding="utf-8")
+        stages = {}
+        for name, above in GRAPH.items():
+            inputs = [f"{each}.out" for each in above] or ["text"]
+            command = " ".join([sys.executable, "stage.py", name, str(seconds), *inputs])
+            stages[name] = {"cmd": command, "deps": ["stage.py", *inputs], "outs": [f"{name}.out"]}
+        (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+        for words in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+            subprocess.run(words, cwd=root, check=True, env=self.environment)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", "2", *words], cwd=self.root, env=self.environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
+        )  # fmt: skip
+
+    def run(self) -> tuple[int, str]:
+        process = self.start()
+        said, _ = process.communicate(timeout=120)
+        return process.returncode, said
+
+    def times(self) -> dict[tuple[str, str], float]:
+        path = self.root / "times.txt"
+        rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return {(name, what): float(when) for name, what, when in rows}
+
+    def wait_for(self, *names: str) -> None:
+        deadline = time.monotonic() + 60
+        while not {(name, "begins") for name in names} <= self.times().keys():
+            assert time.monotonic() < deadline, self.times()
+            time.sleep(0.05)
+
+    def finished_by_dvc(self) -> str:
+        command = [sys.executable, "-m", "dvc", "repro"]
+        return subprocess.run(command, cwd=self.root, env=self.environment, check=True, text=True, capture_output=True).stdout
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    if not shutil.which("git"):
+        pytest.skip("git is needed")
+    return Toy(tmp_path)
+
+
+def test_stages_that_do_not_wait_for_each_other_run_side_by_side_and_dvc_has_nothing_left_to_do(toy: Toy) -> None:
+    status, said = toy.run()
+    assert status == 0, said
+    times = toy.times()
+    assert max(times["left", "begins"], times["right", "begins"]) < min(times["left", "ends"], times["right", "ends"])
+    assert times["last", "begins"] > max(times["left", "ends"], times["right", "ends"])
+    assert {name for name, what in times if what == "ends"} == set(GRAPH)
+    assert "left | left speaks" in said
+    assert "git add" not in said
+    assert "left | done in 0:0" in said
+    assert "(5 of 5)" in said
+    assert (toy.root / "last.out").read_text(encoding="utf-8") == "0firstleft0firstrightlast"
+    assert [output.label for output in sorted(locked(toy.root))] == sorted(GRAPH)
+    assert "up to date" in toy.finished_by_dvc()
+    (toy.root / "times.txt").unlink()
+    status, said = toy.run()
+    assert (status, toy.times()) == (0, {}), said
+    assert said.splitlines() == ["featdiff: every stage is up to date"]
+
+
+def test_only_what_waits_for_a_change_runs_again(toy: Toy) -> None:
+    assert toy.run()[0] == 0
+    (toy.root / "times.txt").unlink()
+    (toy.root / "left.out").unlink()
+    (toy.root / "left.out").write_text("another", encoding="utf-8")
+    status, said = toy.run()
+    assert status == 0, said
+    assert toy.times() == {}, "left comes from DVC's run cache, and so nothing below it has changed"
+    assert (toy.root / "left.out").read_text(encoding="utf-8") == "0firstleft"
+
+
+def test_after_a_failure_what_is_at_work_ends_and_nothing_begins(toy: Toy) -> None:
+    (toy.root / "left.fails").touch()
+    status, said = toy.run()
+    assert status != 0
+    times = toy.times()
+    assert ("right", "ends") in times
+    assert not {("last", "begins"), ("aside", "begins")} & times.keys()
+    assert "left | failed after 0:0" in said
+    assert "all that it said: .featdiff/logs/left.log" in said
+    assert "left | ERROR: failed to reproduce 'left'" in said, "in the words of dvc"
+    (toy.root / "left.fails").unlink()
+    (toy.root / "times.txt").unlink()
+    assert toy.run()[0] == 0
+    assert {name for name, _ in toy.times()} == {"left", "last", "aside"}, "what was done is done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_stop_reaches_every_stage_at_work(toy: Toy, number: int) -> None:
+    process = toy.start()
+    try:
+        toy.wait_for("left", "right")
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert {("left", "stopped"), ("right", "stopped")} <= toy.times().keys()
+    assert said.splitlines()[-1] == "featdiff: stopped; what was computed is kept: say it again"
+    assert toy.run()[0] == 0
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> tuple[Path, Output]:
+    path = tmp_path / "log"
+    path.touch()
+    return path, Output(path)
+
+
+def test_a_log_is_followed_by_whole_lines_and_of_a_bar_its_newest_state(growing: tuple[Path, Output]) -> None:
+    path, output = growing
+    with path.open("ab", buffering=0) as log:
+        log.write(b"one\nsteps:  1%|\r")
+        assert (output.lines(), output.bar) == (["one"], "steps:  1%|")
+        log.write("\rsteps:  50%|█".encode()[:-1])  # half of a character
+        output.lines()
+        assert output.bar == "steps:  50%|"
+        log.write("█".encode()[-1:] + b"\rsteps: 100%|\n\n  \nlast")
+        assert output.lines() == ["steps: 100%|"]
+        assert output.bar == "last"
+
+
+def test_what_most_waits_for_goes_first_and_then_what_waited_for_most() -> None:
+    graph = {"a": set(), "b": {"a"}, "c": {"a"}, "d": {"b"}, "e": {"a"}, "f": {"b", "c", "d"}}
+    assert sorted(graph, key=order(graph).__getitem__) == ["a", "b", "d", "c", "f", "e"]
+    assert affected(graph, {"c"}) == {"c", "f"}
+    assert affected(graph, set()) == set()
