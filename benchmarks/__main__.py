@@ -17,7 +17,6 @@ import sys
 import tempfile
 import venv
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.artifacts.documents import fill, markdown
 from featdiff.config.params import load_study
-from featdiff.tracking.record import finished, runs_folder
+from featdiff.tracking.record import finished, pauses, runs_folder
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RESULTS, PAGE, PEERS = ROOT / "metrics/benchmarks.json", ROOT / "docs/performance.md", ROOT / ".featdiff/peers"
@@ -227,7 +226,7 @@ def study() -> dict[str, Any]:
     seconds: dict[str, list[float]] = {}
     for each in whole[-1]:
         seconds.setdefault(each["stage"], []).append(each["observed"]["wall_seconds"])
-    between = sum(max(0.0, after["started"] - before["ended"]) for before, after in pairwise(whole[-1]))
+    between = sum(pauses(whole[-1]))
     kinds = {stage: {"stages": len(walls), "seconds": sum(walls)} for stage, walls in seconds.items()}
     return {"kinds": kinds, "between": between, "whole": whole[-1][-1]["ended"] - whole[-1][0]["started"]}
 
@@ -235,7 +234,7 @@ def study() -> dict[str, Any]:
 def study_table(found: Mapping[str, Any]) -> str:
     body = [[kind, str(one["stages"]), f"{one['seconds']:.0f}"] for kind, one in found["kinds"].items()]
     last = [
-        ["from one stage to the next", "", f"{found['between']:.0f}"],
+        ["pauses before stages, together", "", f"{found['between']:.0f}"],
         ["first start to last end", "", f"{found['whole']:.0f}"],
     ]
     return markdown(["kind of stage", "stages", "seconds"], body + last)

@@ -13,7 +13,7 @@ import pytest
 
 from featdiff.artifacts.dvc import read_yaml
 from featdiff.processes.ranks import alive, process_start
-from featdiff.tracking.record import Record, curated, home, numbers
+from featdiff.tracking.record import Record, curated, home, numbers, pauses
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -200,6 +200,13 @@ def test_records_of_a_temporary_experiment_lie_beside_the_repository(tmp_path, m
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert home() == tmp_path / ".featdiff"
+
+
+def test_pauses_are_counted_from_the_stage_whose_place_another_took():
+    """Two lanes: 0-10, 12-20, 21-30 and 0-5, 6-19, and at last one that waited for both."""
+    times = [(0, 10), (0, 5), (6, 19), (12, 20), (21, 30), (33, 40)]
+    assert pauses({"started": start, "ended": end} for start, end in times) == [1, 2, 1, 3]
+    assert pauses([]) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the process tree is read from /proc")

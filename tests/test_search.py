@@ -13,8 +13,18 @@ from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Editor, FeatureEdit
 from featdiff.intervention.controls import Draws, Setting
 from featdiff.intervention.models import EditableModel
-from featdiff.intervention.purposes import DIRECTIONS, purposes
-from featdiff.intervention.search import FARTHEST, Searched, by_task, gentlest, mean_accuracy, search, wider, within
+from featdiff.intervention.purposes import DIRECTIONS, RIVALS, purposes
+from featdiff.intervention.search import (
+    FARTHEST,
+    Searched,
+    by_task,
+    gentlest,
+    mean_accuracy,
+    search,
+    strongest,
+    wider,
+    within,
+)
 from featdiff.language.evaluation import Evaluator
 from featdiff.tasks.task import Sample, TaskInfo
 from tiny import ROLES, answers, params_of, random_crosscoder, tiny_model
@@ -129,6 +139,20 @@ def test_the_gentlest_of_those_that_have_most_of_the_effect(values: dict[Setting
 
 
 @pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({A: 0.2, B: 0.1, C: 1.0}, A),  # C is longer than the set's change
+        ({A: 0.1, B: 0.1, C: 1.0}, B),  # of equals the longest
+        ({A: -0.3, B: -0.2, EVERYWHERE: -0.2}, B),
+        ({B: 0.1, Setting("add", "all", 2.0): 0.1}, B),  # and of these the first of the positions
+        ({B: 0.1, Setting("add", "all", 2.0): 0.2}, Setting("add", "all", 2.0)),
+    ],
+)
+def test_the_strongest_of_those_that_are_no_longer_than_the_set(values: dict[Setting, float], wanted: Setting) -> None:
+    assert strongest(values, 2.0, ["prompt_last", "all"]) == wanted
+
+
+@pytest.mark.parametrize(
     ("effects", "edit", "more"),
     [
         ({0.5: 0.0, 1.0: 0.5, 2.0: 0.5}, "add", []),  # from nothing to saturation
@@ -197,7 +221,7 @@ def test_zeroing_is_chosen_up_to_dose_one_and_shown_beyond() -> None:
     assert max(doses(of(found))) > 1
 
 
-def test_controls_get_the_positions_and_doses_of_the_set_and_choose_by_the_same_rule() -> None:
+def test_controls_get_the_positions_and_doses_of_the_set_and_rivals_choose_by_the_same_rule() -> None:
     """Random sets act at every token from dose 2 on; the set already at the last prompt token from 1."""
 
     def curve(_kind: str, positions: str, dose: float, of_set: bool) -> float:
@@ -216,7 +240,8 @@ def test_controls_get_the_positions_and_doses_of_the_set_and_choose_by_the_same_
         name, _, number = label.rpartition(" ")
         tried = {(row["positions"], row["dose"]) for row in of(found, name, int(number)) if row["dose"] > 0}
         assert grid <= tried
-        assert found.chosen[label] == Setting("add", "all", 2.0)
+        longest = Setting("add", "prompt_last", 1.0)
+        assert found.chosen[label] == (Setting("add", "all", 2.0) if name in RIVALS else longest), "as long as the set at most"
         assert {row["n"] for row in of(found, name, int(number))} == {10}, "on the first questions of each task"
     assert {row["n"] for row in of(found)} == {PER_TASK}
     assert set(evaluator.asked) == {20, 40}
@@ -235,7 +260,7 @@ def test_curves_go_on_beyond_the_grid_and_the_choice_does_not() -> None:
         assert curve == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0], "up to eight times the dose chosen"
     assert doses(of(found, "random", positions="all")) == [0.5, 1.0, 2.0]
     assert {row["accuracy"] for row in of(found, "random", dose=4.0, **at_set)} == {1.0}
-    assert found.chosen["random 0"].dose == 0.5, "on the grid nothing of it has an effect"
+    assert found.chosen["random 0"].dose == 1.0, "as long as the set, although nothing on the grid has an effect"
     assert {setting.dose for setting in found.effects} == {0.5, 1.0, 2.0}, "2 shows that 1 was the end"
 
 

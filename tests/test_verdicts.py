@@ -292,7 +292,7 @@ def test_controls_have_to_need_a_longer_change(full: Evidence) -> None:
 
 
 def test_a_model_that_pushes_of_no_meaning_tip_shows_nothing(full: Evidence) -> None:
-    words = "random directions as long"
+    words = "random directions no longer"
     tipped = changed(full, "random_direction", "amplify_original", effect=0.6)
     assert criterion(tipped, "sufficient", words).holds is False
     assert of_set(tipped)["sufficient"].status == "not supported"

@@ -19,7 +19,7 @@ from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws, Reach, Setting, lengths, reach
 from featdiff.intervention.models import EditableModel
-from featdiff.intervention.purposes import SET, SINGLE, Purpose
+from featdiff.intervention.purposes import RIVALS, SET, SINGLE, Purpose
 from featdiff.language.decode import PromptCache
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, first_of_each
@@ -99,6 +99,13 @@ def gentlest(values: Mapping[Setting, float], norms: Mapping[str, float], share:
     return min(enough, key=lambda setting: (positions.index(setting.positions), setting.dose * norms[setting.edit]))
 
 
+def strongest(values: Mapping[Setting, float], longest: float, positions: Sequence[str]) -> Setting:
+    """Of the settings whose dose is at most ``longest`` the one with the largest effect; of several the largest dose, and there
+    the first of ``positions``."""
+    near = {setting: value for setting, value in values.items() if setting.dose <= longest}
+    return max(near, key=lambda setting: (near[setting], setting.dose, -positions.index(setting.positions)))
+
+
 def wider(effects: Mapping[float, float], edit: str, tolerance: float) -> list[float]:
     """Doses to add to a grid whose smallest still has an effect, or whose largest still adds to it. Zeroing ends where the
     feature is gone."""
@@ -141,8 +148,10 @@ def search(
     """Choose a setting for the set ``found`` and for every control of ``draws`` in one model.
 
     The set is tried under every edit of its purpose; controls under the edit chosen for it, at every position and dose, on
-    the first ``params.control_questions`` samples of each task. Beyond the grid, at the position chosen for the set, curves go
-    on to longer changes that are not chosen from."""
+    the first ``params.control_questions`` samples of each task. A rival of the set has the setting that the same rule chooses
+    for it. Any other control says what a change of the set's length does by itself, and has the setting at which it does most
+    without being longer. Beyond the grid, at the position chosen for the set, curves go on to longer changes that are not
+    chosen from."""
     return _Search(model, draws, found, samples, params, once).run()
 
 
@@ -185,9 +194,11 @@ class _Search:
             self._note(control, setting._replace(dose=0.0), Reach(0.0, 0.0, 0.0), before)
             tried, far = self._try(control, beyond if whole else grid + beyond, before, ask)
             if not whole:
-                values = {each: tried[each] for each in grid}
-                chosen[control.label] = gentlest(
-                    values, {setting.edit: far.norm}, self.params.most_of_effect, self.params.positions
+                values, positions = {each: tried[each] for each in grid}, self.params.positions
+                chosen[control.label] = (
+                    gentlest(values, {setting.edit: far.norm}, self.params.most_of_effect, positions)
+                    if control.name in RIVALS
+                    else strongest(values, setting.dose, positions)
                 )
         for row in self.rows:
             row["chosen"] = chosen[f"{row['control']} {row['set_draw']}"] == (row["edit"], row["positions"], row["dose"])

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from featdiff.config.params import load_study
+from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT
@@ -233,10 +233,9 @@ def stages() -> tuple[Graph, set[str]]:
         return waits, set(repo.status())
 
 
-def side_by_side() -> int:
-    """As many stages as have a core for each of their threads."""
-    threads = load_study().threads
-    return max(1, (os.cpu_count() or 1) // threads) if threads else 1
+def side_by_side(study: Study) -> int:
+    """How many stages have a core for each of their threads."""
+    return max(1, (os.cpu_count() or 1) // study.threads) if study.threads else 1
 
 
 def main(arguments: list[str]) -> int:
@@ -248,7 +247,7 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     signals.outlive_terminal()
     try:
-        jobs = asked.jobs or side_by_side()
+        jobs = asked.jobs or side_by_side(load_study())
     except ConfigError as error:
         say(str(error))
         return EXIT_BAD_INPUT

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,10 +27,11 @@ from featdiff.config.parse import parse
 from featdiff.config.profiles import render_profile
 from featdiff.config.reading import ConfigError, parse_yaml
 from featdiff.language.models import character_tokenizer, organism_model
+from featdiff.pipeline.repro import side_by_side
 from featdiff.planning.work import Size, Work, work
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
-from featdiff.tracking.record import finished, runs_folder
+from featdiff.tracking.record import finished, pauses, runs_folder
 from featdiff.training.imported import gguf_file
 
 RATES = Path("metrics/rates.json")
@@ -89,7 +89,7 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 
 def peak() -> float:
-    """Operations a second of a product of matrices in float32, with the threads that stages have: the best of a few."""
+    """Operations a second of a product of matrices in float32 with torch's threads, the best of a few."""
     a, best = torch.randn(MATRIX, MATRIX), 0.0
     for _ in range(TRIES):
         start = time.perf_counter()
@@ -122,7 +122,8 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
         if took := walls.get(planned.stage.replace(" ", "@")):
             amounts[planned.kind] += planned.amount
             spent[planned.kind] += min(took)
-    starts = [after["started"] - before["ended"] for before, after in pairwise(done) if before["pipeline"] == after["pipeline"]]
+    pipelines = {each["pipeline"]["id"]: each["pipeline"] for each in done}.values()
+    starts = [pause for pipeline in pipelines for pause in pauses(each for each in done if each["pipeline"] == pipeline)]
     if not spent or not starts:
         raise ContractError(runs_folder(), "records", f"a pipeline of profile {study.profile}", "none", "dvc repro first")
     rates = {kind: spent[kind] / amounts[kind] for kind in spent}
@@ -131,8 +132,9 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lines(works: list[Work], took: Mapping[str, float | None], memory: float, disk: float) -> Iterator[str]:
-    """A line per stage, their sums, and what does not fit with the smallest change that would."""
+def lines(works: list[Work], took: Mapping[str, float | None], memory: float, disk: float, jobs: int = 1) -> Iterator[str]:
+    """A line per stage, their sums, and what does not fit with the smallest change that would. Of ``jobs`` stages side by side
+    all may be among those that take most memory."""
     width = max(len(each.stage) for each in works)
     yield f"{'stage':{width}}  {'work':>10}  {'disk':>9}  {'memory':>9}  {'time':>8}"
     for each in works:
@@ -141,8 +143,13 @@ def lines(works: list[Work], took: Mapping[str, float | None], memory: float, di
         yield f"{each.stage:{width}}  {done:>10}  {sizes}  {_time(took[each.stage]):>8}"
     known = [value for value in took.values() if value is not None]
     total = sum(each.disk for each in works)
-    yield f"{'all':{width}}  {'':>10}  {_bytes(total):>9}  {_bytes(max(w.memory for w in works)):>9}  {_time(sum(known)):>8}"
+    most = sum(sorted((each.memory for each in works), reverse=True)[:jobs])
+    yield f"{'all':{width}}  {'':>10}  {_bytes(total):>9}  {_bytes(most):>9}  {_time(sum(known)):>8}"
+    if jobs > 1:
+        yield f"{jobs} at a time (make repro): {_time(sum(known) / jobs)}, and more where stages wait for each other."
     yield f"This machine: {_bytes(memory)} of memory, {_bytes(disk)} of disk free."
+    if most > memory and jobs > 1:
+        yield f"does not fit: {jobs} stages at a time may take {_bytes(most)}; make repro JOBS={jobs - 1}"
     for each in works:
         if each.memory > memory:
             batch = each.fitting(memory)
@@ -181,6 +188,7 @@ def main(words: list[str]) -> int:
     given = parser.parse_args(words)
     try:
         study = load_study() if given.profile is None else of_profile(given.profile)
+        torch.set_num_threads(study.threads or torch.get_num_threads())
         speed = peak()
         if given.learn:
             place_json(RATES, learn(study, speed))
@@ -192,7 +200,7 @@ def main(words: list[str]) -> int:
     except (ConfigError, ContractError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
-    print(*lines(works, took, psutil.virtual_memory().total, shutil.disk_usage(".").free), sep="\n")
+    print(*lines(works, took, psutil.virtual_memory().total, shutil.disk_usage(".").free, side_by_side(study)), sep="\n")
     threads, known = torch.get_num_threads(), rates["profile"]
     print(f"Times: {speed / 1e9:.0f} GFLOP/s here ({threads} threads), and what the study {known} made of it.")
     print("Not tried with larger models, which ought to make more of it and take less.")

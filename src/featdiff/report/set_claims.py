@@ -168,7 +168,8 @@ class SetClaims:
         return [
             Criterion(text, words or "not measured", settled(bool(ratios) and enough, short)),
             Criterion(
-                f"random directions as long, each at its best dose, give on average at most {percent(p.control_share)} of it",
+                f"random directions no longer, each where it does most, give at most {percent(p.control_share)} of it on "
+                "average",
                 pushed,
                 float(np.mean(pushes)) <= bound if pushes and bound > 0 else None,
             ),
@@ -263,7 +264,7 @@ class SetClaims:
             return Criterion(f"at least {FEWEST_DRAWS} random sets to compare with", str(len(drawn)), None)
         p = draws_p(means[SET][0], drawn, sign)
         alpha = number(self.params.alpha)
-        text = f"mean effect against {len(drawn)} random sets as long, each at its best dose, p at most {alpha}"
+        text = f"mean effect against {len(drawn)} random sets no longer, each where it does most, p at most {alpha}"
         largest = signed(sign * max(sign * value for value in drawn))
         return Criterion(
             text,

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,20 @@ def finished(profile: str) -> list[dict[str, Any]]:
     """What ``run.json`` says of every stage that ran to its end here under ``profile``, in the order in which they began."""
     records = [read_json(file) for file in sorted(runs_folder().glob("*/run.json"))]
     return [each for each in records if each["status"] == "FINISHED" and each["profile"] == profile]
+
+
+def pauses(records: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Seconds that passed before each of a pipeline's stages but the first ones, given in the order in which they began: since
+    the end of the one whose place it took, the last that had ended and was not yet followed, as stages may run side by side."""
+    ended: list[float] = []
+    found = []
+    for each in records:
+        free = [end for end in ended if end <= each["started"]]
+        if free:
+            ended.remove(max(free))
+            found.append(each["started"] - max(free))
+        ended.append(each["ended"])
+    return found
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
