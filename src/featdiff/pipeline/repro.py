@@ -28,7 +28,7 @@ from rich.table import Table
 from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals
-from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware
 from featdiff.processes.signals import EXIT_STOPPED, say
 
 LOGS = Path(".featdiff/logs")
@@ -234,8 +234,10 @@ def stages() -> tuple[Graph, set[str]]:
 
 
 def side_by_side(study: Study) -> int:
-    """How many stages have a core for each of their threads."""
-    return max(1, (os.cpu_count() or 1) // study.threads) if study.threads else 1
+    """How many stages have a core for each of their threads: one on a GPU, or where a stage takes all cores."""
+    hardware = Hardware.chosen()
+    on_cpu = hardware is not None and hardware.on_cpu
+    return max(1, (os.cpu_count() or 1) // study.threads) if on_cpu and study.threads else 1
 
 
 def main(arguments: list[str]) -> int:
@@ -251,8 +253,6 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         say(str(error))
         return EXIT_BAD_INPUT
-    if jobs == 1:
-        return subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode
     graph, changed = stages()
     if changed:
         status = Repro(graph, changed, jobs).run()

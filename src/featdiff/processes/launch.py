@@ -9,12 +9,17 @@ of a step. It and the ranks are therefore a process group of their own, which no
 each request, waits however long the current step takes, and ends with the status that the ranks left behind: the
 launcher knows only "failed". A second request ends everything at once. Nothing here imports more than it needs: this
 process stays as long as the stage.
+
+Where the hardware is several machines (``num_machines``), this process starts a launcher like itself on each of them, by the
+command in ``$FEATDIFF_NODES``, and hands requests to that command. They share a file system.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +27,7 @@ from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from featdiff.processes import signals
 from featdiff.processes.ranks import process_start
@@ -37,6 +43,13 @@ that could end it."""
 STARTER = "FEATDIFF_STARTER"
 """Environment variable: pid of the process, dvc as a rule, that started ``stages/run``, which becomes this launcher: it may
 end while a Python is still being looked for."""
+NODES = "FEATDIFF_NODES"
+"""Environment variable: a command that starts the command after it once on every machine, passes its environment and the
+signals that it gets on, and sets :data:`NODE`: ``srun --ntasks-per-node=1`` does."""
+NODE = "SLURM_PROCID"
+"""Environment variable: the number of this machine, from 0."""
+MEETING = "FEATDIFF_MEETING"
+"""Environment variable of the launcher on each machine: host and port at which the ranks of all of them meet."""
 GRACE = 2
 """Seconds that ranks have to end by themselves after a second request."""
 SPIN = "5000"
@@ -74,6 +87,7 @@ class Launch:
         if not ended:
             return 0
         found = {path.read_text(encoding="utf-8") for path in self._ranks.iterdir()}
+        found |= {str(os.waitstatus_to_exitcode(ended))}  # of a launcher on another machine, or of the one rank itself
         for status in (EXIT_BAD_INPUT, EXIT_STOPPED):
             if str(status) in found:
                 return status
@@ -120,12 +134,36 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _hardware(path: Path) -> tuple[int, bool]:
-    """Processes on this machine and whether they run on the CPU, as an accelerate configuration says."""
-    import yaml
+class Hardware(NamedTuple):
+    """What stages run on, as an accelerate configuration says."""
 
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return max(1, found.get("num_processes", 1) // found.get("num_machines", 1)), bool(found.get("use_cpu"))
+    path: str
+    machines: int
+    ranks: int
+    """Processes on each."""
+    on_cpu: bool
+
+    @classmethod
+    def chosen(cls) -> Hardware | None:
+        """That of $ACCELERATE_CONFIG, or of the default; None, with a line that says so, where there is no such file."""
+        import yaml
+
+        path = os.environ.get("ACCELERATE_CONFIG", DEFAULT_HARDWARE)
+        if not Path(path).is_file():
+            say(f"ACCELERATE_CONFIG: {path}: not found; use a file of conf/accelerate/")
+            return None
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        machines = max(1, found.get("num_machines", 1))
+        return cls(path, machines, max(1, found.get("num_processes", 1) // machines), bool(found.get("use_cpu")))
+
+
+def _on_every_machine(arguments: list[str], environment: dict[str, str]) -> list[str]:
+    """The command that starts a launcher on each machine, whose ranks meet on this one."""
+    environment.pop(STARTER, None)  # none of their parents
+    with socket.socket() as free:
+        free.bind(("", 0))
+        environment[MEETING] = f"{socket.gethostname()}:{free.getsockname()[1]}"
+    return [*shlex.split(os.environ[NODES]), sys.executable, "-m", "featdiff.processes.launch", *arguments]
 
 
 def _threads(ranks: int, on_cpu: bool) -> int:
@@ -171,16 +209,18 @@ def accelerate_launch() -> None:
 def main(arguments: list[str]) -> int:
     """Run ``arguments`` (a stage script and its options) to the end; returns the exit status."""
     one = arguments[:1] == ["--one"]
-    hardware = os.environ.get("ACCELERATE_CONFIG", DEFAULT_HARDWARE)
-    if not Path(hardware).is_file():
-        say(f"ACCELERATE_CONFIG: {hardware}: not found; use a file of conf/accelerate/")
+    hardware = Hardware.chosen()
+    if hardware is None:
         return EXIT_BAD_INPUT
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    ranks, on_cpu = _hardware(Path(hardware))
-    ranks = 1 if one else ranks
-    if on_cpu:
+    machines, ranks = (1, 1) if one else (hardware.machines, hardware.ranks)
+    meeting = os.environ.get(MEETING)
+    if machines > 1 and not (meeting or os.environ.get(NODES)):
+        say(f"{hardware.path}: num_machines: {machines}: say in ${NODES} what starts a command on each of them, such as srun")
+        return EXIT_BAD_INPUT
+    if hardware.on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
-    threads = environment.setdefault("OMP_NUM_THREADS", str(_threads(ranks, on_cpu)))
+    threads = environment.setdefault("OMP_NUM_THREADS", str(_threads(ranks, hardware.on_cpu)))
     environment.setdefault("GOMP_SPINCOUNT", SPIN)
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
@@ -189,11 +229,17 @@ def main(arguments: list[str]) -> int:
         "from featdiff.processes.launch import accelerate_launch as main; main()",
         "--quiet",
         "--config_file",
-        hardware,
+        hardware.path,
     ]
     accelerate += ["--num_cpu_threads_per_process", threads]
+    if meeting and machines > 1:
+        host, _, port = meeting.rpartition(":")
+        accelerate += ["--machine_rank", os.environ[NODE], "--main_process_ip", host, "--main_process_port", port]
     signals.outlive_terminal()
-    command = [sys.executable, *([] if one else accelerate), *arguments[one:]]
+    if machines > 1 and not meeting:
+        command = _on_every_machine(arguments, environment)
+    else:
+        command = [sys.executable, *([] if one else accelerate), *arguments[one:]]
     try:
         with tempfile.TemporaryDirectory(prefix="featdiff-") as folder:
             return Launch(Path(folder)).run(command, environment)

@@ -1,0 +1,30 @@
+#!/bin/bash
+# The study on nodes of a SLURM cluster that share the folder it is in: sbatch conf/cluster/slurm.sh [make's arguments]
+# It goes on where it was when the job is pre-empted, or out of time, and queued again: two minutes before, SLURM tells this
+# script, every stage at work writes its checkpoint, and the job asks for its next turn.
+#SBATCH --job-name=featdiff
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+set -u
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+export ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-conf/accelerate/gpu_2x8.yaml}"
+export FEATDIFF_NODES="${FEATDIFF_NODES:-srun --ntasks-per-node=1 --overlap}"
+
+asked=
+make repro "$@" &
+study=$!
+trap 'asked=yes; pkill -TERM -P "$study"' TERM INT
+while kill -0 "$study" 2> /dev/null; do
+    wait "$study"
+    status=$?
+done
+if [ -n "$asked" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
