@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from featdiff.artifacts.dvc import locked
-from featdiff.pipeline.repro import Output, affected, order
+from featdiff.config.params import load_study
+from featdiff.pipeline.repro import Output, affected, order, side_by_side
 
 STAGE = """
 import pathlib, sys, time
@@ -135,6 +136,28 @@ def test_after_a_failure_what_is_at_work_ends_and_nothing_begins(toy: Toy) -> No
     (toy.root / "times.txt").unlink()
     assert toy.run()[0] == 0
     assert {name for name, _ in toy.times()} == {"left", "last", "aside"}, "what was done is done"
+
+
+def test_what_dvc_cannot_read_is_one_line(toy: Toy) -> None:
+    path = toy.root / "dvc.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("- first.out", "- last.out"), encoding="utf-8")
+    status, said = toy.run()
+    assert status == 2
+    assert said.count("\n") == 1
+    assert said.startswith("featdiff: dvc: ")
+    assert toy.times() == {}
+
+
+def test_how_many_have_a_core_for_each_of_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.delenv("ACCELERATE_CONFIG", raising=False)
+    monkeypatch.setattr("featdiff.pipeline.repro.os.cpu_count", lambda: 9)
+    study = load_study()
+    asked = {threads: side_by_side(study.model_copy(update={"threads": threads})) for threads in (1, 2, 16, None)}
+    assert asked == {1: 9, 2: 4, 16: 1, None: 1}
+    for hardware, most in (("cpu_2ranks", 4), ("gpu", 1), ("nowhere", 1)):
+        monkeypatch.setenv("ACCELERATE_CONFIG", f"conf/accelerate/{hardware}.yaml")
+        assert side_by_side(study.model_copy(update={"threads": 1})) == most, hardware
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from featdiff.artifacts.artifact import one_line
 from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals
@@ -224,20 +225,26 @@ def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
 
 
 def stages() -> tuple[Graph, set[str]]:
-    """What every stage of the repository waits for, and those of which anything is not as dvc.lock has it."""
+    """What every stage of the repository waits for, and those of which anything is not as dvc.lock has it. Raises ConfigError
+    with what DVC says where it cannot tell."""
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo(_wait_for_lock=True) as repo:
-        graph = repo.index.graph
-        waits = {stage.addressing: {each.addressing for each in graph.successors(stage)} for stage in graph}
-        return waits, set(repo.status())
+    try:
+        with Repo(_wait_for_lock=True) as repo:
+            graph = repo.index.graph
+            waits = {stage.addressing: {each.addressing for each in graph.successors(stage)} for stage in graph}
+            return waits, set(repo.status())
+    except DvcException as error:
+        raise ConfigError(f"dvc: {one_line(str(error))}") from None
 
 
 def side_by_side(study: Study) -> int:
-    """How many stages have a core for each of their threads: one on a GPU, or where a stage takes all cores."""
+    """How many stages have a core for each thread of their ranks: one on a GPU, or where a stage takes all cores."""
     hardware = Hardware.chosen()
-    on_cpu = hardware is not None and hardware.on_cpu
-    return max(1, (os.cpu_count() or 1) // study.threads) if on_cpu and study.threads else 1
+    if hardware is None or not hardware.on_cpu or study.threads is None:
+        return 1
+    return max(1, (os.cpu_count() or 1) // (study.threads * hardware.ranks))
 
 
 def main(arguments: list[str]) -> int:
@@ -250,17 +257,17 @@ def main(arguments: list[str]) -> int:
     signals.outlive_terminal()
     try:
         jobs = asked.jobs or side_by_side(load_study())
+        graph, changed = stages()
+        if changed:
+            status = Repro(graph, changed, jobs).run()
+            if status == EXIT_STOPPED:
+                say("stopped; what was computed is kept: say it again")
+            if status:
+                return status
+            _, changed = stages()
     except ConfigError as error:
         say(str(error))
         return EXIT_BAD_INPUT
-    graph, changed = stages()
-    if changed:
-        status = Repro(graph, changed, jobs).run()
-        if status == EXIT_STOPPED:
-            say("stopped; what was computed is kept: say it again")
-        if status:
-            return status
-        _, changed = stages()
     say(f"changed meanwhile: {', '.join(sorted(changed))}; say it again" if changed else "every stage is up to date")
     return EXIT_BAD_INPUT if changed else 0
 
