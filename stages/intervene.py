@@ -9,7 +9,7 @@ from featdiff.crosscoder.edits import Editor
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.intervention.controls import Draws
 from featdiff.intervention.models import EditableModels
-from featdiff.intervention.purposes import SIDES, purposes
+from featdiff.intervention.purposes import SIDES, needed, purposes
 from featdiff.intervention.sensitivity import Otherwise, sensitivity
 from featdiff.intervention.study import Questions, intervene
 from featdiff.pipeline.stage import stage, stage_key
@@ -26,8 +26,7 @@ with stage("intervene", out=f"analysis/intervene/{side}", key=side) as run:
         fits = {name: run.read(f"crosscoders/{name}") for name in sets}
         layer, device = read_json(fits[found["fit"]] / "config.json")["layer"], process_state().device
         editors = {name: Editor.of(Crosscoder.load(fit), layer, device, store, roles) for name, fit in fits.items()}
-        main = editors.pop(found["fit"])
-        asked = [each for each in purposes(roles, run.study.repeats(roles.tuned)) if each.side == side or each.chosen]
+        main, asked = editors.pop(found["fit"]), needed(side, purposes(roles, run.study.repeats(roles.tuned)))
         folders = {each: run.read(f"models/{each.model}") for each in asked if each.slot_in(main.crosscoder.models)}
         directions = load_file(localized / "directions.safetensors")
         draws = Draws.of(params, main.crosscoder, roles.original, found, editors, directions, run.seed)
@@ -35,8 +34,7 @@ with stage("intervene", out=f"analysis/intervene/{side}", key=side) as run:
         models = EditableModels(folders, main, questions.tasks, params)
         result = intervene(models, side, draws, found["features"], questions, params, run.seed, once)
         otherwise = Otherwise(found["variants"], {name: sets[name] for name in editors}, editors)
-        tried = sensitivity(models, result, otherwise, questions.tune, run.seed, once)
-        result.save(run.out, sensitivity=tried)
+        result.save(run.out, sensitivity=sensitivity(models, result, otherwise, questions.tune, run.seed, once))
         run.attach(EFFECTS.file)
         summary = result.summary()
     run.metrics({"status": found["status"]} | summary)

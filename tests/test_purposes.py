@@ -1,7 +1,7 @@
 """What is asked of a set, by the roles of the models."""
 
 from featdiff.config.models import Roles
-from featdiff.intervention.purposes import purposes, sign_of
+from featdiff.intervention.purposes import needed, purposes, sign_of
 
 ROLES = Roles(original="raw", tuned="rl", contrast="imitator")
 
@@ -30,3 +30,12 @@ def test_a_model_has_its_own_slot_and_a_repeat_else_that_of_the_tuned_model() ->
     assert repeat.slot_in(["raw", "rl", "rl_1"]) == "rl_1"
     assert contrast.slot_in(["raw", "imitator", "rl"]) == "imitator"
     assert contrast.slot_in(["raw", "rl"]) is None, "another model's slot says nothing of the contrast"
+
+
+def test_each_side_has_its_purposes_and_needs_both_models_for_which_settings_are_chosen() -> None:
+    found = purposes(ROLES, ["rl", "rl_1"])
+    assert {each.name: each.side for each in found} == {
+        "zero_tuned": "remove", "zero_contrast": "remove", "repeat_rl_1": "remove", "amplify_original": "amplify"
+    }  # fmt: skip
+    assert needed("remove", found) == found
+    assert [each.name for each in needed("amplify", found)] == ["zero_tuned", "amplify_original"]

@@ -61,6 +61,7 @@ class Toy:
         return subprocess.Popen(
             [sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", "2", *words], cwd=self.root, env=self.environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored, and stays so
         )  # fmt: skip
 
     def run(self) -> tuple[int, str]:

@@ -75,6 +75,11 @@ def purposes(roles: Roles, repeats: Sequence[str]) -> list[Purpose]:
     return found + [Purpose(f"{REPEAT}{name}", name, roles.tuned, roles.original) for name in repeats if name != roles.tuned]
 
 
+def needed(side: str, asked: Sequence[Purpose]) -> list[Purpose]:
+    """Those of ``asked`` whose models one ``side`` edits or compares with: its own, and both whose settings are chosen."""
+    return [purpose for purpose in asked if purpose.side == side or purpose.chosen]
+
+
 def side_of(purpose: str) -> str:
     """What the purpose of this name does to the set, one of :data:`SIDES`."""
     return AMPLIFY if purpose == AMPLIFY_ORIGINAL else REMOVE
