@@ -16,13 +16,15 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 export ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-conf/accelerate/gpu_2x8.yaml}"
 export FEATDIFF_NODES="${FEATDIFF_NODES:-srun --ntasks-per-node=1 --overlap}"
 
-asked=
+asked= interrupted=
 make repro "$@" &
 study=$!
-trap 'asked=yes; pkill -TERM -P "$study"' TERM INT
-while kill -0 "$study" 2> /dev/null; do
+trap 'asked=yes interrupted=yes; pkill -TERM -P "$study"' TERM INT
+while :; do  # a signal ends a wait with a status of its own, not the study's
+    interrupted=
     wait "$study"
     status=$?
+    [ -n "$interrupted" ] || break
 done
 if [ -n "$asked" ] && [ "$status" -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
