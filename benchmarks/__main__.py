@@ -27,7 +27,7 @@ from tqdm import tqdm
 from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.artifacts.documents import fill, markdown
 from featdiff.config.params import load_study
-from featdiff.tracking.record import finished, pauses, runs_folder
+from featdiff.tracking.record import by_pipeline, finished, pauses, runs_folder
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RESULTS, PAGE, PEERS = ROOT / "metrics/benchmarks.json", ROOT / "docs/performance.md", ROOT / ".featdiff/peers"
@@ -215,9 +215,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def study() -> dict[str, Any]:
     """Seconds of the stages of the last whole run of the default study here, by kind, from its records."""
-    done = finished(load_study().profile)
-    pipelines = dict.fromkeys(each["pipeline"]["id"] for each in done if each["pipeline"])
-    runs = [[each for each in done if (each["pipeline"] or {}).get("id") == pipeline] for pipeline in pipelines]
+    runs = by_pipeline(finished(load_study().profile))
     whole = [run for run in runs if run[0]["stage"] in ("prepare", "base") and run[-1]["stage"] == "report"]
     if not whole:
         raise SystemExit(

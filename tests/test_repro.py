@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -174,6 +176,48 @@ def test_a_request_to_stop_reaches_every_stage_at_work(toy: Toy, number: int) ->
     assert {("left", "stopped"), ("right", "stopped")} <= toy.times().keys()
     assert said.splitlines()[-1] == "featdiff: stopped; what was computed is kept: say it again"
     assert toy.run()[0] == 0
+
+
+def dvcs(toy: Toy) -> list[psutil.Process]:
+    """Those that are at work on a stage of ``toy``."""
+    return [
+        each
+        for each in psutil.process_iter(["cmdline", "cwd"])
+        if "--single-item" in (each.info["cmdline"] or []) and each.info["cwd"] == str(toy.root)
+    ]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_where_it_is_killed_no_dvc_goes_on(toy: Toy) -> None:
+    process = toy.start()
+    toy.wait_for("left", "right")
+    assert len(dvcs(toy)) == 2
+    process.kill()
+    process.wait()
+    wait_until(lambda: not dvcs(toy))
+    time.sleep(2)  # stages of this toy have no launcher that would end them
+    assert toy.run()[0] == 0
+
+
+def test_ctrl_z_stops_every_stage_and_fg_lets_them_go_on(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, seconds=3.0)
+    process = toy.start()
+    try:
+        toy.wait_for("left", "right")
+        process.send_signal(signal.SIGTSTP)
+        wait_until(lambda: {each.status() for each in [psutil.Process(process.pid), *dvcs(toy)]} == {psutil.STATUS_STOPPED})
+        assert len(dvcs(toy)) == 2
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
 
 
 @pytest.fixture

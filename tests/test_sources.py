@@ -88,6 +88,10 @@ def test_from_a_claim_to_runs_and_from_an_artifact_to_claims(study, tmp_path, mo
     assert "run the-run at commit cccccccccccc" in said
     readers = {line.strip() for line in said.partition("read by")[2].splitlines()}
     assert {"necessary: found_on", "necessary: heldout", "dictionary: taken away"} <= readers
+    assert not any(line.startswith("sufficient") for line in readers)
+    assert trace.main(["analysis/intervene/amplify"]) == 0
+    others = {line.strip() for line in capsys.readouterr().out.partition("read by")[2].splitlines()}
+    assert {"sufficient: heldout", "dictionary: amplified"} <= others
     assert not any(line.startswith(("transfer", "forgetting", "features")) for line in readers)
     assert trace.main(["neccessary"]) == 2
     assert "did you mean necessary" in capsys.readouterr().err

@@ -43,6 +43,8 @@ ZEROED, CONTRASTED, AMPLIFIED, REPEATED = purposes(ROLES, ["after", "after_1"])
 HELD = ("before", "other", "after")
 """Models of the crosscoder; the repeat is none of them."""
 EVERY = ["zero_tuned", "zero_contrast", "amplify_original", "repeat_after_1"]
+BY_SIDE = ["zero_tuned", "zero_contrast", "repeat_after_1", "amplify_original"]
+"""In the order in which the two stages write them."""
 SET = [0, 1]
 GAIN, NOISE = 1, slice(7, 16)
 """Coordinates of the residual stream: what the tuned model has more, and what differs from question to question."""
@@ -247,7 +249,7 @@ def test_nothing_is_chosen_on_the_report_split_and_all_of_it_is_answered(done: D
     assert {row["n"] for row in rows_of(done.result.search, control="set")} == {3}
     assert {row["n"] for row in rows_of(done.result.search, control="random")} == {params().control_questions}
     assert {row["purpose"] for row in done.result.search} == {ZERO_TUNED, AMPLIFY_ORIGINAL}
-    assert {row["purpose"] for row in done.result.samples} == set(EVERY)
+    assert list(dict.fromkeys(row["purpose"] for row in done.result.samples)) == BY_SIDE
     assert {row["split"] for row in done.result.samples} == {"report"}
     assert {row["control"] for row in done.result.samples} == {"none", "noop", "set", *DIRECTIONS}
     assert len(done.result.samples) == len(EVERY) * (3 + len(DIRECTIONS)) * 12
@@ -314,7 +316,7 @@ def test_what_the_stage_writes_is_what_the_report_reads(done: Done, tmp_path: Pa
 
 def test_the_summary_is_json_and_has_every_purpose_and_task(done: Done) -> None:
     summary = json.loads(json.dumps(done.result.summary(), allow_nan=False))
-    assert sorted(summary) == sorted(EVERY)
+    assert list(summary) == BY_SIDE
     assert set(summary[ZERO_TUNED]) == set(TASKS)
     assert (summary[ZERO_TUNED]["words"]["effect"], summary[ZERO_TUNED]["words"]["alike"]) == (-1, 1)
 

@@ -29,7 +29,7 @@ from featdiff.artifacts.artifact import one_line
 from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals
-from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware
+from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware, share_of_cores
 from featdiff.processes.signals import EXIT_STOPPED, say
 
 LOGS = Path(".featdiff/logs")
@@ -244,7 +244,7 @@ def side_by_side(study: Study) -> int:
     hardware = Hardware.chosen()
     if hardware is None or not hardware.on_cpu or study.threads is None:
         return 1
-    return max(1, (os.cpu_count() or 1) // (study.threads * hardware.ranks))
+    return share_of_cores(study.threads * hardware.ranks)
 
 
 def main(arguments: list[str]) -> int:

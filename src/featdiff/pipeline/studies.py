@@ -25,7 +25,7 @@ from featdiff.artifacts.dvc import cache_folder
 from featdiff.config.parse import parse
 from featdiff.config.reading import PARAMS, ConfigError, closest, read_yaml
 from featdiff.config.values import Name, Params, Seed
-from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.launch import EXIT_BAD_INPUT, share_of_cores
 from featdiff.processes.signals import EXIT_STOPPED, say
 from featdiff.stats import binomial
 
@@ -106,10 +106,9 @@ def run(name: str, plan: Plan, seed: int, jobs: int = 1) -> None:
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     folder, log = CLONES / name, CLONES / f"{name}.log" if jobs > 1 else None
-    stages = max(1, (os.cpu_count() or 1) // jobs)
     say(f"{name}: profile {plan.profile}, seed {seed}, in {folder}" + (f"; what it says is in {log}" if log else ""))
     prepare(folder, commit, plan.profile, seed)
-    _run(folder, sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", str(stages), log=log)
+    _run(folder, sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", str(share_of_cores(jobs)), log=log)
     RESULTS.mkdir(parents=True, exist_ok=True)
     facts = {"commit": commit, "profile": plan.profile, "seed": seed}
     write_json(result, facts | {"summary": read_json(folder / "metrics/summary.json")})

@@ -31,7 +31,7 @@ from featdiff.pipeline.repro import side_by_side
 from featdiff.planning.work import Size, Work, work
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
-from featdiff.tracking.record import finished, pauses, runs_folder
+from featdiff.tracking.record import by_pipeline, finished, pauses, runs_folder
 from featdiff.training.imported import gguf_file
 
 RATES = Path("metrics/rates.json")
@@ -122,8 +122,7 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
         if took := walls.get(planned.stage.replace(" ", "@")):
             amounts[planned.kind] += planned.amount
             spent[planned.kind] += min(took)
-    pipelines = {each["pipeline"]["id"]: each["pipeline"] for each in done}.values()
-    starts = [pause for pipeline in pipelines for pause in pauses(each for each in done if each["pipeline"] == pipeline)]
+    starts = [pause for run in by_pipeline(done) for pause in pauses(run)]
     if not spent or not starts:
         raise ContractError(runs_folder(), "records", f"a pipeline of profile {study.profile}", "none", "dvc repro first")
     rates = {kind: spent[kind] / amounts[kind] for kind in spent}

@@ -166,6 +166,11 @@ def _on_every_machine(arguments: list[str], environment: dict[str, str]) -> list
     return [*shlex.split(os.environ[NODES]), sys.executable, "-m", "featdiff.processes.launch", *arguments]
 
 
+def share_of_cores(parts: int) -> int:
+    """Cores of this machine for each of ``parts``, at least one."""
+    return max(1, (os.cpu_count() or 1) // parts)
+
+
 def _threads(ranks: int, on_cpu: bool) -> int:
     """Threads of each rank: on a CPU what params.yaml says, else its share of the cores."""
     from featdiff.config.reading import PARAMS, ConfigError, read_yaml
@@ -173,7 +178,7 @@ def _threads(ranks: int, on_cpu: bool) -> int:
     given = None
     with suppress(ConfigError):  # the stage says what is wrong with it
         given = read_yaml(PARAMS).get("threads")
-    return given if on_cpu and isinstance(given, int) and given > 0 else max(1, (os.cpu_count() or 1) // ranks)
+    return given if on_cpu and isinstance(given, int) and given > 0 else share_of_cores(ranks)
 
 
 def accelerate_launch() -> None:

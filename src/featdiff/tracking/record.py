@@ -49,6 +49,14 @@ def finished(profile: str) -> list[dict[str, Any]]:
     return [each for each in records if each["status"] == "FINISHED" and each["profile"] == profile]
 
 
+def by_pipeline(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """``records`` of each pipeline apart, in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in records:
+        found.setdefault(each["pipeline"]["id"], []).append(each)
+    return list(found.values())
+
+
 def pauses(records: Iterable[Mapping[str, Any]]) -> list[float]:
     """Seconds that passed before each of a pipeline's stages but the first ones, given in the order in which they began: since
     the end of the one whose place it took, the last that had ended and was not yet followed, as stages may run side by side."""
