@@ -40,14 +40,14 @@ PROBLEMS = [f"{a}{b}=" for a in "abcde" for b in "12345"][:24]
 
 def numbers(method: str, **changes: Any) -> Any:
     sampling = {"sampling_batch_size": 10} if method in ("rft", "dpo") else {}
-    return params_of(METHODS[method], method, **{"checkpoints": 3, **SMALL[method], **sampling, **changes})
+    return params_of(METHODS[method], method, **{"blocks": None, "checkpoints": 3, **SMALL[method], **sampling, **changes})
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that answers ``c.`` or ``d.`` to everything, and train problems to which ``c`` is right."""
     root = tmp_path_factory.mktemp("world")
-    size = {"layers": 1, "d_model": 16, "d_mlp": 32, "heads": 2, "row_tokens": 24, "batch_tokens": 192, "steps": 80}
+    size = {"layers": 2, "d_model": 16, "d_mlp": 32, "heads": 2, "row_tokens": 24, "batch_tokens": 192, "steps": 80}
     texts = [Text(PROBLEMS[i % 24], "cd"[i // 24 % 2] + ".", "t") for i in range(2400)]
     made = params_of(Pretraining, "base", "pretraining", **size, warmup_steps=3, lr=0.01)
     save_model(*pretrain(texts, made, 0, lambda *_: None, Scratch()), root / "base")
@@ -101,6 +101,18 @@ def test_a_method_moves_every_weight_keeps_checkpoints_and_repeats_exactly(metho
     other, _ = trained(method, world, tmp_path / "three", seed=1)
     assert hashes(out) == hashes(again)
     assert hashes(out)["model.safetensors"] != hashes(other)["model.safetensors"]
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_a_method_changes_no_more_than_the_blocks_that_it_is_given(method: str, world: Path, tmp_path: Path) -> None:
+    out, _ = trained(method, world, tmp_path / "one", blocks=1)
+    base, *models = map(load_model, (world / "base", *checkpoint_folders(out)))
+    for model in models:
+        for (name, old), (_, new) in zip(base.named_parameters(), model.named_parameters(), strict=True):
+            assert torch.equal(old, new) is not name.startswith("model.layers.0."), name
+            assert new.requires_grad
+    with pytest.raises(ContractError, match="at most the 2 of the base, or null, found 3"):
+        trained(method, world, tmp_path / "two", blocks=3)
 
 
 class KilledError(Exception):

@@ -153,28 +153,28 @@ def test_the_strongest_of_those_that_are_no_longer_than_the_set(values: dict[Set
 
 
 @pytest.mark.parametrize(
-    ("effects", "edit", "more"),
+    ("effects", "sign", "more"),
     [
-        ({0.5: 0.0, 1.0: 0.5, 2.0: 0.5}, "add", []),  # from nothing to saturation
-        ({0.5: 0.05, 1.0: 0.5, 2.0: 0.51}, "add", []),  # hardly an effect, hardly more
-        ({0.5: 0.06, 1.0: 0.5, 2.0: 0.5}, "add", [0.25]),
-        ({0.5: 0.0, 1.0: 0.5, 2.0: 0.6}, "add", [4.0]),
-        ({0.5: 0.1, 1.0: 0.5, 2.0: 0.6}, "add", [0.25, 4.0]),
-        ({0.5: 0.0, 1.0: 0.02}, "add", []),  # no effect to span
-        ({0.5: -0.3, 1.0: -0.2}, "add", []),
-        ({1.0: 0.5}, "add", [0.5, 2.0]),
-        ({0.25: 0.0, 0.5: 0.5}, "zero", [1.0]),
-        ({0.25: 0.0, 0.75: 0.5}, "zero", [1.0]),  # to where the feature is gone, never beyond
-        ({0.5: 0.0, 1.0: 0.5}, "zero", []),
+        ({0.5: 0.0, 1.0: 0.5, 2.0: 0.5}, 1, []),  # from nothing to saturation
+        ({0.5: 0.05, 1.0: 0.5, 2.0: 0.51}, 1, []),  # hardly an effect, hardly more
+        ({0.5: 0.06, 1.0: 0.5, 2.0: 0.5}, 1, [0.25]),
+        ({0.5: 0.0, 1.0: 0.5, 2.0: 0.6}, 1, [4.0]),
+        ({0.5: 0.1, 1.0: 0.5, 2.0: 0.6}, 1, [0.25, 4.0]),
+        ({0.5: 0.0, 1.0: 0.02}, 1, []),  # no effect to span
+        ({0.5: -0.3, 1.0: -0.2}, 1, []),
+        ({1.0: 0.5}, 1, [0.5, 2.0]),
+        ({0.25: 0.0, 0.5: 0.5}, -1, [1.0]),
+        ({0.25: 0.0, 0.75: 0.5}, -1, [1.0]),  # to where the set is gone, never beyond
+        ({0.5: 0.0, 1.0: 0.5}, -1, []),
     ],
 )
-def test_a_grid_is_widened_where_it_does_not_span_the_effect(effects: dict[float, float], edit: str, more: list[float]) -> None:
-    assert wider(effects, edit, 0.02) == more
+def test_a_grid_is_widened_where_it_does_not_span_the_effect(effects: dict[float, float], sign: int, more: list[float]) -> None:
+    assert wider(effects, sign, 0.02) == more
 
 
-def test_zeroing_is_tried_up_to_where_the_feature_is_gone() -> None:
-    assert within("zero", [2.0, 0.5, 4.0]) == [0.5, 1.0]
-    assert within("add", [2.0, 0.5]) == [0.5, 2.0]
+def test_a_set_is_taken_away_up_to_where_it_is_gone() -> None:
+    assert within(-1, [2.0, 0.5, 4.0]) == [0.5, 1.0]
+    assert within(1, [2.0, 0.5]) == [0.5, 2.0]
 
 
 def test_every_task_counts_the_same_however_many_questions_it_has() -> None:

@@ -64,7 +64,15 @@ class BaseParams(Params):
     pretraining: Pretraining
 
 
-class SFTParams(Params):
+class TrainedParams(Params):
+    """What all methods say that change the base's weights here."""
+
+    blocks: Positive | None
+    """Of the model's blocks, the first so many are changed and nothing else is: what the arm learns then passes through the
+    residual stream above them. Null: all weights."""
+
+
+class SFTParams(TrainedParams):
     """Supervised fine-tuning on the teacher's solutions."""
 
     teacher: Literal["own", "foreign"] | None
@@ -84,7 +92,7 @@ class SFTParams(Params):
     """Checkpoints kept, evenly spaced, the last being the final model."""
 
 
-class GRPOParams(Params):
+class GRPOParams(TrainedParams):
     """Reinforcement learning by GRPO, in which the final answer alone is rewarded."""
 
     steps: Many
@@ -119,7 +127,7 @@ class GRPOParams(Params):
         return self
 
 
-class OwnAnswersParams(Params):
+class OwnAnswersParams(TrainedParams):
     """Training on answers that the base gave itself."""
 
     samples: Annotated[int, Field(ge=1, le=10**4)]
@@ -167,7 +175,7 @@ class ImportedParams(Params):
     dtype: Literal["float32", "bfloat16"]
 
 
-class NoiseParams(Params):
+class NoiseParams(TrainedParams):
     """The base with noise on its weights, which was taught nothing."""
 
     size: Annotated[float, Field(gt=0, le=10)]

@@ -29,7 +29,8 @@ WIDENINGS = 8
 STARTS = 0.1
 """Share of the largest effect that the smallest dose of a grid may have."""
 GONE = 1.0
-"""Dose at which zeroing has taken a feature away."""
+"""Dose at which a set has been taken away: its features are at nothing, or at the values of the original model. What lies
+beyond is a push the other way, and chosen for no removal."""
 FURTHER = 8
 """Multiple of the chosen dose up to which curves go on, to see at which length a control would do the same."""
 FARTHEST = 2.0
@@ -106,22 +107,21 @@ def strongest(values: Mapping[Setting, float], longest: float, positions: Sequen
     return max(near, key=lambda setting: (near[setting], setting.dose, -positions.index(setting.positions)))
 
 
-def wider(effects: Mapping[float, float], edit: str, tolerance: float) -> list[float]:
-    """Doses to add to a grid whose smallest still has an effect, or whose largest still adds to it. Zeroing ends where the
-    feature is gone."""
+def wider(effects: Mapping[float, float], sign: int, tolerance: float) -> list[float]:
+    """Doses to add to a grid whose smallest still has an effect, or whose largest still adds to it."""
     doses, best = sorted(effects), max(effects.values())
     if best <= tolerance:
         return []
     more = [doses[0] / 2] if effects[doses[0]] > STARTS * best else []
     adds = effects[doses[-1]] - max((effects[dose] for dose in doses[:-1]), default=0.0) > tolerance
-    if adds and (edit != "zero" or doses[-1] < GONE):
-        more.extend(within(edit, [doses[-1] * 2]))
+    if adds and (sign > 0 or doses[-1] < GONE):
+        more.extend(within(sign, [doses[-1] * 2]))
     return more
 
 
-def within(edit: str, doses: Sequence[float]) -> list[float]:
-    """``doses`` in ascending order, those of zeroing at most where the feature is gone."""
-    return sorted({min(dose, GONE) if edit == "zero" else dose for dose in doses})
+def within(sign: int, doses: Sequence[float]) -> list[float]:
+    """``doses`` in ascending order; where the set is taken away (``sign`` below 0), at most to where it is gone."""
+    return sorted({min(dose, GONE) if sign < 0 else dose for dose in doses})
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ def search(
 
     The set is tried under every edit of its purpose; controls under the edit chosen for it, at every position and dose, on
     the first ``params.control_questions`` samples of each task. A rival of the set has the setting that the same rule chooses
-    for it. Any other control says what a change of the set's length does by itself, and has the setting at which it does most
-    without being longer. Beyond the grid, at the position chosen for the set, curves go on to longer changes that are not
-    chosen from."""
+    for it, among longer changes, too. Any other control says what a change of the set's length does by itself, and has the
+    setting at which it does most without being longer. Beyond the grid, at the position chosen for the set, curves go on to
+    longer changes, which are not chosen from for the set."""
     return _Search(model, draws, found, samples, params, once).run()
 
 
@@ -194,11 +194,11 @@ class _Search:
             self._note(control, setting._replace(dose=0.0), Reach(0.0, 0.0, 0.0), before)
             tried, far = self._try(control, beyond if whole else grid + beyond, before, ask)
             if not whole:
-                values, positions = {each: tried[each] for each in grid}, self.params.positions
+                positions = self.params.positions
                 chosen[control.label] = (
-                    gentlest(values, {setting.edit: far.norm}, self.params.most_of_effect, positions)
+                    gentlest(tried, {setting.edit: far.norm}, self.params.most_of_effect, positions)
                     if control.name in RIVALS
-                    else strongest(values, setting.dose, positions)
+                    else strongest(tried, setting.dose, positions)
                 )
         for row in self.rows:
             row["chosen"] = chosen[f"{row['control']} {row['set_draw']}"] == (row["edit"], row["positions"], row["dose"])
@@ -214,7 +214,7 @@ class _Search:
         values: dict[Setting, float] = {}
         norms: dict[str, float] = {}
         tried: dict[tuple[str, str], list[float]] = {
-            (edit, positions): within(edit, self.params.doses)
+            (edit, positions): within(self.sign, self.params.doses)
             for edit in edits_tried(self.model.purpose, self.params)
             for positions in self.params.positions
         }
@@ -225,10 +225,10 @@ class _Search:
                     values |= effects
                     norms[edit] = far.norm
             tried = {
-                (edit, positions): wider(
-                    {s.dose: value for s, value in values.items() if s[:2] == (edit, positions)}, edit, self.params.tolerance
+                chosen: wider(
+                    {s.dose: value for s, value in values.items() if s[:2] == chosen}, self.sign, self.params.tolerance
                 )
-                for edit, positions in tried
+                for chosen in tried
             }
         return values, gentlest(values, norms, self.params.most_of_effect, self.params.positions)
 

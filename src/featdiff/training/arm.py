@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from featdiff.artifacts.artifact import ContractError, seal
-from featdiff.language.models import save_model
+from featdiff.language.models import blocks, load_model, save_model
 from featdiff.pipeline.checkpoint import Scratch, require_finite
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample
@@ -131,6 +131,20 @@ class Recorder(TrainerCallback):
             self.scratch.note(folder, step=state.global_step, state=self.state)
             seal(folder)
         self.scratch.saved()
+
+
+def load_trainable(base: Path, first: int | None) -> PreTrainedModel:
+    """The model in ``base``, of which its ``first`` blocks alone require gradients, or all weights.
+
+    Raises ContractError where it has fewer blocks."""
+    model = load_model(base)
+    if first is not None:
+        every = blocks(model.base_model)
+        if first > len(every):
+            raise ContractError("params.yaml", "blocks", f"at most the {len(every)} of the base, or null", first, "change it")
+        model.requires_grad_(False)
+        every[:first].requires_grad_(True)
+    return model
 
 
 def finish(trainer: Trainer, recorder: Recorder, out: Path, facts: dict[str, Any]) -> dict[str, Any]:

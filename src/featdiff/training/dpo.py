@@ -13,7 +13,7 @@ from featdiff.config.models import DPOParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, token_counts
+from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable, token_counts
 from featdiff.training.own_answers import Answers, own_answers, summary
 
 SERIES = {
@@ -45,7 +45,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: DPOParams
     """Train ``base`` on pairs of its own answers to the train problems of ``data``; writes all answers. Returns the audit.
     Problems that are always or never solved are left out; ContractError where that is every one."""
     tasks, samples = load_tasks(data), load_samples(data, "train")
-    model, reference, tokenizer = load_model(base), load_model(base), load_tokenizer(base)
+    model, reference, tokenizer = load_trainable(base, params.blocks), load_model(base), load_tokenizer(base)
     answers = own_answers(reference, tokenizer, tasks, samples, params, seed, scratch)
     paired = [pairs(found, params.pairs) for found in answers]
     taught = [pair for several in paired for pair in several]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import COMPLETIONS
 from featdiff.config.models import GRPOParams
-from featdiff.language.models import load_model, load_tokenizer, trl_row
+from featdiff.language.decode import generate
+from featdiff.language.models import load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 from featdiff.tasks.verify import grade
-from featdiff.training.arm import Log, Recorder, common_arguments, finish
+from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable
 
 SERIES = {
     "loss": "loss",
@@ -60,21 +64,56 @@ class Reward:
         return rewards
 
 
+class Rollouts:
+    """Completions by our own decoder in place of ``generate``: finished rows leave the batch, and what is drawn at an update
+    depends on nothing but ``seed``, the update and the rank."""
+
+    def __init__(self, params: GRPOParams, seed: int) -> None:
+        self.params, self.seed = params, seed
+
+    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        """Token ids of each of ``prompts`` and of a completion, its end included."""
+        tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(prompts[0], str):
+            ids = tokenizer(prompts)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+        drawn = stats.stream(self.seed, trainer.state.global_step, trainer.accelerator.process_index)
+        model.eval()
+        completions = generate(
+            model,
+            ids,
+            max_new_tokens=self.params.max_new_tokens,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            batch_size=len(ids),
+            temperature=self.params.temperature,
+            generator=torch.Generator().manual_seed(drawn),
+        )
+        model.train()
+        for completion in completions:
+            if len(completion) < self.params.max_new_tokens:
+                completion.append(tokenizer.eos_token_id)
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
 def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
     """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
     state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
-    model, tokenizer = load_model(base), load_tokenizer(base)
+    model, tokenizer = load_trainable(base, params.blocks), load_tokenizer(base)
     total = params.prompts_per_step * params.rollouts
     reward = Reward(tasks, samples, params.steps)
     rows = [
         trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples
     ]
     recorder = Recorder(out, log, params.checkpoints, SERIES, "reward", scratch, reward.state)
+    warnings.filterwarnings("ignore", "You are using 'rollout_func'")  # may change without notice; the version is pinned
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=[reward],
+        rollout_func=Rollouts(params, seed),
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(
             **common_arguments(params, seed, model, recorder.folder, total, "grpo.prompts_per_step x grpo.rollouts"),
@@ -84,8 +123,6 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
             num_iterations=1,
             max_completion_length=params.max_new_tokens,
             temperature=params.temperature,
-            top_p=1.0,
-            top_k=0,
             beta=params.beta,
             epsilon=params.epsilon,
             loss_type=params.loss_type,

@@ -9,10 +9,10 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from featdiff.config.models import RFTParams, SFTParams
-from featdiff.language.models import load_model, load_tokenizer, trl_row
+from featdiff.language.models import load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, token_counts
+from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable, token_counts
 
 SERIES = {
     "loss": "loss",
@@ -38,7 +38,7 @@ def imitate(
     """Train ``base`` on the solutions of ``samples`` and save it to ``out``; returns what :func:`finish` does.
 
     ``field`` of params.yaml is the batch, and ``length`` the argument of the trainer that says how long to train."""
-    model, tokenizer = load_model(base), load_tokenizer(base)
+    model, tokenizer = load_trainable(base, params.blocks), load_tokenizer(base)
     recorder = Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
     trainer = SFTTrainer(
         model=model,
