@@ -47,7 +47,7 @@ class Toy:
     def __init__(self, root: Path, seconds: float = 1.0) -> None:
         self.root = root
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
-        self.environment["PYTHONUNBUFFERED"] = "1"
+        self.environment |= {"PYTHONUNBUFFERED": "1", "FEATDIFF_WARM": ""}
         (root / "stage.py").write_text(STAGE, encoding="utf-8")
         (root / "text").write_text("0", encoding="utf-8")
         stages = {}

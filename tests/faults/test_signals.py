@@ -76,7 +76,7 @@ class Stand(Project):
                 name = f"rank {environment.get('RANK', '0')}"
             elif "featdiff.processes.launch" in command:
                 name = "launcher"
-            elif "accelerate_launch" in str(command):  # it becomes the rank where there is one only
+            elif "featdiff.processes.accelerated" in command:  # it becomes the rank where there is one only
                 name = "accelerate" if "2ranks" in environment.get("ACCELERATE_CONFIG", "") else "rank 0"
             if name == wanted:
                 return pid

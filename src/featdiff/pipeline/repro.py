@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
@@ -28,14 +28,16 @@ from rich.table import Table
 from featdiff.artifacts.artifact import one_line
 from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
-from featdiff.processes import signals
-from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware, share_of_cores
+from featdiff.processes import signals, warm
+from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware, environment_of, share_of_cores
 from featdiff.processes.signals import EXIT_STOPPED, say
 
 LOGS = Path(".featdiff/logs")
 POLL_SECONDS = 0.2
 SHOWN_EVERY = 30
 """Seconds between two states of a bar where the output is no terminal."""
+WORTH_IT = 4
+"""Stages from which a process that loads their libraries once costs less than it saves."""
 USUAL = (
     "Running stage",
     "> ",
@@ -108,7 +110,7 @@ class Job:
 class Repro:
     """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time."""
 
-    def __init__(self, graph: Graph, changed: set[str], jobs: int) -> None:
+    def __init__(self, graph: Graph, changed: set[str], jobs: int, environment: Mapping[str, str]) -> None:
         self._graph, self._jobs, self._requests = graph, jobs, signals.Requests()
         self._stale = set(changed)
         self._sorter = TopologicalSorter(graph)
@@ -117,7 +119,7 @@ class Repro:
         self._ready: list[str] = []
         self._status, self._done, self._all = 0, 0, len(affected(graph, changed))
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-        self._environment = os.environ | ({"TQDM_MININTERVAL": "1"} if self._console.is_terminal else {})
+        self._environment = os.environ | environment | ({"TQDM_MININTERVAL": "1"} if self._console.is_terminal else {})
         signals.handle(self._hand_on)
         signal.signal(signal.SIGTSTP, self._pause)
 
@@ -247,6 +249,16 @@ def side_by_side(study: Study) -> int:
     return share_of_cores(study.threads * hardware.ranks)
 
 
+def warm_process(stages: int) -> AbstractContextManager[Mapping[str, str]]:
+    """What to set for ``stages`` stages so that they find libraries loaded; nothing where they do not, or are few."""
+    if warm.WARM in os.environ or sys.platform != "linux" or stages < WORTH_IT:
+        return nullcontext({})
+    hardware = Hardware.chosen()
+    if hardware is None or not hardware.on_cpu or (hardware.machines, hardware.ranks) != (1, 1):
+        return nullcontext({})
+    return warm.started(environment_of(1, on_cpu=True))
+
+
 def main(arguments: list[str]) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="featdiff.pipeline.repro", description="dvc repro, with stages side by side")
@@ -259,7 +271,8 @@ def main(arguments: list[str]) -> int:
         jobs = asked.jobs or side_by_side(load_study())
         graph, changed = stages()
         if changed:
-            status = Repro(graph, changed, jobs).run()
+            with warm_process(len(affected(graph, changed))) as environment:
+                status = Repro(graph, changed, jobs, environment).run()
             if status == EXIT_STOPPED:
                 say("stopped; what was computed is kept: say it again")
             if status:

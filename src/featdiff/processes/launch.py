@@ -23,13 +23,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from featdiff.processes import signals
+from featdiff.processes import signals, warm
 from featdiff.processes.ranks import process_start
 from featdiff.processes.signals import EXIT_STOPPED, say
 
@@ -50,6 +50,7 @@ NODE = "SLURM_PROCID"
 """Environment variable: the number of this machine, from 0."""
 MEETING = "FEATDIFF_MEETING"
 """Environment variable of the launcher on each machine: host and port at which the ranks of all of them meet."""
+POLL_SECONDS = 0.2
 GRACE = 2
 """Seconds that ranks have to end by themselves after a second request."""
 SPIN = "5000"
@@ -72,18 +73,17 @@ class Launch:
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Exit status of ``command`` and of all that it started: 0, 2 (bad input), 75 (stopped), or another failure."""
         environment = environment | {RANKS: str(self._ranks), LAUNCHER: f"{os.getpid()}:{process_start(os.getpid())}"}
-        child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=signals.follow)
+        interpreter, *words = command
+        fork = warm.ask(words, environment) if interpreter == sys.executable else None
+        child = fork or subprocess.Popen(command, env=environment, process_group=0, preexec_fn=signals.follow)
         self._group = child.pid
         if self._requests.asked:  # while it was being started
             self._signal_group(signal.SIGTERM)
-        ended: int | None = None
-        with suppress(ChildProcessError):
-            while True:  # ranks whose launcher was killed are children of this process now
-                pid, status = os.waitpid(-self._group, 0)
-                ended = status if pid == child.pid else ended
-                if ended is not None and not any(map(_exists, self._pids())):  # whatever a rank left behind
-                    signal.alarm(GRACE)
-        signal.alarm(0)
+        ended = fork.wait() if fork else self._last_of_the_group()
+        if ended is None:  # what it was forked from has ended, which asks it to stop, and nobody else could tell how it does
+            while process_start(self._group):
+                time.sleep(POLL_SECONDS)
+            ended = signal.SIGTERM
         if not ended:
             return 0
         found = {path.read_text(encoding="utf-8") for path in self._ranks.iterdir()}
@@ -97,6 +97,18 @@ class Launch:
         if "" in found:
             say("a process of the stage was killed (out of memory?); start it again with dvc repro")
         return os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended)
+
+    def _last_of_the_group(self) -> int | None:
+        """Wait status of the process that leads the group, once all of the group have ended."""
+        ended: int | None = None
+        with suppress(ChildProcessError):
+            while True:  # ranks whose launcher was killed are children of this process now
+                pid, status = os.waitpid(-self._group, 0)
+                ended = status if pid == self._group else ended
+                if ended is not None and not any(map(_exists, self._pids())):  # whatever a rank left behind
+                    signal.alarm(GRACE)
+        signal.alarm(0)
+        return ended
 
     def _hand_on(self, number: int, _frame: FrameType | None) -> None:
         first = self._requests.first(number)
@@ -171,6 +183,16 @@ def share_of_cores(parts: int) -> int:
     return max(1, (os.cpu_count() or 1) // parts)
 
 
+def environment_of(ranks: int, on_cpu: bool) -> dict[str, str]:
+    """That of a stage's processes, of which there are ``ranks`` on this machine."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if on_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
+    environment.setdefault("OMP_NUM_THREADS", str(_threads(ranks, on_cpu)))
+    environment.setdefault("GOMP_SPINCOUNT", SPIN)
+    return environment
+
+
 def _threads(ranks: int, on_cpu: bool) -> int:
     """Threads of each rank: on a CPU what params.yaml says, else its share of the cores."""
     from featdiff.config.reading import PARAMS, ConfigError, read_yaml
@@ -181,62 +203,22 @@ def _threads(ranks: int, on_cpu: bool) -> int:
     return given if on_cpu and isinstance(given, int) and given > 0 else share_of_cores(ranks)
 
 
-def accelerate_launch() -> None:
-    """``accelerate launch`` that leaves it to the ranks to say why they ended: its own report and traceback would bury that.
-
-    Where there is one rank only, this process becomes it, with the environment that accelerate prepares for it: a second one
-    would spend two seconds on importing once more what is here already."""
-    import logging
-    import runpy
-
-    from accelerate.commands import launch
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    start = launch.simple_launcher
-
-    def become_the_rank(arguments: Namespace) -> None:
-        if arguments.num_processes != 1:
-            return start(arguments)
-        (_, script, *rest), environment = launch.prepare_simple_launcher_cmd_env(arguments)
-        os.environ.update(environment)
-        sys.argv = [script, *rest]
-        runpy.run_path(script, run_name="__main__")
-        return None
-
-    launch.simple_launcher = become_the_rank
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        launch.main()
-    except ChildFailedError:
-        sys.exit(1)
-
-
 def main(arguments: list[str]) -> int:
     """Run ``arguments`` (a stage script and its options) to the end; returns the exit status."""
     one = arguments[:1] == ["--one"]
     hardware = Hardware.chosen()
     if hardware is None:
         return EXIT_BAD_INPUT
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     machines, ranks = (1, 1) if one else (hardware.machines, hardware.ranks)
     meeting = os.environ.get(MEETING)
     if machines > 1 and not (meeting or os.environ.get(NODES)):
         say(f"{hardware.path}: num_machines: {machines}: say in ${NODES} what starts a command on each of them, such as srun")
         return EXIT_BAD_INPUT
-    if hardware.on_cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not find each other
-    threads = environment.setdefault("OMP_NUM_THREADS", str(_threads(ranks, hardware.on_cpu)))
-    environment.setdefault("GOMP_SPINCOUNT", SPIN)
+    environment = environment_of(ranks, hardware.on_cpu)
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "10")  # a log file wants a line now and then, not a thousand
-    accelerate = [
-        "-c",
-        "from featdiff.processes.launch import accelerate_launch as main; main()",
-        "--quiet",
-        "--config_file",
-        hardware.path,
-    ]
-    accelerate += ["--num_cpu_threads_per_process", threads]
+    accelerate = ["-m", "featdiff.processes.accelerated", "--quiet", "--config_file", hardware.path]
+    accelerate += ["--num_cpu_threads_per_process", environment["OMP_NUM_THREADS"]]
     if meeting and machines > 1:
         host, _, port = meeting.rpartition(":")
         accelerate += ["--machine_rank", os.environ[NODE], "--main_process_ip", host, "--main_process_port", port]

@@ -1,8 +1,8 @@
 """The base with noise on its weights: an arm that was taught nothing, and a case in which a claim of a gain is false.
 
-The noise is Gaussian, equally strong on every weight that a trained arm could change, and in all ``noise.size`` times as long as
-the base's weights. One number does for all tensors, because Adam moves every weight about as far, whatever tensor it is in: each
-tensor then goes about as far as in a trained arm, whose size :func:`moved` measures.
+The noise is Gaussian, equally strong on every weight that a trained arm could change, and in all ``noise.size`` times as long
+as the base's weights. One number does for all tensors, because Adam moves every weight about as far, whatever tensor it is in:
+each tensor then goes about as far as in a trained arm, whose size :func:`moved` measures.
 """
 
 from __future__ import annotations
