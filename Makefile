@@ -69,7 +69,7 @@ bench: $(STAMP)  ## against sae-lens, sparsify and the limit of this machine, in
 profile-step: $(STAMP)  ## where a crosscoder step and a pass of questions under edits spend their time (CASES="step answers")
 	@$(BIN)/python -m benchmarks.profiling $(CASES)
 
-studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise locked-105", JOBS=2 at a time; hours), and fill docs/calibration.md
+studies: $(STAMP)  ## run whole studies whose truth is known (STUDIES="noise locked-106", JOBS=2 at a time; hours), and fill docs/calibration.md
 	@$(BIN)/python -m featdiff.pipeline.studies $(if $(JOBS),--jobs $(JOBS)) $(STUDIES)
 
 check: $(STAMP)  ## format, lint, types, quick tests

@@ -31,7 +31,7 @@ with stage("localize", out="analysis/localize") as run:
             readings[name] = read_flipped(trunks, tokenizer, task, chosen, list(flipped[name].values()), params.batch_size)
     search = Search(crosscoders, readings, params, roles)
     found = select(search.differences(), skipped, params, run.seed)
-    facts, sweep = search.robustness(found.features, run.seed) if readings else ({}, [])
+    facts, sweep = search.robustness(found.features, found.threshold, run.seed) if readings else ({}, [])
     write_json(run.out / "features.json", as_json(found, params) | facts)
     SCORES.write(run.out, score_rows(found))
     SWEEP.write(run.out, sweep)

@@ -18,7 +18,9 @@ F = 30
 
 
 def params(**changes: Any) -> LocalizeParams:
-    return params_of(LocalizeParams, "localize", **{"threshold": 0.2, "bootstrap": 200, "min_flipped": 2} | changes)
+    return params_of(
+        LocalizeParams, "localize", **{"threshold": 0.2, "largest_set": 1.0, "bootstrap": 200, "min_flipped": 2} | changes
+    )
 
 
 def planted(features: dict[int, float], samples: int, seed: int, noise: float = 0.05) -> Tensor:
@@ -47,6 +49,19 @@ def test_planted_features_are_found_and_nothing_else() -> None:
     assert found.overlap["reverse"]["sort"] == pytest.approx(2 / 4)
     assert found.overlap["sort"]["sort"] == 1
     assert found.overlap["sort"]["reverse"] == found.overlap["reverse"]["sort"]
+
+
+def test_the_threshold_rises_until_the_set_is_small_enough() -> None:
+    shares = {k: 1 - k / 10 for k in range(8)}  # of the largest score, alike on both tasks
+    differences = {name: planted(shares, 200, seed, noise=0.01) for seed, name in enumerate(("reverse", "sort"))}
+    assert select(differences, {}, params(), 0).features == list(range(8))
+    found = select(differences, {}, params(largest_set=0.1), 0)  # of 30
+    assert found.features == [0, 1, 2]
+    assert found.threshold == pytest.approx(0.75, abs=0.01)
+    assert all(facts["selected"] == [0, 1, 2] for facts in found.per_task.values())
+    assert as_json(found, params())["threshold"] == found.threshold
+    assert select(differences, {}, params(largest_set=0.3), 0).threshold == 0.2  # as many as there may be
+    assert select(differences, {}, params(largest_set=0.001), 0).features == [0]
 
 
 def test_a_strong_decrease_is_no_gain() -> None:

@@ -35,9 +35,8 @@ def search(crosscoders: dict[str, Crosscoder], gained_SD: Tensor) -> Search:
     base_SD = torch.randn(gained_SD.shape, generator=torch.Generator().manual_seed(0))
     reading = FlippedStreams({"base": base_SD, "grpo": base_SD + gained_SD}, torch.arange(len(base_SD)), len(base_SD))
     first = next(iter(crosscoders))
-    params = params_of(
-        LocalizeParams, "localize", fit=first, seeds=list(crosscoders)[1:], thresholds=[0.2], shuffles=2, random_dictionary=None
-    )
+    numbers = {"thresholds": [0.2], "largest_set": 1.0, "shuffles": 2, "random_dictionary": None}
+    params = params_of(LocalizeParams, "localize", fit=first, seeds=list(crosscoders)[1:], **numbers)
     return Search(crosscoders, {task: {"prompt_last": reading} for task in ("a", "b")}, params, ROLES)
 
 
@@ -48,7 +47,7 @@ def test_sets_that_are_rotated_in_one_subspace_differ_in_every_id_and_agree_in_e
     gained_SD = (torch.rand(40, K, generator=generator) + 1) @ rows_KD
     made = search({"one": dictionary(rows_KD), "two": dictionary(hadamard @ rows_KD)}, gained_SD)
     ids = list(range(K))
-    facts, _ = made.robustness(ids, 0)
+    facts, _ = made.robustness(ids, 0.2, 0)
     found = facts["seeds"]
     assert found["sets"]["one"] == ids
     assert found["mean_jaccard"] == 0
@@ -66,7 +65,7 @@ def test_sets_in_orthogonal_subspaces_agree_in_nothing() -> None:
     rows_DD = torch.eye(D)
     gained_SD = torch.ones(30, D)
     made = search({"one": dictionary(rows_DD[:3]), "two": dictionary(rows_DD[3:6])}, gained_SD)
-    found = made.robustness([0, 1, 2], 0)[0]["seeds"]
+    found = made.robustness([0, 1, 2], 0.2, 0)[0]["seeds"]
     assert (found["mean_effect"], found["mean_subspace"]) == pytest.approx((0, 0), abs=1e-6)
     assert found["mean_difference"]["one"] == pytest.approx(math.sqrt(3 / D), abs=1e-5)
 

@@ -156,5 +156,5 @@ def test_stopped_by_hand_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
         raise KeyboardInterrupt
 
     monkeypatch.setattr(studies, "run", interrupted)
-    assert main(["noise-105"]) == 75
+    assert main(["noise-106"]) == 75
     assert capsys.readouterr().err.count("\n") == 1

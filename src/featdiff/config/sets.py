@@ -23,6 +23,8 @@ class LocalizeParams(Params):
     """Where scores are taken."""
     threshold: Fraction
     """A feature counts for a task from this share of the task's largest score."""
+    largest_set: Fraction
+    """Share of all features that a set may have; where more reach the threshold on every task, it is raised."""
     thresholds: Annotated[list[Fraction], Field(min_length=1)]
     """Of the sweep that shows what hangs on that share."""
     shuffles: Resamples

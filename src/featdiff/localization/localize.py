@@ -1,12 +1,14 @@
 """Finding the features that carry what the tuned model gained, from samples that the original fails and the tuned one solves.
 
     Score_k = E[f_k^tuned − f_k^original] over a task's flipped samples, on identical token sequences (the paper).
-A feature counts for a task from ``threshold`` of the task's largest score; the set is the intersection over tasks.
+A feature counts for a task from ``threshold`` of the task's largest score; the set is the intersection over tasks (the paper).
+Where that is too large a part of the dictionary, the threshold is raised (ours).
 S samples, F features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +31,24 @@ def above_threshold(score_F: Float[Tensor, "*R F"], threshold: float) -> Bool[Te
     return (score_F >= threshold * largest) & (score_F > 0)
 
 
+def raised(scores: Collection[Float[Tensor, " F"]], threshold: float, largest_set: float) -> float:
+    """``threshold``, or as much more as leaves at most ``largest_set`` of the features, but one at least, that reach it on
+    every task of ``scores``."""
+    least_F = torch.stack([each / each.amax().clamp(min=1e-12) for each in scores]).amin(0).sort(descending=True).values
+    most = max(1, int(largest_set * len(least_F)))
+    if most == len(least_F) or least_F[most] < threshold:
+        return threshold
+    return least_F[most - 1 : most + 1].double().mean().item()  # between the last that is in and the first that is not
+
+
 class Selection(NamedTuple):
     """What localization found."""
 
     status: str
     """``found``, ``too_few_flipped`` (no task has enough samples) or ``empty_intersection``."""
     features: list[int]
+    threshold: float
+    """The one in force."""
     per_task: dict[str, dict[str, Any]]
     skipped: dict[str, str]
     expected_intersection: float
@@ -55,9 +69,10 @@ def select(
 
     Tasks with fewer than ``params.min_flipped`` samples must already be in ``skipped`` (name → reason)."""
     if not differences:
-        return Selection("too_few_flipped", [], {}, skipped, 0.0, {}, {}, {}, {})
+        return Selection("too_few_flipped", [], params.threshold, {}, skipped, 0.0, {}, {}, {}, {})
     scores = {task: score(difference) for task, difference in differences.items()}
-    chosen = {task: above_threshold(value, params.threshold) for task, value in scores.items()}
+    threshold = raised(scores.values(), params.threshold, params.largest_set)
+    chosen = {task: above_threshold(value, threshold) for task, value in scores.items()}
     common = torch.stack(list(chosen.values())).all(0)
     n_features = len(common)
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +83,7 @@ def select(
         counts_RS = torch.zeros(params.bootstrap, len(difference)).scatter_add_(
             1, drawn_RS, torch.ones_like(drawn_RS, dtype=torch.float32)
         )
-        kept_RF = above_threshold(counts_RS @ difference / len(difference), params.threshold)
+        kept_RF = above_threshold(counts_RS @ difference / len(difference), threshold)
         task_frequency[task] = kept_RF.double().mean(0).numpy()
         always &= kept_RF
     frequency = always.double().mean(0)
@@ -76,6 +91,7 @@ def select(
     return Selection(
         status="found" if common.any() else "empty_intersection",
         features=common.nonzero().squeeze(1).tolist(),
+        threshold=threshold,
         per_task={
             task: {"n_flipped": len(differences[task]), "max_score": scores[task].max().item(), "selected": sorted(sets[task])}
             for task in differences
@@ -96,8 +112,8 @@ def jaccard(a: set[int], b: set[int]) -> float:
 
 def as_json(found: Selection, params: LocalizeParams) -> dict[str, Any]:
     """The selection as ``features.json``."""
-    settings = {"fit": params.fit, "readout": params.readout, "positions": params.positions, "threshold": params.threshold}
-    kept = ("status", "features", "per_task", "skipped", "expected_intersection", "overlap")
+    settings = {"fit": params.fit, "readout": params.readout, "positions": params.positions}
+    kept = ("status", "features", "threshold", "per_task", "skipped", "expected_intersection", "overlap")
     facts = {name: value for name, value in found._asdict().items() if name in kept}
     return settings | facts | {"frequency": {str(k): share for k, share in found.frequency.items()}}
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.localization.localize import above_threshold, jaccard, score
+from featdiff.localization.localize import above_threshold, jaccard, raised, score
 
 Differences = Mapping[str, Float[Tensor, "S F"]]
 
@@ -24,11 +24,11 @@ def shuffled_identities(differences: Differences, generator: torch.Generator) ->
     return {task: rows * (torch.randint(2, (len(rows), 1), generator=generator) * 2 - 1) for task, rows in differences.items()}
 
 
-def common(differences: Differences, threshold: float) -> list[int]:
-    """Features that reach ``threshold`` of the largest score on every task."""
-    return (
-        torch.stack([above_threshold(score(rows), threshold) for rows in differences.values()]).all(0).nonzero()[:, 0].tolist()
-    )
+def common(differences: Differences, threshold: float, largest_set: float = 1.0) -> list[int]:
+    """Features that reach ``threshold`` of the largest score on every task, at most ``largest_set`` of all."""
+    scores = [score(rows) for rows in differences.values()]
+    threshold = raised(scores, threshold, largest_set)
+    return torch.stack([above_threshold(each, threshold) for each in scores]).all(0).nonzero()[:, 0].tolist()
 
 
 def strongest(differences: Differences, count: int) -> list[int]:

@@ -64,23 +64,26 @@ class Search(NamedTuple):
             for task, reading in readings.items()
         }
 
+    def _found(self, *otherwise: Any) -> list[int]:
+        return common(self.differences(*otherwise), self.params.threshold, self.params.largest_set)
+
     def variants(self) -> list[dict[str, Any]]:
         """The set under every readout and at every position."""
         return [
             {
                 "readout": readout,
                 "positions": positions,
-                "features": common(self.differences(None, readout, positions), self.params.threshold),
+                "features": self._found(None, readout, positions),
             }
             for readout in get_args(Readout)
             for positions in next(iter(self.readings.values()))
         ]
 
-    def robustness(self, features: list[int], seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The searches done otherwise as part of ``features.json``, and the threshold sweep."""
+    def robustness(self, features: list[int], threshold: float, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The searches done otherwise as part of ``features.json``, and the sweep of thresholds, that in force among them."""
         p, differences = self.params, self.differences()
         other = p.random_dictionary
-        sets = {name: common(self.differences(name), p.threshold) for name in (p.fit, *p.seeds)}
+        sets = {name: self._found(name) for name in (p.fit, *p.seeds)}
         changes = {name: self.set_changes(found, name) for name, found in sets.items()}
         spans = {name: self.decoder_rows(found, name) for name, found in sets.items()}
         generator, size = torch.Generator().manual_seed(seed), max(1, len(features))
@@ -91,7 +94,7 @@ class Search(NamedTuple):
             "shuffled": strongest(shuffled_identities(differences, generator), size),
             "random_dictionary": {"fit": other, "features": strongest(self.differences(other), size)} if other else None,
         }
-        return facts, sweep(differences, p.thresholds, features, p.shuffles, generator)
+        return facts, sweep(differences, sorted({*p.thresholds, threshold}), features, p.shuffles, generator)
 
     def directions(self, features: list[int], seed: int) -> dict[str, Float[Tensor, " D"]]:
         """Directions of the residual stream at the positions of the search. Three need no dictionary and are of equal length:

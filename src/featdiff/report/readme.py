@@ -36,7 +36,7 @@ def results(summary: dict[str, Any]) -> str:
         )
         parts += [
             markdown(["change of accuracy", "n", *sets], rows),
-            "Effects with 95 % bootstrap interval; random sets, as long as the set: 5th to 95th percentile of the draws.",
+            "Effects with 95 % bootstrap interval; random sets, at most as long: 5th to 95th percentile of the draws.",
         ]
     return "\n\n".join(parts)
 
