@@ -374,6 +374,7 @@ def _write_localize(root: Path, plan: Plan, fits: dict[str, Row], rng: np.random
     selection = Selection(
         status=plan.status,
         features=features,
+        threshold=0.2,
         per_task=per_task,
         skipped={} if sought else dict.fromkeys(plan.find, "4 flipped samples, 10 needed"),
         expected_intersection=0.0021,
