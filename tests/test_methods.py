@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ from featdiff.artifacts.artifact import ContractError, begin, sha256_file, write
 from featdiff.artifacts.tables import OWN_ANSWERS, TRAIN
 from featdiff.config.models import METHODS, DPOParams, Pretraining, RFTParams
 from featdiff.language.decode import score_options
-from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
+from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, save_model, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks
 from featdiff.training import own_answers as own_answers_module
 from featdiff.training.dpo import pairs
+from featdiff.training.grpo import Rollouts
 from featdiff.training.own_answers import Answer, Answers, own_answers
 from featdiff.training.pretrain import pretrain
 from tiny import params_of
@@ -113,6 +115,27 @@ def test_a_method_changes_no_more_than_the_blocks_that_it_is_given(method: str, 
             assert new.requires_grad
     with pytest.raises(ContractError, match="at most the 2 of the base, or null, found 3"):
         trained(method, world, tmp_path / "two", blocks=3)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_rollouts_read_prompts_as_evaluation_does_and_end_where_the_model_ends(world: Path, chat: bool) -> None:
+    params, tokenizer, model = numbers("grpo"), load_tokenizer(world / "base"), load_model(world / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{% endfor %}"
+    samples = load_samples(world / "data", "train")[:2]
+    prompts = [trl_row(sample, chat=chat, solution=False)["prompt"] for sample in samples for _ in range(8)]
+    accelerator = SimpleNamespace(unwrap_model=lambda each: each, process_index=0)
+    state = SimpleNamespace(global_step=3)
+    trainer: Any = SimpleNamespace(processing_class=tokenizer, model=model, accelerator=accelerator, state=state)
+    drawn = Rollouts(params, 0)(prompts, trainer)
+    wanted = encode_prompts(tokenizer, samples, chat=chat)
+    assert drawn["prompt_ids"] == [ids for ids in wanted for _ in range(8)]
+    ends = tokenizer.eos_token_id
+    assert all(ids[-1] == ends or len(ids) == params.max_new_tokens for ids in drawn["completion_ids"])
+    assert all(ends not in ids[:-1] and len(ids) <= params.max_new_tokens for ids in drawn["completion_ids"])
+    assert len({tuple(ids) for ids in drawn["completion_ids"]}) > 1
+    assert Rollouts(params, 0)(prompts, trainer) == drawn
+    state.global_step = 4
+    assert Rollouts(params, 0)(prompts, trainer) != drawn
 
 
 class KilledError(Exception):
