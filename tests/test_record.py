@@ -167,7 +167,7 @@ def test_a_record_holds_the_params_of_the_whole_study_that_can_change_a_result()
     info = info_of(new_record())
     assert info["profile"] == info["study"]["profile"] == "mine"
     assert info["study"]["prepare.teacher"] == "foreign"
-    assert info["study"]["grpo.lr"] == 0.0002
+    assert info["study"]["grpo.lr"] == 0.0004
     assert info["study"]["roles.tuned"] == "grpo"
     assert not {name.partition(".")[0] for name in info["study"]} & {"dpo", "noise", "imported", "resume"}
     assert not {"report.title", "report.about"} & info["study"].keys()

@@ -37,7 +37,6 @@ LIBRARIES = (
     "trl.trainer.dpo_trainer",
     "trl.trainer.grpo_trainer",
     "trl.trainer.sft_trainer",
-    "pyarrow.parquet",
     "sklearn.linear_model",
     "sklearn.model_selection",
 )
