@@ -34,8 +34,8 @@ repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
-plan: $(STAMP)  ## operations, disk, memory and time of every stage before it is run (PROFILE=…; CONFIG=folder of a model that is not here)
-	@$(BIN)/python -m featdiff.planning.plan $(PROFILE) $(if $(CONFIG),--config '$(CONFIG)')
+plan: $(STAMP)  ## operations, disk, memory and time of every stage before it is run (PROFILE=…; CONFIG=folder of a model that is not here; GPUS=8 NODES=1 GPU=h100)
+	@$(BIN)/python -m featdiff.planning.plan $(PROFILE) $(if $(CONFIG),--config '$(CONFIG)') $(if $(GPUS),--gpus $(GPUS) --nodes $(or $(NODES),1) --gpu $(or $(GPU),h100))
 
 why: $(STAMP)  ## why STAGE reruns: which param, file or stage upstream changed, and from what to what (no STAGE: all)
 	@$(BIN)/python -m featdiff.artifacts.why $(STAGE)

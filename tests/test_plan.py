@@ -10,8 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from featdiff.config.params import load_study
 from featdiff.planning import plan
+from featdiff.planning.gpus import Cluster, Gpu, alone
+from featdiff.planning.gpus import lines as gpu_lines
 from featdiff.planning.plan import lines, main, of_profile, seconds, size_of
-from featdiff.planning.work import work
+from featdiff.planning.work import GPU, work
 from project import ROOT
 
 TINY = LlamaConfig(
@@ -130,3 +132,74 @@ def test_from_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert line in err
+
+
+QWEN = Path("conf/models/Qwen3-4B-Base")
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    # total sizes of the safetensors files on the hub, in weights of two bytes
+    [("Qwen3-4B-Base", 4_022_468_096), ("Qwen2.5-7B", 7_615_616_512), ("Llama-3.1-8B-Instruct", 8_030_261_248)],
+)
+def test_models_of_the_hub_have_their_size_without_a_network(model: str, weights: int) -> None:
+    assert size_of(load_study(), Path("conf/models") / model).weights == weights
+
+
+def cluster(nodes: int, per_node: int) -> Cluster:
+    return Cluster(Gpu.called("h100"), nodes, per_node, alone())
+
+
+def test_stages_use_the_gpus_that_the_graph_lets_them_use() -> None:
+    found = work(load_study(), size_of(load_study(), QWEN), GPU)
+    by_stage = {each.stage: cluster(2, 8).ranks(each) for each in found}
+    assert by_stage["arm grpo"] == by_stage["activations base"] == by_stage["crosscoder joint_topk"] == 16
+    assert by_stage["localize"] == by_stage["intervene remove"] == 1
+    assert by_stage["prepare"] == 1
+
+
+def test_memory_of_sharded_training() -> None:
+    study = of_profile("smollm2")
+    size = size_of(study, QWEN)
+    sft = next(each for each in work(study, size, GPU) if each.stage == "arm sft")
+    # fp32 weight, gradient and two moments are shared out; what is left does not depend on how many share
+    assert sft.on(1) - sft.on(8) == pytest.approx(16 * size.weights * 7 / 8)
+    assert sft.on(8) > 2 * size.weights / size.layers + 16 * size.weights / 8
+    # each pass over a micro batch brings together 2 bytes a weight forth and back, and sends 4 bytes of its gradient
+    steps = study.numbers("sft").epochs * study.prepare.train_problems / study.numbers("sft").micro_batch_size
+    assert cluster(1, 8).traffic(sft, size) == pytest.approx(steps / 8 * 8 * size.weights * 7 / 8)
+    assert cluster(1, 1).traffic(sft, size) == 0
+    few = 1.5 * (sft.fixed + sft.each)
+    fewest = sft.fewest(few)
+    assert sft.fixed + sft.divided / fewest + sft.each <= few < sft.fixed + sft.divided / (fewest - 1) + sft.each
+    assert sft.fewest(sft.fixed) == 0
+
+
+def test_slow_links_and_slow_sampling_take_their_time() -> None:
+    study = of_profile("smollm2")
+    size = size_of(study, QWEN)
+    grpo = next(each for each in work(study, size, GPU) if each.stage == "arm grpo")
+    one = cluster(1, 8)
+    pace = one.gpu.tflops * 1e12 * 8
+    expected = grpo.sampled / one.gpu.share.sample / pace + (grpo.amount - grpo.sampled) / one.gpu.share.train / pace
+    assert one.seconds(grpo, size) == pytest.approx(expected)
+    slow = one._replace(nodes=2, gpu=one.gpu.model_copy(update={"far_gb": 0.001}))
+    assert slow.seconds(grpo, size) == pytest.approx(slow.traffic(grpo, size) / 1e6)
+
+
+def test_what_does_not_fit_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    study = of_profile("smollm2")
+    size = size_of(study, QWEN)
+    found = work(study, size, GPU)
+    small = cluster(1, 2)._replace(gpu=Gpu.called("h100").model_copy(update={"memory_gib": 24.0}))
+    said = list(gpu_lines(found, size, small))
+    complaints = [line for line in said if line.startswith("does not fit: ")]
+    big = [each for each in found if each.computes and each.on(small.ranks(each)) > small.memory]
+    assert len(complaints) == len(big) > 0
+    assert any("GPUs and sft.micro_batch_size: 1" in line for line in complaints)
+    assert main(["smollm2", "--config", str(QWEN), "--gpus", "8", "--nodes", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("16 GPUs for ") for line in said)
+    assert not any(line.startswith("does not fit") for line in said)
+    assert main(["smollm2", "--config", str(QWEN), "--gpus", "8", "--gpu", "h10"]) == 2
+    assert "did you mean h100" in capsys.readouterr().err

@@ -1,8 +1,11 @@
-"""What a study costs, before it is run: ``python -m featdiff.planning.plan [profile] [--config <folder of a model>]``.
+"""What a study costs, before it is run.
+
+python -m featdiff.planning.plan [profile] [--config <folder of a model>] [--gpus <of a node> [--nodes N] [--gpu <kind>]]
 
 Operations, bytes and memory follow from params (featdiff.planning.work). Time follows from how fast this machine multiplies
 matrices, measured in a second, and from what each kind of stage took for its work in a study that was run and recorded:
-``python -m featdiff.planning.plan --learn`` reads that from the records here and writes metrics/rates.json.
+``python -m featdiff.planning.plan --learn`` reads that from the records here and writes metrics/rates.json. ``--gpus`` asks
+about nodes with GPUs that need not be here (featdiff.planning.gpus).
 """
 
 from __future__ import annotations
@@ -28,17 +31,20 @@ from featdiff.config.profiles import render_profile
 from featdiff.config.reading import ConfigError, parse_yaml
 from featdiff.language.models import character_tokenizer, organism_model
 from featdiff.pipeline.repro import side_by_side
-from featdiff.planning.work import Size, Work, work
+from featdiff.planning import gpus
+from featdiff.planning.units import scaled, sized, timed
+from featdiff.planning.work import GPU, Size, Work, work
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
 from featdiff.tracking.record import by_pipeline, finished, pauses, runs_folder
 from featdiff.training.imported import gguf_file
 
 RATES = Path("metrics/rates.json")
+CONFIGURATIONS = Path("conf/models")
+"""Of models of the hub, by the model's name: what a plan needs of them without a network."""
 ORGANISM_CHARACTERS = 100
 """About as many as the texts of the organism have."""
 MATRIX, TRIES = 1024, 12
-GIB = 2**30
 
 
 def of_profile(name: str) -> Study:
@@ -56,8 +62,11 @@ def size_of(study: Study, folder: Path | None = None) -> Size:
         with torch.device("meta"):
             config = organism_model(study.base.pretraining, tokenizer, 0).config
     elif folder is None and source.startswith("hub:"):
-        todo = "give the folder of a model of that size: make plan CONFIG=folder"
-        raise ContractError("params.yaml", "base.source", "a model on this machine", source, todo)
+        kept = CONFIGURATIONS / source.partition("@")[0].rpartition("/")[2]
+        if not kept.is_dir():
+            todo = "put its config.json there, or give the folder of a model of that size: make plan CONFIG=folder"
+            raise ContractError(kept, "config.json", f"that of {source}", "nothing", todo)
+        config = _config(kept)
     elif folder is None and source.startswith("gguf:"):
         file = gguf_file(source.removeprefix("gguf:"))
         config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -137,45 +146,27 @@ def lines(works: list[Work], took: Mapping[str, float | None], memory: float, di
     width = max(len(each.stage) for each in works)
     yield f"{'stage':{width}}  {'work':>10}  {'disk':>9}  {'memory':>9}  {'time':>8}"
     for each in works:
-        done = _scaled(each.amount, "FLOP") if each.computes else ""
-        sizes = f"{_bytes(each.disk):>9}  {_bytes(each.memory):>9}"
-        yield f"{each.stage:{width}}  {done:>10}  {sizes}  {_time(took[each.stage]):>8}"
+        done = scaled(each.amount, "FLOP") if each.computes else ""
+        sizes = f"{sized(each.disk):>9}  {sized(each.memory):>9}"
+        yield f"{each.stage:{width}}  {done:>10}  {sizes}  {timed(took[each.stage]):>8}"
     known = [value for value in took.values() if value is not None]
     total = sum(each.disk for each in works)
     most = sum(sorted((each.memory for each in works), reverse=True)[:jobs])
-    yield f"{'all':{width}}  {'':>10}  {_bytes(total):>9}  {_bytes(most):>9}  {_time(sum(known)):>8}"
+    yield f"{'all':{width}}  {'':>10}  {sized(total):>9}  {sized(most):>9}  {timed(sum(known)):>8}"
     if jobs > 1:
-        yield f"{jobs} at a time (make repro): {_time(sum(known) / jobs)}, and more where stages wait for each other."
-    yield f"This machine: {_bytes(memory)} of memory, {_bytes(disk)} of disk free."
+        yield f"{jobs} at a time (make repro): {timed(sum(known) / jobs)}, and more where stages wait for each other."
+    yield f"This machine: {sized(memory)} of memory, {sized(disk)} of disk free."
     if most > memory and jobs > 1:
-        yield f"does not fit: {jobs} stages at a time may take {_bytes(most)}; make repro JOBS={jobs - 1}"
+        yield f"does not fit: {jobs} stages at a time may take {sized(most)}; make repro JOBS={jobs - 1}"
     for each in works:
         if each.memory > memory:
             batch = each.fitting(memory)
             change = (
                 f"{each.field}: {batch} in place of {each.batch}" if batch else "no batch fits: more memory or a smaller model"
             )
-            yield f"does not fit: {each.stage} takes {_bytes(each.memory)}; {change}"
+            yield f"does not fit: {each.stage} takes {sized(each.memory)}; {change}"
     if total > disk:
-        yield f"does not fit: {_bytes(total)} on a disk with {_bytes(disk)} free; fewer checkpoints or activations.tokens"
-
-
-def _scaled(amount: float, unit: str) -> str:
-    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if amount >= size:
-            return f"{amount / size:.3g} {prefix}{unit}"
-    return f"{amount:.3g} {unit}"
-
-
-def _bytes(amount: float) -> str:
-    return f"{amount / GIB:.2f} GiB" if amount >= 0.1 * GIB else f"{amount / 2**20:.1f} MiB"
-
-
-def _time(found: float | None) -> str:
-    if found is None:
-        return "?"
-    minutes = found / 60
-    return f"{found:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+        yield f"does not fit: {sized(total)} on a disk with {sized(disk)} free; fewer checkpoints or activations.tokens"
 
 
 def main(words: list[str]) -> int:
@@ -183,10 +174,19 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="featdiff.planning.plan", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("profile", nargs="?", help="of conf/profiles (default: params.yaml as it is)")
     parser.add_argument("--config", type=Path, help="folder of a model as large as the base, where the base is not here")
+    parser.add_argument("--gpus", type=int, choices=range(1, 65), metavar="N", help="GPUs of a node: reckon for those")
+    parser.add_argument("--nodes", type=int, choices=range(1, 1025), default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--gpu", default="h100", help=f"of {gpus.FOLDER} (default: h100)")
     parser.add_argument("--learn", action="store_true", help="write metrics/rates.json from the records of this study")
     given = parser.parse_args(words)
     try:
         study = load_study() if given.profile is None else of_profile(given.profile)
+        if given.gpus:
+            size = size_of(study, given.config)
+            cluster = gpus.Cluster(gpus.Gpu.called(given.gpu), given.nodes, given.gpus, gpus.alone())
+            print(*gpus.lines(work(study, size, GPU), size, cluster), sep="\n")
+            print(f"Pace and price as {gpus.FOLDER / given.gpu}.yaml states them: nothing of this was measured.")
+            return 0
         torch.set_num_threads(study.threads or torch.get_num_threads())
         speed = peak()
         if given.learn:

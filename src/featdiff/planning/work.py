@@ -1,28 +1,31 @@
 """What a study will do, worked out of its params alone: operations, bytes on disk and memory of every stage. All is ours.
 
 A forward pass costs 2 operations for each weight and token, and attention 4·d_model for each layer, token and token of its
-context; training costs three passes. Lengths of questions are not known before they are made: they are taken as
+context; training costs three passes, or four. Lengths of questions are not known before they are made: they are taken as
 :data:`QUESTION` tokens, or as what ``prepare.max_question_chars`` allows, and answers as long as they may be: operations are an
 upper bound.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from featdiff.config.data import FamilyTask
 from featdiff.config.dictionary import Fit
 from featdiff.config.params import Study
 from featdiff.intervention.purposes import SIDES, purposes
 
-FLOAT = 4
-"""Bytes of a number that is computed with."""
+FLOAT, HALF = 4, 2
+"""Bytes of a number in float32 and in bfloat16."""
 QUESTION, CHARS_A_TOKEN = 40, 4
 """Tokens of a generated question; characters of a token where questions are of natural language."""
-TRAINING = 3
-"""Passes that a training step costs: forward, and twice as much backward."""
+TRAINING, REMADE = 3, 4
+"""Passes of a training step: forward, twice as much backward, and one more where the way back makes again what it needs."""
+TRAINED = 4
+"""Numbers in float32 of a weight that is trained: itself, its gradient and Adam's two moments."""
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
 TEXT, ANSWER, EDITED = 20, 20, 2
@@ -57,14 +60,39 @@ class Size:
         head = 2 * self.vocabulary * self.d_model if depth is None else 0
         return tokens * (2 * self.body * layers / self.layers + 4 * self.d_model * context * layers + head)
 
-    def cache(self, tokens: float) -> float:
-        """Bytes of keys and values of ``tokens``."""
-        return 2 * self.layers * self.d_kv * tokens * FLOAT
+    def cache(self, tokens: float, number: int = FLOAT) -> float:
+        """Bytes of keys and values of ``tokens``, of which each number has ``number`` bytes."""
+        return 2 * self.layers * self.d_kv * tokens * number
 
-    def training(self, tokens: float) -> float:
-        """Bytes of what a training pass over ``tokens`` keeps for its way back, logits included."""
+    def training(self, tokens: float, engine: Engine) -> float:
+        """Bytes of what a training pass over ``tokens`` keeps for its way back, logits in float32 included."""
         layer = 14 * self.d_model + 4 * self.d_mlp
-        return FLOAT * tokens * (self.layers * layer + 3 * self.vocabulary)
+        kept = self.layers * self.d_model + layer if engine.remade else self.layers * layer
+        return tokens * (engine.number * kept + FLOAT * 3 * self.vocabulary)
+
+    @property
+    def unit(self) -> float:
+        """Weights that are whole on a rank at once where the others are sharded: of a block, or of an end, and of the next."""
+        return 2 * max(self.body / self.layers, self.embeddings)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a stage is computed with."""
+
+    number: int = FLOAT
+    """Bytes of a number that is computed with."""
+    sharded: bool = False
+    """Whether ranks share out what is trained (FSDP) or each holds all of it."""
+    remade: bool = False
+    """Whether what the way back needs is made again (gradient checkpointing) or kept."""
+
+
+CPU = Engine()
+GPU = Engine(number=HALF, sharded=True, remade=True)
+"""bf16 products over fp32 weights, FSDP2, gradient checkpointing."""
+Way = Literal["train", "forward", "sample", "fit", ""]
+"""What the operations of a stage are, each at a pace of its own on a GPU; nothing for a stage that hardly computes."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +113,47 @@ class Work:
     field: str = ""
     """The number of params.yaml by which memory can be brought down."""
     batch: int = 0
-    computes: bool = True
+    way: Way = ""
+    sampled: float = 0.0
+    """Operations among ``amount`` that draw the answers which are then trained on."""
+    divided: float = 0.0
+    """Bytes of memory that the ranks of a stage have together, each its share."""
+    passes: float = 0.0
+    """Passes over a micro batch, for each of which sharded weights are brought together."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether ``amount`` are operations."""
+        return bool(self.way)
 
     @property
     def memory(self) -> float:
-        """Bytes, at most."""
-        return self.fixed + self.each * self.batch
+        """Bytes, at most, of a stage of one rank."""
+        return self.on(1)
 
-    def fitting(self, memory: float) -> int:
-        """The largest batch for which ``memory`` bytes do; 0 for none."""
-        return max(0, int((memory - self.fixed) / self.each)) if self.each else 0
+    def on(self, ranks: int) -> float:
+        """Bytes of each of ``ranks``, at most."""
+        return self.fixed + self.divided / ranks + self.each * self.batch
+
+    def fitting(self, memory: float, ranks: int = 1) -> int:
+        """The largest batch for which ``memory`` bytes do on each of ``ranks``; 0 for none."""
+        return max(0, int((memory - self.fixed - self.divided / ranks) / self.each)) if self.each else 0
+
+    def fewest(self, memory: float) -> int:
+        """The fewest ranks with ``memory`` bytes each on which a batch of one fits; 0 where no number is enough."""
+        left = memory - self.fixed - self.each
+        return max(1, math.ceil(self.divided / left)) if left > 0 else 0
 
 
-def work(study: Study, size: Size) -> list[Work]:
+def work(study: Study, size: Size, engine: Engine = CPU) -> list[Work]:
     """Every stage of ``study`` whose models have ``size``, in the order of the graph."""
-    return list(_Plan(study, size).stages())
+    return list(_Plan(study, size, engine).stages())
 
 
 class _Plan:
-    def __init__(self, study: Study, size: Size) -> None:
-        self.study, self.size = study, size
+    def __init__(self, study: Study, size: Size, engine: Engine) -> None:
+        self.study, self.size, self.engine, self.number = study, size, engine, engine.number
+        self.training = REMADE if engine.remade else TRAINING
         self.tasks = study.prepare.tasks.values()
         own = all(isinstance(task, FamilyTask) for task in self.tasks)
         self.question = QUESTION if own else min(512, study.prepare.max_question_chars // CHARS_A_TOKEN)
@@ -115,7 +164,7 @@ class _Plan:
     def stages(self) -> Iterator[Work]:
         study, prepare = self.study, self.study.prepare
         texts = prepare.pretrain.texts + prepare.corpus.texts + prepare.train_problems
-        yield Work("prepare", "prepare", texts, disk=TEXT * texts, computes=False)
+        yield Work("prepare", "prepare", texts, disk=TEXT * texts)
         yield self._base()
         for name in study.arms:
             yield self._arm(name)
@@ -134,23 +183,25 @@ class _Plan:
             yield self._dynamics(name)
         yield from self._about_the_set()
         answers = len(study.models) * questions
-        yield Work("report", "report", answers, disk=5e6 + 300.0 * answers, computes=False)
+        yield Work("report", "report", answers, disk=5e6 + 300.0 * answers)
 
     def _base(self) -> Work:
         size, base = self.size, self.study.base
         if base.source != "pretrain":
             held = LIBRARIES + 2 * FLOAT * size.weights
-            return Work("base", "brought", size.weights, size.weights * self.bytes, held, computes=False)
+            return Work("base", "brought", size.weights, size.weights * self.bytes, held)
         p = base.pretraining
-        passes = TRAINING * size.forward(p.steps * p.batch_tokens, p.row_tokens / 2)
+        operations = self.training * size.forward(p.steps * p.batch_tokens, p.row_tokens / 2)
+        fixed, divided = self._trained()
         return Work(
-            "base", "base", passes, size.weights * self.bytes, self._trained(PACKED * self.study.prepare.pretrain.texts),
-            size.training(1), "base.pretraining.batch_tokens", p.batch_tokens,
+            "base", "base", operations, size.weights * self.bytes, fixed + PACKED * self.study.prepare.pretrain.texts,
+            size.training(1, self.engine), "base.pretraining.batch_tokens", p.batch_tokens, "train", divided=divided,
         )  # fmt: skip
 
-    def _trained(self, more: float = 0.0) -> float:
-        """Memory of weights, gradients and Adam's two moments."""
-        return LIBRARIES + 4 * FLOAT * self.size.weights + more
+    def _trained(self) -> tuple[float, float]:
+        """Memory of what is trained: of each rank, and of all together."""
+        all_of_it = TRAINED * FLOAT * self.size.weights
+        return (LIBRARIES + self.number * self.size.unit, all_of_it) if self.engine.sharded else (LIBRARIES + all_of_it, 0.0)
 
     def _checkpoints(self, name: str) -> int:
         numbers = self.study.numbers(name)
@@ -160,7 +211,7 @@ class _Plan:
         method, p, size = self.study.arms[name].method, self.study.numbers(name), self.size
         disk = self._checkpoints(name) * size.weights * self.bytes
         if not hasattr(p, "micro_batch_size"):  # nothing is trained
-            return Work(f"arm {name}", method, size.weights, disk, LIBRARIES + 3 * FLOAT * size.weights, computes=False)
+            return Work(f"arm {name}", method, size.weights, disk, LIBRARIES + 3 * FLOAT * size.weights)
         # What a method does shows in the numbers that it has: a new one needs no line here unless it has others.
         problems, length, sampled = self.study.prepare.train_problems, self.question + getattr(p, "max_new_tokens", 0), 0.0
         if hasattr(p, "rollouts"):
@@ -169,17 +220,24 @@ class _Plan:
             sampled, trained = problems * p.samples, p.steps * p.batch_size * (1 + hasattr(p, "pairs"))
         else:
             trained, length = p.epochs * problems, p.max_length
-        passes = size.forward(sampled * length, length / 2) + TRAINING * size.forward(trained * length, length / 2)
-        each, field = size.training(length) + size.cache(length), f"{method}.micro_batch_size"
-        return Work(f"arm {name}", method, passes, disk, self._trained(), each, field, p.micro_batch_size)
+        drawn = size.forward(sampled * length, length / 2)
+        operations = drawn + self.training * size.forward(trained * length, length / 2)
+        fixed, divided = self._trained()
+        if sampled and self.engine.sharded:  # answers are drawn by the whole model
+            fixed += self.number * size.weights
+        each = size.training(length, self.engine) + size.cache(length, self.number)
+        return Work(
+            f"arm {name}", method, operations, disk, fixed, each, f"{method}.micro_batch_size", p.micro_batch_size, "train",
+            drawn, divided, trained / p.micro_batch_size,
+        )  # fmt: skip
 
     def _answers(self, stage: str, kind: str, answers: float, p: Any, models: int = 1, answer: int = ANSWER) -> Work:
         """Generated answers, as long as they may be."""
         length = self.question + p.max_new_tokens
-        fixed = LIBRARIES + models * FLOAT * self.size.weights
-        each = models * self.size.cache(length) + FLOAT * 2 * self.size.vocabulary
-        passes = self.size.forward(answers * length, length / 2)
-        return Work(stage, kind, passes, answer * answers, fixed, each, f"{kind}.batch_size", p.batch_size)
+        fixed = LIBRARIES + models * self.number * self.size.weights
+        each = models * self.size.cache(length, self.number) + FLOAT * 2 * self.size.vocabulary
+        operations = self.size.forward(answers * length, length / 2)
+        return Work(stage, kind, operations, answer * answers, fixed, each, f"{kind}.batch_size", p.batch_size, "sample")
 
     def _activations(self, model: str) -> Work:
         p, size = self.study.activations, self.size
@@ -187,12 +245,13 @@ class _Plan:
         if model in self.study.arms:
             tokens += (self._checkpoints(model) - 1) * p.checkpoint_tokens
         row = size.d_model * (2 if p.dtype == "bfloat16" else FLOAT)
-        fixed = LIBRARIES + FLOAT * size.weights + p.shard_rows * size.d_model * FLOAT
-        each = FLOAT * p.max_length * (8 * size.d_model + 2 * size.d_mlp)
-        passes = size.forward(tokens, p.max_length / 2, self.depth)
+        fixed = LIBRARIES + self.number * size.weights + p.shard_rows * size.d_model * FLOAT
+        each = self.number * p.max_length * (8 * size.d_model + 2 * size.d_mlp)
+        operations = size.forward(tokens, p.max_length / 2, self.depth)
         return Work(
-            f"activations {model}", "activations", passes, tokens * row, fixed, each, "activations.batch_size", p.batch_size
-        )
+            f"activations {model}", "activations", operations, tokens * row, fixed, each, "activations.batch_size",
+            p.batch_size, "forward",
+        )  # fmt: skip
 
     def _step(self, models: int, steps: float) -> float:
         """Operations of ``steps`` of a crosscoder: the encoder's product, and sums over active entries alone."""
@@ -202,23 +261,23 @@ class _Plan:
     def _fit(self, name: str, fit: Fit) -> Work:
         p, models = self.study.crosscoder.training, len(fit.slots)
         weights = 2 * p.n_features * models * self.size.d_model
-        passes = self._step(models, p.steps) if fit.source is None else 0.0
+        operations = self._step(models, p.steps) if fit.source is None else 0.0
         measured = 4 * self.study.activations.tokens * models * self.size.d_model * p.n_features
-        fixed = LIBRARIES + 4 * FLOAT * weights + min(self.study.activations.tokens, 2**18) * models * self.size.d_model * FLOAT
+        buffer = min(self.study.activations.tokens, 2**18) * models * self.size.d_model
+        fixed = LIBRARIES + FLOAT * (TRAINED * weights + buffer)
         each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
         return Work(
-            f"crosscoder {name}", "crosscoder", passes + measured, weights * FLOAT, fixed, each,
-            "crosscoder.training.batch_tokens", p.batch_tokens,
+            f"crosscoder {name}", "crosscoder", operations + measured, weights * FLOAT, fixed, each,
+            "crosscoder.training.batch_tokens", p.batch_tokens, "fit",
         )  # fmt: skip
 
     def _attribution(self) -> Work:
         study, d_model = self.study, self.size.d_model
         rows = min(study.attribution.scaling_tokens, study.activations.tokens)
         features = study.crosscoder.training.n_features
-        passes = sum(8.0 * rows * len(fit.slots) * d_model * features for fit in study.fits.values())
-        return Work(
-            "attribution", "attribution", passes, 200.0 * features * len(study.fits), LIBRARIES + 8 * FLOAT * rows * d_model
-        )
+        operations = sum(8.0 * rows * len(fit.slots) * d_model * features for fit in study.fits.values())
+        held = LIBRARIES + 8 * FLOAT * rows * d_model
+        return Work("attribution", "attribution", operations, 200.0 * features * len(study.fits), held, way="fit")
 
     def _dynamics(self, name: str) -> Work:
         study, p = self.study, self.study.crosscoder.training
@@ -227,19 +286,20 @@ class _Plan:
         reads = kept * 8.0 * study.activations.checkpoint_tokens * self.size.d_model * p.n_features
         # Base and checkpoint, as they are and in normalised units.
         held = 4 * FLOAT * study.activations.checkpoint_tokens * self.size.d_model
-        return Work(f"dynamics {name}", "dynamics", refits + reads, 1e6, LIBRARIES + held)
+        return Work(f"dynamics {name}", "dynamics", refits + reads, 1e6, LIBRARIES + held, way="fit")
 
     def _about_the_set(self) -> Iterator[Work]:
         study, size, split = self.study, self.size, self.study.prepare.samples
         find = sum(task.role in ("train", "find") for task in self.tasks)
         asked = find * split.find * 2 * len(study.localize.fits)
         length = self.question + study.evaluate.max_new_tokens
-        yield Work("localize", "localize", size.forward(asked * length, length / 2), 2e6, LIBRARIES + 2 * FLOAT * size.weights)
+        held, operations = LIBRARIES + 2 * self.number * size.weights, size.forward(asked * length, length / 2)
+        yield Work("localize", "localize", operations, 2e6, held, way="forward")
         seams = 2 * (study.stitch.depths + 1)
         yield self._answers("stitch", "stitch", seams * study.stitch.questions * len(self.tasks), study.stitch, models=2)
         read = study.describe.corpus_tokens + 2 * length * len(self.tasks) * (study.describe.samples + study.describe.shaded)
-        held = 2 * FLOAT * (size.weights + read * size.d_model)
-        yield Work("describe", "describe", 4 * size.forward(read, length / 2), 5e6, LIBRARIES + held)
+        held = LIBRARIES + 2 * (self.number * size.weights + FLOAT * read * size.d_model)
+        yield Work("describe", "describe", 4 * size.forward(read, length / 2), 5e6, held, way="forward")
         for side in SIDES:
             yield self._answers(f"intervene {side}", "intervene", self._edited(side), study.intervene, models=2, answer=EDITED)
 
