@@ -37,6 +37,9 @@ test: $(STAMP)  ## the quick test suite
 plan: $(STAMP)  ## operations, disk, memory and time of every stage before it is run (PROFILE=…; CONFIG=folder of a model that is not here; GPUS=8 NODES=1 GPU=h100)
 	@$(BIN)/python -m featdiff.planning.plan $(PROFILE) $(if $(CONFIG),--config '$(CONFIG)') $(if $(GPUS),--gpus $(GPUS) --nodes $(or $(NODES),1) --gpu $(or $(GPU),h100))
 
+rehearse: $(STAMP)  ## a large profile small, to its report, with a model of its architecture and random weights (PROFILE=qwen3_4b)
+	@$(BIN)/python -m featdiff.planning.rehearse $(PROFILE)
+
 why: $(STAMP)  ## why STAGE reruns: which param, file or stage upstream changed, and from what to what (no STAGE: all)
 	@$(BIN)/python -m featdiff.artifacts.why $(STAGE)
 
@@ -91,4 +94,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test plan why trace picture verify faults servers browser golden bench profile-step studies check format remote push pull ui
+.PHONY: help install profile repro test plan rehearse why trace picture verify faults servers browser golden bench profile-step studies check format remote push pull ui

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from featdiff.config.params import Study, load_study
@@ -19,10 +20,14 @@ from featdiff.config.reading import (
     ConfigError,
     closest,
     flatten,
+    legible,
     parse_yaml,
     read_text,
     read_yaml,
 )
+
+EXTENDS = "extends"
+"""What a profile's file calls the profile from which it differs, where that is another than the default."""
 
 
 def _merge(base: Any, over: dict[str, Any], where: str) -> None:
@@ -39,41 +44,63 @@ def _merge(base: Any, over: dict[str, Any], where: str) -> None:
             base[key] = value
 
 
-def render_profile(name: str, suites: str | None = None) -> str:
-    """Text of params.yaml under profile ``name``: the default file with the profile's overrides, and ``suites`` in place of
-    ``prepare.suites``.
+def _lineage(name: str) -> list[Path]:
+    """The files that make profile ``name``, each of which changes what those before it say: the default profile, the one that
+    ``name`` extends if any, and its own. Raises ConfigError for one that is not there, and for a chain of them."""
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"profile {name!r}: unknown; {closest(name, known)} (conf/profiles/*.yaml)")
+    default, path = PROFILES / f"{DEFAULT_PROFILE}.yaml", PROFILES / f"{name}.yaml"
+    if name == DEFAULT_PROFILE:
+        return [default]
+    if (further := read_yaml(path).get(EXTENDS)) is None:
+        return [default, path]
+    plain = [
+        other
+        for other in known
+        if other not in (name, DEFAULT_PROFILE) and EXTENDS not in read_yaml(PROFILES / f"{other}.yaml")
+    ]
+    if further not in plain:
+        raise ConfigError(
+            f"{path}: {EXTENDS}: {legible(str(further))}: no profile that extends none; {closest(str(further), plain)}"
+        )
+    return [default, PROFILES / f"{further}.yaml", path]
 
-    The default profile is conf/profiles/organism.yaml word for word; every other file there holds only
-    what differs from it."""
+
+def render_profile(name: str, suites: str | None = None, over: dict[str, Any] | None = None) -> str:
+    """Text of params.yaml under profile ``name``: the default file with the profile's overrides, with those of ``over``, and
+    with ``suites`` in place of ``prepare.suites``.
+
+    The default profile is conf/profiles/organism.yaml word for word; every other file there holds only what differs from it,
+    or from the profile that it ``extends``."""
     from io import StringIO
 
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"profile {name!r}: unknown; {closest(name, known)} (conf/profiles/*.yaml)")
-    default, path = PROFILES / f"{DEFAULT_PROFILE}.yaml", PROFILES / f"{name}.yaml"
-    text, changes = read_text(default), read_text(path)
-    for source, content in ((default, text), (path, changes)):
-        parse_yaml(content, str(source))
-    if name == DEFAULT_PROFILE and suites is None:
-        return text
+    paths = _lineage(name)
+    texts = [read_text(path) for path in paths]
+    for path, content in zip(paths, texts, strict=True):
+        parse_yaml(content, str(path))
+    if name == DEFAULT_PROFILE and suites is None and over is None:
+        return texts[0]
     round_trip = YAML()
     round_trip.preserve_quotes = True
     round_trip.width = 4096
     try:
-        document, overrides = round_trip.load(text), round_trip.load(changes)
+        document, *changes = map(round_trip.load, texts)
     except (YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if name != DEFAULT_PROFILE:
+        raise ConfigError(f"{paths[-1]}: not valid YAML: {' '.join(str(error).split())}") from None
+    for path, overrides in zip(paths[1:], changes, strict=True):
+        overrides.pop(EXTENDS, None)
         _merge(document, overrides, str(path))
+    _merge(document, over or {}, f"over {name}")
     if suites is not None:
         document["prepare"]["suites"] = suites
     document["profile"] = name
     out = StringIO()
     round_trip.dump(document, out)
-    parse(Study, parse_yaml(out.getvalue(), str(path)), str(path))
+    parse(Study, parse_yaml(out.getvalue(), str(paths[-1])), str(paths[-1]))
     return out.getvalue()
 
 

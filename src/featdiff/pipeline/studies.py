@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -71,8 +71,9 @@ class Plans(Params):
         return found or every
 
 
-def _run(folder: Path, *command: str, log: Path | None = None) -> None:
-    environment = os.environ | {"PYTHONPATH": str((folder / "src").resolve())}
+def shell(folder: Path, *command: str, log: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+    """Run ``command`` in ``folder`` with the code that is there. Raises ContractError where it fails."""
+    environment = os.environ | {"PYTHONPATH": str((folder / "src").resolve())} | dict(environment or {})
     with log.open("a", encoding="utf-8") if log else nullcontext() as output:
         done = subprocess.run(command, cwd=folder, env=environment, check=False, stdout=output, stderr=output)
     if done.returncode:
@@ -80,16 +81,21 @@ def _run(folder: Path, *command: str, log: Path | None = None) -> None:
         raise ContractError(log or folder, " ".join(command[1:]), "status 0", done.returncode, todo)
 
 
-def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
-    """A clone of this repository at ``commit`` with ``profile`` and ``seed``, and with the cache of this one."""
+def clone(folder: Path, commit: str) -> None:
+    """A clone of this repository at ``commit``, with the cache of this one."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _run(Path(), "git", "clone", "--quiet", "--no-checkout", ".", str(folder))
-    _run(folder, "git", "fetch", "--quiet", "origin")
-    _run(folder, "git", "checkout", "--quiet", "--force", "--detach", commit)
+        shell(Path(), "git", "clone", "--quiet", "--no-checkout", ".", str(folder))
+    shell(folder, "git", "fetch", "--quiet", "origin")
+    shell(folder, "git", "checkout", "--quiet", "--force", "--detach", commit)
     cache = cache_folder(Path()).parents[1].resolve()  # above files/md5: what DVC calls its cache holds the run cache, too
-    _run(folder, sys.executable, "-m", "dvc", "config", "--quiet", "--local", "cache.dir", str(cache))
-    _run(folder, sys.executable, "-m", "featdiff.config.profiles", "use", profile, "--discard")
+    shell(folder, sys.executable, "-m", "dvc", "config", "--quiet", "--local", "cache.dir", str(cache))
+
+
+def prepare(folder: Path, commit: str, profile: str, seed: int) -> None:
+    """A :func:`clone` with ``profile`` and ``seed``."""
+    clone(folder, commit)
+    shell(folder, sys.executable, "-m", "featdiff.config.profiles", "use", profile, "--discard")
     params = folder / PARAMS
     text, count = re.subn(r"^seed: .*$", f"seed: {seed}", params.read_text(encoding="utf-8"), flags=re.MULTILINE)
     if count != 1:
@@ -108,7 +114,7 @@ def run(name: str, plan: Plan, seed: int, jobs: int = 1) -> None:
     folder, log = CLONES / name, CLONES / f"{name}.log" if jobs > 1 else None
     say(f"{name}: profile {plan.profile}, seed {seed}, in {folder}" + (f"; what it says is in {log}" if log else ""))
     prepare(folder, commit, plan.profile, seed)
-    _run(folder, sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", str(share_of_cores(jobs)), log=log)
+    shell(folder, sys.executable, "-m", "featdiff.pipeline.repro", "--jobs", str(share_of_cores(jobs)), log=log)
     RESULTS.mkdir(parents=True, exist_ok=True)
     facts = {"commit": commit, "profile": plan.profile, "seed": seed}
     write_json(result, facts | {"summary": read_json(folder / "metrics/summary.json")})

@@ -62,16 +62,12 @@ def size_of(study: Study, folder: Path | None = None) -> Size:
         with torch.device("meta"):
             config = organism_model(study.base.pretraining, tokenizer, 0).config
     elif folder is None and source.startswith("hub:"):
-        kept = CONFIGURATIONS / source.partition("@")[0].rpartition("/")[2]
-        if not kept.is_dir():
-            todo = "put its config.json there, or give the folder of a model of that size: make plan CONFIG=folder"
-            raise ContractError(kept, "config.json", f"that of {source}", "nothing", todo)
-        config = _config(kept)
+        config = configuration(kept_of(source))
     elif folder is None and source.startswith("gguf:"):
         file = gguf_file(source.removeprefix("gguf:"))
         config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     else:
-        config = _config(folder or Path(source))
+        config = configuration(folder or Path(source))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text, way_in, way_out = config.get_text_config(), model.get_input_embeddings, model.get_output_embeddings
@@ -88,7 +84,18 @@ def size_of(study: Study, folder: Path | None = None) -> Size:
     )
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def kept_of(source: str) -> Path:
+    """The folder of :data:`CONFIGURATIONS` with the configuration of ``source``, a model of the hub. Raises ContractError where
+    there is none."""
+    kept = CONFIGURATIONS / source.partition("@")[0].rpartition("/")[2]
+    if not kept.is_dir():
+        todo = "put its config.json there, or give the folder of a model of that size: make plan CONFIG=folder"
+        raise ContractError(kept, "config.json", f"that of {source}", "nothing", todo)
+    return kept
+
+
+def configuration(folder: Path) -> PreTrainedConfig:
+    """What the ``config.json`` in ``folder`` describes. Raises ContractError where that is nothing."""
     if not (folder / "config.json").is_file():
         raise ContractError(folder, "config.json", "a model configuration", "nothing", "give the folder of a model")
     try:

@@ -11,21 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from featdiff.config.data import FamilyTask
 from featdiff.config.dictionary import Fit
 from featdiff.config.params import Study
+from featdiff.config.values import Role
 from featdiff.intervention.purposes import SIDES, purposes
+from featdiff.tasks.task import GENERATION
 
 FLOAT, HALF = 4, 2
 """Bytes of a number in float32 and in bfloat16."""
-QUESTION, CHARS_A_TOKEN = 40, 4
-"""Tokens of a generated question; characters of a token where questions are of natural language."""
+QUESTION, CHARS_A_TOKEN, OPTIONS = 40, 4, 60
+"""Tokens of a generated question; characters of a token where questions are of natural language; tokens of a question's options
+together, where those are read and nothing is generated."""
 TRAINING, REMADE = 3, 4
 """Passes of a training step: forward, twice as much backward, and one more where the way back makes again what it needs."""
 TRAINED = 4
 """Numbers in float32 of a weight that is trained: itself, its gradient and Adam's two moments."""
+ROLES: tuple[str, ...] = get_args(Role)
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
 TEXT, ANSWER, EDITED = 20, 20, 2
@@ -170,9 +174,10 @@ class _Plan:
             yield self._arm(name)
         questions = len(self.tasks) * sum(prepare.samples.model_dump().values())
         for model in study.models:
-            yield self._answers(f"evaluate {model}", "evaluate", questions * (1 + study.evaluate.draws), study.evaluate)
+            asked = {ROLES: questions * (1 + study.evaluate.draws)}
+            yield self._answers(f"evaluate {model}", "evaluate", asked, study.evaluate)
         for name in study.arms:
-            asked = study.checkpoints.questions * len(self.tasks) * self._checkpoints(name)
+            asked = {ROLES: study.checkpoints.questions * len(self.tasks) * self._checkpoints(name)}
             yield self._answers(f"checkpoints {name}", "checkpoints", asked, study.checkpoints)
         for model in study.models:
             yield self._activations(model)
@@ -231,13 +236,30 @@ class _Plan:
             drawn, divided, trained / p.micro_batch_size,
         )  # fmt: skip
 
-    def _answers(self, stage: str, kind: str, answers: float, p: Any, models: int = 1, answer: int = ANSWER) -> Work:
-        """Generated answers, as long as they may be."""
-        length = self.question + p.max_new_tokens
+    def _lengths(self, p: Any, roles: tuple[str, ...] = ROLES) -> list[tuple[int, bool]]:
+        """For each task of these roles, the tokens that one of its questions takes with its answer, and whether that is
+        generated, as long as ``p`` lets it be, or chosen."""
+        generated = [getattr(task, "scoring", GENERATION) == GENERATION for task in self.tasks if task.role in roles]
+        return [(self.question + (p.max_new_tokens if each else OPTIONS), each) for each in generated]
+
+    def _reading(self, answers: float, p: Any, roles: tuple[str, ...] = ROLES) -> tuple[float, float]:
+        """Operations of ``answers``, shared out evenly over the tasks of these roles: of all, and of the generated ones."""
+        lengths = self._lengths(p, roles)
+        each = [(self.size.forward(answers / len(lengths) * length, length / 2), drawn) for length, drawn in lengths]
+        return sum(done for done, _ in each), sum(done for done, drawn in each if drawn)
+
+    def _answers(
+        self, stage: str, kind: str, answers: dict[tuple[str, ...], float], p: Any, models: int = 1, answer: int = ANSWER
+    ) -> Work:
+        """``answers`` to the questions of tasks of some roles, under as many models at once."""
+        longest = max(length for length, _ in self._lengths(p))
         fixed = LIBRARIES + models * self.number * self.size.weights
-        each = models * self.size.cache(length, self.number) + FLOAT * 2 * self.size.vocabulary
-        operations = self.size.forward(answers * length, length / 2)
-        return Work(stage, kind, operations, answer * answers, fixed, each, f"{kind}.batch_size", p.batch_size, "sample")
+        each = models * self.size.cache(longest, self.number) + FLOAT * 2 * self.size.vocabulary
+        operations, sampled = map(sum, zip(*(self._reading(count, p, roles) for roles, count in answers.items()), strict=True))
+        return Work(
+            stage, kind, operations, answer * sum(answers.values()), fixed, each, f"{kind}.batch_size", p.batch_size, "forward",
+            sampled,
+        )  # fmt: skip
 
     def _activations(self, model: str) -> Work:
         p, size = self.study.activations, self.size
@@ -290,20 +312,23 @@ class _Plan:
 
     def _about_the_set(self) -> Iterator[Work]:
         study, size, split = self.study, self.size, self.study.prepare.samples
-        find = sum(task.role in ("train", "find") for task in self.tasks)
-        asked = find * split.find * 2 * len(study.localize.fits)
-        length = self.question + study.evaluate.max_new_tokens
-        held, operations = LIBRARIES + 2 * self.number * size.weights, size.forward(asked * length, length / 2)
+        roles = ("train", "find")
+        find = sum(task.role in roles for task in self.tasks)
+        operations, _ = self._reading(find * split.find * 2 * len(study.localize.fits), study.evaluate, roles)
+        held = LIBRARIES + 2 * self.number * size.weights
         yield Work("localize", "localize", operations, 2e6, held, way="forward")
         seams = 2 * (study.stitch.depths + 1)
-        yield self._answers("stitch", "stitch", seams * study.stitch.questions * len(self.tasks), study.stitch, models=2)
-        read = study.describe.corpus_tokens + 2 * length * len(self.tasks) * (study.describe.samples + study.describe.shaded)
+        yield self._answers(
+            "stitch", "stitch", {ROLES: seams * study.stitch.questions * len(self.tasks)}, study.stitch, models=2
+        )
+        lengths = [length for length, _ in self._lengths(study.evaluate)]
+        read = study.describe.corpus_tokens + 2 * sum(lengths) * (study.describe.samples + study.describe.shaded)
         held = LIBRARIES + 2 * (self.number * size.weights + FLOAT * read * size.d_model)
-        yield Work("describe", "describe", 4 * size.forward(read, length / 2), 5e6, held, way="forward")
+        yield Work("describe", "describe", 4 * size.forward(read, max(lengths) / 2), 5e6, held, way="forward")
         for side in SIDES:
             yield self._answers(f"intervene {side}", "intervene", self._edited(side), study.intervene, models=2, answer=EDITED)
 
-    def _edited(self, side: str) -> float:
+    def _edited(self, side: str) -> dict[tuple[str, ...], float]:
         """Answers under edits: a search on the tune split, and every purpose of ``side`` on the report split."""
         study, p = self.study, self.study.intervene
         find = sum(task.role == "find" for task in self.tasks)
@@ -313,4 +338,4 @@ class _Plan:
         measured = draws * p.draw_questions + (others + 3) * study.prepare.samples.report
         fewer = 2 * p.other_draws * p.draw_questions + (others + 3) * study.prepare.samples.report
         asked = [purpose for purpose in purposes(study.roles, study.repeats(study.roles.tuned)) if purpose.side == side]
-        return search + len(self.tasks) * (measured + (len(asked) - 1) * fewer)
+        return {("find",): search, ROLES: len(self.tasks) * (measured + (len(asked) - 1) * fewer)}

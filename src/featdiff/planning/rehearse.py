@@ -1,0 +1,145 @@
+"""The whole graph of a profile that is too large for this machine, small: ``python -m featdiff.planning.rehearse <profile>``.
+
+A clone of this repository gets the profile with the numbers of conf/rehearsal.yaml, a model of the profile's architecture with
+random weights (featdiff.planning.stand_ins), questions and texts in the columns that the profile reads, and runs to its report.
+What it shows means nothing; that it ends shows that nothing in the profile stops it. All is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.documents import markdown
+from featdiff.config.data import SuiteTask
+from featdiff.config.params import Study
+from featdiff.config.parse import parse
+from featdiff.config.profiles import render_profile
+from featdiff.config.reading import PARAMS, ConfigError, parse_yaml, read_yaml
+from featdiff.config.values import Params
+from featdiff.pipeline.studies import clone, shell
+from featdiff.planning import stand_ins
+from featdiff.planning.plan import configuration, kept_of
+from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware
+from featdiff.processes.signals import EXIT_STOPPED, say
+from featdiff.tasks.external import SUITE
+from featdiff.tracking.record import finished
+
+RULE, PLACE = Path("conf/rehearsal.yaml"), Path(".featdiff/rehearsals")
+SPARE = 2.5
+"""Rows written for each one that is asked for: some are left out as too long, or belong to another split."""
+OPEN = [
+    ["whether it fits", "make plan PROFILE=… GPUS=…, which is reckoned and not measured"],
+    ["pace", "share of the peak reached; sampling by an inference engine"],
+    ["numerics of the GPU", "bfloat16 kernels, attention kernels, NCCL in place of gloo"],
+    ["weights, tokenizer, questions and texts themselves", "stand-ins of the same form were used"],
+    ["any finding", "the weights are random"],
+]
+"""What a rehearsal leaves open, and what would show it."""
+
+
+class Rule(Params):
+    """conf/rehearsal.yaml."""
+
+    accelerate: str
+    model: dict[str, int]
+    vocabulary: int
+    params: dict[str, Any]
+
+
+def rehearsal(profile: str, rule: Rule) -> tuple[Study, dict[str, Any]]:
+    """The small study of ``profile``, and its params with stand-ins in place of what is not on this machine."""
+    text = render_profile(profile, over=rule.params)
+    params = parse_yaml(text, f"profile {profile}")
+    prepare = params["prepare"]
+    for name, task in prepare["tasks"].items():
+        if str(task.get("path", "")).startswith("hub:"):
+            task["path"] = f"stand_ins/{name}.jsonl"
+    if prepare["corpus"]["general"].startswith("hub:"):
+        prepare["corpus"]["general"] = "stand_ins/general.jsonl"
+    prepare["suites"] = "stand_ins"
+    params["base"]["source"] = "stand_ins/model"
+    return parse(Study, params, f"profile {profile}"), params
+
+
+def _file(path: str) -> Path:
+    found = SUITE.fullmatch(path)
+    return Path("stand_ins", *found.group("kind", "name"), f"{found['split']}.jsonl") if found else Path(path)
+
+
+def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Files that the small study reads, and what stands in for their rows."""
+    prepare = study.prepare
+    asked = sum(prepare.samples.model_dump().values())
+    for task in prepare.tasks.values():
+        if isinstance(task, SuiteTask):
+            count = asked + (prepare.train_problems + prepare.corpus.texts) * (task.role in prepare.trained_on)
+            yield _file(task.path), list(stand_ins.questions(task, int(SPARE * count)))
+    yield _file(prepare.corpus.general), list(stand_ins.texts(int(SPARE * prepare.corpus.texts)))
+
+
+def furnish(folder: Path, profile: str, rule: Rule) -> Study:
+    """Put params, model, questions and texts of the small study into ``folder``."""
+    source = parse(Study, parse_yaml(render_profile(profile), profile), profile).base.source
+    study, params = rehearsal(profile, rule)
+    shutil.rmtree(folder / "stand_ins", ignore_errors=True)
+    written = list(rows(study))
+    for path, found in written:
+        stand_ins.write_rows(found, folder / path)
+    said = [" ".join(map(str, row.values())) for row in chain.from_iterable(found for _, found in written)]
+    like = kept_of(source)
+    stand_ins.model_like(like, rule.model, rule.vocabulary, said, study.base.dtype, folder / "stand_ins/model")
+    from ruamel.yaml import YAML
+
+    with (folder / PARAMS).open("w", encoding="utf-8") as stream:
+        YAML().dump(params, stream)
+    return study
+
+
+def table(study: Study) -> str:
+    """What the records of the rehearsal say was run, beside what it leaves open."""
+    done, hardware = {each["label"] for each in finished(study.profile)}, Hardware.chosen()
+    run = [
+        ["graph", f"{len(done)} stages, to the report"],
+        ["architecture", f"{configuration(Path(study.base.source)).model_type}, {study.base.dtype}, narrow and shallow"],
+        ["processes of a stage", str(hardware.ranks if hardware else 1)],
+    ]
+    return "\n\n".join([markdown(["rehearsed", "how"], run), markdown(["open", "what shows it"], OPEN)])
+
+
+def main(words: list[str]) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="featdiff.planning.rehearse", description="run a large profile small, to its report")
+    parser.add_argument("profile", help="of conf/profiles, with a base of the hub whose configuration is in conf/models")
+    asked = parser.parse_args(words)
+    folder = PLACE / asked.profile
+    try:
+        rule = parse(Rule, read_yaml(RULE), str(RULE))
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        clone(folder, commit)
+        study = furnish(folder, asked.profile, rule)
+        hardware = {"ACCELERATE_CONFIG": os.environ.get("ACCELERATE_CONFIG", rule.accelerate)}
+        say(f"{asked.profile}: small, in {folder}, on {hardware['ACCELERATE_CONFIG']}")
+        shell(folder, sys.executable, "-m", "featdiff.pipeline.repro", environment=hardware)
+        os.chdir(folder)
+        print(table(study))
+        say(f"report: {folder / 'report/index.html'}")
+    except (ConfigError, ContractError) as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        say("stopped; what was computed is kept: say it again")
+        return EXIT_STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
