@@ -276,9 +276,26 @@ def test_every_profile_renders_and_parses(name: str) -> None:
     study = parse(Study, yaml.safe_load(text), name)
     assert study.profile == name
     overrides = yaml.safe_load(Path(f"conf/profiles/{name}.yaml").read_text(encoding="utf-8"))
-    assert flatten(study.model_dump()).keys() >= {key for key in flatten(overrides) if "!" not in key}
+    assert flatten(study.model_dump()).keys() >= {key for key in flatten(overrides) if "!" not in key and key != "extends"}
     if name != "organism":
         assert text.count("#") >= 10  # the comments of the default survive
+
+
+def test_a_profile_that_extends_another_differs_from_it_in_what_it_says() -> None:
+    Path("conf/profiles/mine.yaml").write_text("extends: nano\nseed: 7\nsft: {lr: 0.25}\n")
+    of_nano, mine = (flatten(yaml.safe_load(render_profile(name))) for name in ("nano", "mine"))
+    assert {key for key in mine if of_nano.get(key) != mine[key]} == {"profile", "seed", "sft.lr"}
+    assert of_nano.keys() == mine.keys()
+    over = flatten(yaml.safe_load(render_profile("mine", over={"sft": {"lr": 0.5}})))
+    assert {key for key in over if over[key] != mine[key]} == {"sft.lr"}
+
+
+@pytest.mark.parametrize("further", ["mine", "second", "organism", "nowhere", "../profiles/nano", "[nano]"])
+def test_a_profile_extends_one_that_extends_none(further: str) -> None:
+    Path("conf/profiles/second.yaml").write_text("extends: nano\n")
+    Path("conf/profiles/mine.yaml").write_text(f"extends: {further}\n")
+    with pytest.raises(ConfigError, match=r"conf/profiles/mine.yaml: extends: .*no profile that extends none"):
+        render_profile("mine")
 
 
 def test_the_file_in_force_is_the_rendering_of_its_profile() -> None:
