@@ -36,8 +36,11 @@ LETTERS = {"question": "stem", "options": "choices", "answer": "key"}
 def source(
     path: Path | str, columns: dict[str, str] | None = None, *, adapter: str = "columns", role: str = "find",
     scoring: str = "option_text_norm", max_chars: int = 10_000, chat: bool = True, seed: int = 0, suites: str = "hub",
+    prompt: str = "own",
 ) -> SuiteSource:  # fmt: skip
-    task = SuiteTask(source="suite", role=role, adapter=adapter, path=str(path), scoring=scoring, columns=columns)
+    task = SuiteTask(
+        source="suite", role=role, adapter=adapter, path=str(path), scoring=scoring, prompt=prompt, columns=columns
+    )
     return SuiteSource("name", task, chat=chat, grading="strict", max_chars=max_chars, seed=seed, suites=suites)
 
 
@@ -248,7 +251,7 @@ def test_a_suite_is_read_from_the_folder_that_holds_it(tmp_path: Path) -> None:
     assert located(pinned, str(tmp_path)) == pinned
     with pytest.raises(ContractError, match=r"suite:qa/\.\./test: path: expected suite:<kind>/<name>/<split>"):
         located("suite:qa/../test", str(tmp_path))
-    with pytest.raises(ContractError, match=r"suite: expected one of arc_challenge, .*found letters"):
+    with pytest.raises(ContractError, match=r"suite: expected one of aime24, .*found letters"):
         located("suite:qa/letters/test", "hub")
 
 
@@ -266,7 +269,7 @@ def test_every_adapter_of_the_params_exists() -> None:
     assert set(allowed) == {*ADAPTERS, "columns"}
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", FILES)
 def test_real_suites(adapter: str) -> None:
     path = SHARED / FILES[adapter]
     if not path.is_file():
