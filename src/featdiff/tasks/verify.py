@@ -146,10 +146,10 @@ def _symbolic(sample: Sample, text: str) -> tuple[Reading, Reading]:
         return UNREAD if verdict == NO_EXPRESSION else _reading(text, found, lambda _: verdict == RIGHT)
 
     named = named_expressions(text) or []
-    said = {(judge(reference, found.answer, sample.prompt), found.answer) for found in named}
+    said = [judge(reference, answer, sample.prompt) for answer in {found.answer for found in named}]
     # Marks that are all right name one value, however it is written; others must name it in the same words.
-    agree = len(said) == 1 or (said and all(verdict == RIGHT for verdict, _ in said))
-    strict = reading(named[-1], next(iter(said))[0]) if agree else UNREAD
+    agree = len(said) == 1 or (named and set(said) == {RIGHT})
+    strict = reading(named[-1], said[0]) if agree else UNREAD
     last = last_phrase(text) if is_words(reference) else last_expression(text, reference)
     for found in (last, last_number(text)):
         if found and (verdict := judge(reference, found.answer, sample.prompt)) != NO_EXPRESSION:
