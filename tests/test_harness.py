@@ -71,10 +71,10 @@ def ours(sample: Sample, rule: str) -> list[tuple[str, str]]:
     return [(sample.prompt, f" {option}") for option in sample.options]
 
 
-def suite(adapter: str, rule: str) -> SuiteSource:
-    path = str(SHARED / f"{FILES[adapter][0]}.jsonl")
+def suite(adapter: str, rule: str, path: Path | None = None) -> SuiteSource:
+    path = path or SHARED / f"{FILES[adapter][0]}.jsonl"
     task = SuiteTask(
-        source="suite", role="find", adapter=adapter, path=path, scoring=rule, prompt="harness", columns=None
+        source="suite", role="find", adapter=adapter, path=str(path), scoring=rule, prompt="harness", columns=None
     )  # fmt: skip
     return SuiteSource(adapter, task, chat=False, grading="strict", max_chars=10**6, seed=0, suites="hub")
 
@@ -116,16 +116,17 @@ def smollm2() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("adapter", FILES)
-def test_likelihoods_and_verdicts_are_the_harnesses(adapter: str, smollm2: tuple[Any, Any]) -> None:
+def test_likelihoods_and_verdicts_are_the_harnesses(adapter: str, smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from featdiff.language.decode import score_options
 
     (model, tokenizer), rules = smollm2, HARNESS_SCORING[adapter]
-    source = suite(adapter, rules[0])
+    rows = docs(adapter)[: 2 * QUESTIONS]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = suite(adapter, rules[0], tmp_path / "some.jsonl")
     samples = source.eval_samples({"find": QUESTIONS, "tune": 0, "report": 0}, np.random.default_rng(0))
-    rows = docs(adapter)
     task = task_of(adapter, rows)
     by_context = {theirs(task, row)[0][0]: row for row in rows}
     judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
