@@ -309,11 +309,14 @@ def test_the_right_option_of_known_questions(adapter: str, question: str, right:
 
 HARNESS_ROWS = {
     "openbookqa": {
-        "question_stem": "Fog is found around", "choices": {"text": ["a marsh", "a desert"], "label": ["A", "B"]}, "answerKey": "B"
+        "question_stem": "Fog is found around", "choices": {"text": ["a marsh", "a desert"], "label": [*"AB"]}, "answerKey": "B"
     },
     "arc_challenge": {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"},
     "commonsense_qa": {"question": " Where? ", "choices": {"text": ["in", "out"], "label": ["A", "B"]}, "answerKey": "B"},
-    "sciq": {"question": "Who?", "support": " Long ago.", "correct_answer": "d", **{f"distractor{i + 1}": "abc"[i] for i in range(3)}},
+    "sciq": {
+        "question": "Who?", "support": " Long ago.",
+        "distractor1": "a", "distractor2": "b", "distractor3": "c", "correct_answer": "d",
+    },
     "head_qa": {"qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}]},
     "logiqa": {"context": "All is well.", "query": "So?", "options": ["x", "y", "z"], "correct_option": 2},
     "piqa": {"goal": "Do it", "sol1": "so ", "sol2": "otherwise", "label": 0},
