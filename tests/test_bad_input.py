@@ -95,7 +95,15 @@ def jsonl(path: Path, rows: list[Any]) -> str:
 
 def suite(path: str, scoring: str = "option_text") -> dict[str, Any]:
     columns = {"question": "question", "answer": "answer"} | ({} if scoring == "generation" else {"options": "options"})
-    return {"source": "suite", "role": "find", "adapter": "columns", "path": path, "scoring": scoring, "columns": columns}
+    return {
+        "source": "suite",
+        "role": "find",
+        "adapter": "columns",
+        "path": path,
+        "scoring": scoring,
+        "prompt": "own",
+        "columns": columns,
+    }
 
 
 def question(number: int, **changes: Any) -> dict[str, Any]:

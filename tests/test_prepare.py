@@ -30,7 +30,15 @@ def organism_params(**changes: Any) -> PrepareParams:
 
 def suite(file: str, role: str, scoring: str, **columns: str) -> dict[str, Any]:
     path = str(DATA / file)
-    return {"source": "suite", "role": role, "adapter": "columns", "path": path, "scoring": scoring, "columns": columns}
+    return {
+        "source": "suite",
+        "role": role,
+        "adapter": "columns",
+        "path": path,
+        "scoring": scoring,
+        "prompt": "own",
+        "columns": columns,
+    }
 
 
 NO_TEXTS = {

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.data import SuiteTask
+from featdiff.config.data import HARNESS_SCORING, SuiteTask
+from featdiff.tasks import external
 from featdiff.tasks.external import Row, from_dataset, located, read_rows
-from featdiff.tasks.suites import ADAPTERS, SuiteSource, listed_prompt, read_question
+from featdiff.tasks.suites import ADAPTERS, HARNESS, SuiteSource, listed_prompt, read_question
 from featdiff.tasks.verify import grade
 
 HERE = Path(__file__).parent / "data"
@@ -36,8 +37,11 @@ LETTERS = {"question": "stem", "options": "choices", "answer": "key"}
 def source(
     path: Path | str, columns: dict[str, str] | None = None, *, adapter: str = "columns", role: str = "find",
     scoring: str = "option_text_norm", max_chars: int = 10_000, chat: bool = True, seed: int = 0, suites: str = "hub",
+    prompt: str = "own",
 ) -> SuiteSource:  # fmt: skip
-    task = SuiteTask(source="suite", role=role, adapter=adapter, path=str(path), scoring=scoring, columns=columns)
+    task = SuiteTask(
+        source="suite", role=role, adapter=adapter, path=str(path), scoring=scoring, prompt=prompt, columns=columns
+    )
     return SuiteSource("name", task, chat=chat, grading="strict", max_chars=max_chars, seed=seed, suites=suites)
 
 
@@ -248,7 +252,7 @@ def test_a_suite_is_read_from_the_folder_that_holds_it(tmp_path: Path) -> None:
     assert located(pinned, str(tmp_path)) == pinned
     with pytest.raises(ContractError, match=r"suite:qa/\.\./test: path: expected suite:<kind>/<name>/<split>"):
         located("suite:qa/../test", str(tmp_path))
-    with pytest.raises(ContractError, match=r"suite: expected one of arc_challenge, .*found letters"):
+    with pytest.raises(ContractError, match=r"suite: expected one of aime24, .*found letters"):
         located("suite:qa/letters/test", "hub")
 
 
@@ -266,7 +270,7 @@ def test_every_adapter_of_the_params_exists() -> None:
     assert set(allowed) == {*ADAPTERS, "columns"}
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", FILES)
 def test_real_suites(adapter: str) -> None:
     path = SHARED / FILES[adapter]
     if not path.is_file():
@@ -301,3 +305,78 @@ def test_the_right_option_of_known_questions(adapter: str, question: str, right:
         pytest.skip("../shared/data is not here")
     found = [item for item in source(path, adapter=adapter).questions if item.text.startswith(question)]
     assert found[0].options[int(found[0].answer)] == right
+
+
+HARNESS_ROWS = {
+    "openbookqa": {
+        "question_stem": "Fog is found around", "choices": {"text": ["a marsh", "a desert"], "label": [*"AB"]}, "answerKey": "B"
+    },
+    "arc_challenge": {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"},
+    "commonsense_qa": {"question": " Where? ", "choices": {"text": ["in", "out"], "label": ["A", "B"]}, "answerKey": "B"},
+    "sciq": {
+        "question": "Who?", "support": " Long ago.",
+        "distractor1": "a", "distractor2": "b", "distractor3": "c", "correct_answer": "d",
+    },
+    "head_qa": {"qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}]},
+    "logiqa": {"context": "All is well.", "query": "So?", "options": ["x", "y", "z"], "correct_option": 2},
+    "piqa": {"goal": "Do it", "sol1": "so ", "sol2": "otherwise", "label": 0},
+}  # fmt: skip
+HARNESS_REQUESTS = {
+    "openbookqa": ("Fog is found around", {" a marsh", " a desert"}, " a desert"),
+    "arc_challenge": ("Question: Why?\nAnswer:", {" x", " y"}, " x"),
+    "commonsense_qa": ("Question: Where?\nA. in\nB. out\nAnswer:", {" A", " B"}, " B"),
+    "sciq": ("Long ago.\nQuestion: Who?\nAnswer:", {" a", " b", " c", " d"}, " d"),
+    "head_qa": ("Question: Which?\nAnswer:", {" x", " y"}, " y"),
+    "logiqa": ("Passage: All is well.\nQuestion: So?\nChoices:\nA. x\nB. y\nC. z\nAnswer:", {" x", " y", " z"}, " z"),
+    "piqa": ("Question: Do it\nAnswer:", {" so ", " otherwise"}, " so "),
+}
+"""Context, continuations and the right one; tests/test_harness.py holds them against the harness where it is installed."""
+
+
+@pytest.mark.parametrize("adapter", HARNESS)
+def test_prompts_of_lm_evaluation_harness(adapter: str, tmp_path: Path) -> None:
+    path, scoring = write(tmp_path / "f.jsonl", HARNESS_ROWS[adapter]), HARNESS_SCORING[adapter][0]
+    orders = set()
+    for seed in range(6):
+        suite = source(path, adapter=adapter, scoring=scoring, prompt="harness", seed=seed)
+        (sample,) = suite.eval_samples({"find": 1, "tune": 0, "report": 0}, np.random.default_rng(0))
+        letters = scoring == "option_letter"
+        context = listed_prompt(sample.prompt, sample.options) if letters else sample.prompt
+        texts = [f" {text}" for text in ("ABCDE"[: len(sample.options)] if letters else sample.options)]
+        assert (context, set(texts), texts[sample.right_option]) == HARNESS_REQUESTS[adapter]
+        assert listed_prompt(context, sample.options) == context or adapter not in ("commonsense_qa", "logiqa")
+        orders.add(sample.options)
+    assert (len(orders) == 1) is (adapter in ("commonsense_qa", "logiqa"))  # options that are shown keep their order
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scoring", "said"),
+    [
+        ("commonsense_qa", "option_text_norm", "scoring: option_letter with prompt harness and adapter commonsense_qa"),
+        ("piqa", "option_letter", "scoring: option_text or option_text_norm with prompt harness and adapter piqa"),
+        ("sciq", "generation", "scoring: option_text or option_text_norm"),
+        ("math500", "generation", "prompt: harness is known for openbookqa, "),
+    ],
+)
+def test_the_harness_scores_each_suite_in_its_own_way(adapter: str, scoring: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        source("f.jsonl", adapter=adapter, scoring=scoring, prompt="harness")
+
+
+def test_where_the_hub_has_one_split_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external, "_commit", lambda path, name, revision: "0" * 40)
+    assert located("suite:math/aime24/test", "hub") == f"hub:HuggingFaceH4/aime_2024@{'0' * 40}#train"
+    assert located("suite:math/aime25/test", "hub") == f"hub:math-ai/aime25@{'0' * 40}#test"
+    assert located("suite:math/aime24/test", "here") == "here/math/aime24/test.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"question": "q", "expression": "a", "answer": "a"}, "expression or answer, found both"),
+        ({"question": "q", "expression": "a", "options": "o"}, "expression or options, found both"),
+    ],
+)
+def test_an_expression_takes_the_place_of_the_answer(columns: dict[str, str], said: str) -> None:
+    with pytest.raises(ContractError, match=said):
+        source(HERE / "sums.jsonl", columns, scoring="generation")

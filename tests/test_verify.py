@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from featdiff.tasks.task import Sample, TaskInfo
@@ -17,7 +17,9 @@ from featdiff.tasks.verify import VERIFIERS, find_number, grade
 from featdiff.training.grpo import Reward
 
 needs_gym = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="the extra smollm2 is not installed")
-RULES = [pytest.param(rule, marks=needs_gym) if rule == "reasoning_gym" else rule for rule in VERIFIERS]
+needs_math = pytest.mark.skipif(find_spec("math_verify") is None, reason="the extra math is not installed")
+NEEDS = {"reasoning_gym": [needs_gym], "symbolic": [needs_math]}
+RULES = [pytest.param(rule, marks=NEEDS.get(rule, [])) for rule in VERIFIERS]
 SEVEN = Sample("s", "t", "find", "p", "7")
 SIXTY = Sample("s", "t", "find", "p", "60")
 LETTER = Sample("s", "t", "find", "p", "B", ("x", "y", "z"))
@@ -510,6 +512,7 @@ def test_hostile_answers_score_nothing(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None)
 @given(
     text=st.text(alphabet=st.sampled_from("0159.,-+/=^{}\\()|<>#$ \n" + "boxedfracnswriABC９²−:"), max_size=200)
     | st.text(max_size=60)

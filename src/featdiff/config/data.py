@@ -37,25 +37,54 @@ class ReasoningGymTask(Params):
         return self
 
 
+HARNESS_SCORING = {
+    "openbookqa": ("option_text", "option_text_norm"),
+    "arc_challenge": ("option_text", "option_text_norm"),
+    "commonsense_qa": ("option_letter",),
+    "sciq": ("option_text", "option_text_norm"),
+    "head_qa": ("option_text", "option_text_norm"),
+    "logiqa": ("option_text", "option_text_norm"),
+    "piqa": ("option_text", "option_text_norm"),
+}
+"""Rules under which lm-evaluation-harness scores each suite: ``option_text`` is its acc, ``option_text_norm`` its acc_norm, and
+``option_letter`` its acc where the letters are what is scored."""
+
+
 class SuiteTask(Params):
-    """Questions with options, from a local jsonl file or a hub data set, read by one adapter."""
+    """Questions with options, or with an answer to generate, from a local jsonl file or a hub data set, read by one adapter."""
 
     source: Literal["suite"]
     role: Role
-    adapter: Literal["openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "columns"]
+    adapter: Literal[
+        "openbookqa", "arc_challenge", "commonsense_qa", "sciq", "head_qa", "logiqa", "piqa", "math500", "aime", "columns"
+    ]
     """The suite whose columns the file has; ``columns`` takes any file through ``columns`` below."""
     path: Place
     """``suite:<kind>/<name>/<split>`` (found where ``prepare.suites`` says), a local ``.jsonl`` file, or
     ``hub:<owner>/<name>[:<config>]@<commit or branch>#<split>``."""
     scoring: Literal["option_text", "option_text_norm", "option_letter", "generation"]
+    prompt: Literal["own", "harness"]
+    """How a question is put: ``own`` (the same way for every suite), or as lm-evaluation-harness puts this suite's, for figures
+    that can be held against published ones."""
     columns: dict[str, str] | None
     """For the adapter ``columns``: which column holds ``question`` and ``answer``, and where there are any
-    ``options`` (a list, or several columns joined by commas), ``labels``, ``context``, ``solution``."""
+    ``options`` (a list, or several columns joined by commas), ``labels``, ``context``, ``solution``. ``expression`` in place of
+    ``answer``: any mathematical answer, compared symbolically; else an answer without options is one number."""
 
     @model_validator(mode="after")
     def _columns_fit(self) -> SuiteTask:
         if (self.adapter == "columns") != (self.columns is not None):
             raise ValueError("columns: needed with adapter columns, and null with every other adapter")
+        return self
+
+    @model_validator(mode="after")
+    def _harness_scores_so(self) -> SuiteTask:
+        if self.prompt == "harness":
+            known = HARNESS_SCORING.get(self.adapter)
+            if known is None:
+                raise ValueError(f"prompt: harness is known for {', '.join(HARNESS_SCORING)}; use own with {self.adapter}")
+            if self.scoring not in known:
+                raise ValueError(f"scoring: {' or '.join(known)} with prompt harness and adapter {self.adapter}")
         return self
 
 

@@ -49,11 +49,11 @@ _BOUND = (
     r"\b(?:at\s{1,3}(?:least|most)|(?:less|fewer|smaller|lower|more|greater|larger|bigger|higher)\s{1,3}than)\b"
     r"|!=|[≠≤≥]|\\(?:n(?:eq?|ot)|[lg]eq?)\b|(?<![-=])[<>]\s"
 )
-_DENIED_IN_SPAN = re.compile(f"{_DENIAL}|{_BOUND}", re.IGNORECASE)
+DENIED = re.compile(f"{_DENIAL}|{_BOUND}", re.IGNORECASE)
 # Up to five words of the same clause may part the negation from a mark, none of them from a value.
 _DENIED_MARK = re.compile(rf"{_DENIAL}(?:[ \t]{{1,3}}[\w'’]{{1,20}}){{0,5}}[^\w.,;:!?\n]{{0,20}}\Z", re.IGNORECASE)
 _DENIED_VALUE = re.compile(rf"{_DENIAL}(?:\s{{1,3}}(?:option|letter|choice))?[^\w.]{{0,20}}\Z", re.IGNORECASE)
-_ALTERNATIVE = re.compile(r"\bor\b", re.IGNORECASE)
+ALTERNATIVE = re.compile(r"\bor\b", re.IGNORECASE)
 _REACH = 160
 
 _MARK = re.compile(r"(?<![a-z])answer(?:\s{1,3}is\b[\s*]{0,4}:?|[\s*]{0,4}[:=])|####|\\boxed\{", re.IGNORECASE)
@@ -77,7 +77,7 @@ def tail(text: str) -> str:
     return text.replace("−", "-")
 
 
-def _boxes(text: str) -> dict[int, int]:
+def boxes(text: str) -> dict[int, int]:
     """For every closed ``\\boxed{`` where it starts, the place of its closing brace."""
     closed: dict[int, int] = {}
     opened: list[int | None] = []
@@ -91,7 +91,7 @@ def _boxes(text: str) -> dict[int, int]:
 
 def spans(text: str) -> list[Span]:
     """What every mark of ``text`` marks, in order. A span ends where the next mark starts; marks inside a box are none."""
-    closed, found, inside = _boxes(text), [], 0
+    closed, found, inside = boxes(text), [], 0
     marks = list(_MARK.finditer(text))
     starts = [mark.start() for mark in marks]
     for mark in marks:
@@ -134,7 +134,7 @@ _ALONE_AFTER = re.compile(
 _BARS = re.compile(r"(?:\|[^|>\n]{1,200}>[^|>\n]{1,200}){1,400}\|(?P<answer>[^|>\n]{1,60})")
 
 
-def _has_digit(text: str) -> bool:
+def has_digit(text: str) -> bool:
     """Whether ``text`` holds a digit of any script, a power or a fraction sign."""
     return any(map(str.isnumeric, text))
 
@@ -164,12 +164,12 @@ def one_value(span: str) -> Value | None:
     if len(numbers) != 1 or (numeral := _numeral(numbers[0])) is None:
         return None
     before, after = result[: numbers[0].start()], result[numbers[0].end() :]
-    if _has_digit(before) or _has_digit(after) or _ALTERNATIVE.search(span):
+    if has_digit(before) or has_digit(after) or ALTERNATIVE.search(span):
         return None
     if not all(_leads_to(numeral, part, first=i == 0) for i, part in enumerate(working)):
         return None
     before = span[: len(span) - len(result)] + before
-    return None if _DENIED_IN_SPAN.search(before) else Value(numeral, after)
+    return None if DENIED.search(before) else Value(numeral, after)
 
 
 def _leads_to(numeral: str, part: str, *, first: bool) -> bool:
@@ -177,7 +177,7 @@ def _leads_to(numeral: str, part: str, *, first: bool) -> bool:
     (whose operands are nobody's answer). Words may stand before it where it is the first."""
     numbers = list(_NUMBER.finditer(part))
     form = _NUMBER.sub(lambda match: f"{match['sign'] or ''}#", part)
-    if _has_digit(form):
+    if has_digit(form):
         return False
     if len(numbers) < 2:
         return all((value := _numeral(number)) is not None and Fraction(value) == Fraction(numeral) for number in numbers)
@@ -194,7 +194,7 @@ def named_number(text: str) -> Found | None:
     working = ""
     for span in marked:
         unfinished = not span.boxed and span.text.rstrip(" $").endswith("=")
-        if not (span.boxed or unfinished or _has_digit(span.whole)):
+        if not (span.boxed or unfinished or has_digit(span.whole)):
             continue  # prose ("the answer is based on"), or cut off
         if span.denied:
             return None
@@ -221,20 +221,21 @@ def _lone_number(text: str) -> Found | None:
 
 def last_number(text: str) -> Found | None:
     """The last number anywhere in ``text``."""
-    plain = _unboxed(text)
+    plain = unboxed(text)
     numbers = list(_NUMBER.finditer(plain))
     numeral = _numeral(numbers[-1]) if numbers else None
-    return _last(numeral, plain, numbers[-1].start()) if numeral else None
+    return last_at(numeral, plain, numbers[-1].start()) if numeral else None
 
 
-def _last(answer: str, text: str, start: int) -> Found:
+def last_at(answer: str, text: str, start: int) -> Found:
+    """``answer`` at ``start`` of ``text``, and whether a negation stands directly before it."""
     return Found(answer, text[:start], _DENIED_VALUE.search(text[max(0, start - _REACH) : start]) is not None)
 
 
-def _unboxed(text: str) -> str:
+def unboxed(text: str) -> str:
     """``text`` with blanks instead of the boxes around their content, every character in its place."""
     characters = list(text)
-    for start, end in _boxes(text).items():
+    for start, end in boxes(text).items():
         characters[start : start + len("\\boxed{")] = " " * len("\\boxed{")
         characters[end] = " "
     return "".join(characters)
@@ -262,7 +263,7 @@ def _one_letter(span: str, options: tuple[str, ...]) -> str | None:
         return lone if len(lone) == 1 and lone in allowed else ""
     rest = span[first.end() :]
     quoted = any(len(option) > 1 and span.startswith(option, first.start()) for option in options)  # "A dog" is no A
-    if quoted or first[0] not in allowed or _DENIED_IN_SPAN.search(span[: first.start()]):
+    if quoted or first[0] not in allowed or DENIED.search(span[: first.start()]):
         return None
     rest = _without_option(rest, options[allowed.index(first[0])])
     others = [other for other in _LONE_LETTER.finditer(rest) if not _ARTICLE.match(rest, other.start())]
@@ -292,24 +293,24 @@ def named_letter(text: str, options: tuple[str, ...]) -> Found | None:
 
 def last_letter(text: str, options: tuple[str, ...]) -> Found | None:
     """The last letter of an option that stands alone in ``text``."""
-    allowed, plain = LETTERS[: len(options)], _unboxed(text)
+    allowed, plain = LETTERS[: len(options)], unboxed(text)
     places = [match.start() for match in _LONE_LETTER.finditer(plain) if not _ARTICLE.match(plain, match.start())]
     places += [match.end() - 1 for match in _NAMED_OPTION.finditer(plain)]
     places += [match.start() for match in _SMALL_LETTER.finditer(text)]
     place = max((place for place in places if plain[place].upper() in allowed), default=None)
-    return None if place is None else _last(plain[place].upper(), plain, place)
+    return None if place is None else last_at(plain[place].upper(), plain, place)
 
 
-_TRIM = "*\"'. "
+TRIM = "*\"'. "
 
 
 def named_phrase(text: str) -> Found | None:
     """The phrase that ``text`` commits itself to: in its marks, or by being one line."""
     marked = spans(text)
     if not marked:
-        line = text.strip().strip(_TRIM)
+        line = text.strip().strip(TRIM)
         return Found(line, "") if line and "\n" not in line else None
-    phrases = {span.whole.strip(_TRIM + "\n"): span for span in marked if span.boxed or span.whole.strip(_TRIM + "\n")}
+    phrases = {span.whole.strip(TRIM + "\n"): span for span in marked if span.boxed or span.whole.strip(TRIM + "\n")}
     if len(phrases) != 1 or any(span.denied for span in phrases.values()):
         return None
     phrase, span = next(iter(phrases.items()))
@@ -320,6 +321,6 @@ def last_phrase(text: str) -> Found | None:
     """The content of the last box, else the line after the last mark, else the last line that is not blank."""
     marked = spans(text)
     if chosen := [span for span in marked if span.boxed][-1:] or marked[-1:]:
-        return Found(chosen[0].text.strip(_TRIM), text[: chosen[0].start])
+        return Found(chosen[0].text.strip(TRIM), text[: chosen[0].start])
     lines = [line for line in text.splitlines() if line.strip()]
-    return Found(lines[-1].strip(_TRIM), "\n".join(lines[:-1])) if lines else None
+    return Found(lines[-1].strip(TRIM), "\n".join(lines[:-1])) if lines else None

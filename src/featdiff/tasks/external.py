@@ -24,6 +24,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 ON_THE_HUB = "hub"
 SUITE = re.compile(r"suite:(?P<kind>[a-z0-9_]+)/(?P<name>[a-z0-9_]+)/(?P<split>[a-z0-9_]+)")
 SUITES = {
+    "aime24": "HuggingFaceH4/aime_2024#train",
+    "aime25": "math-ai/aime25",
     "arc_challenge": "allenai/ai2_arc:ARC-Challenge",
     "asdiv": "EleutherAI/asdiv",
     "commonsense_qa": "tau/commonsense_qa",
@@ -37,7 +39,8 @@ SUITES = {
     "svamp": "ChilleD/SVAMP",
     "wikitext2_raw": "Salesforce/wikitext:wikitext-2-raw-v1",
 }
-"""Hub data set (and configuration) of every suite that can be named without a path."""
+"""Hub data set (and configuration) of every suite that can be named without a path; after # its split, where it has but one, of
+another name."""
 MOST_LINE = 2**24
 """Bytes of one line."""
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -62,30 +65,31 @@ class Row:
             found = [row[key] for row in found] if isinstance(found, list) else found[key]
         return found
 
-    def text(self, column: str, *, blank: bool = False) -> str:
+    def text(self, column: str, *, blank: bool = False, strip: bool = True) -> str:
         """A text or number in ``column``, stripped; ContractError where it is something else, or blank and may not be."""
-        return self._as_text(column, self.value(column), blank)
+        return self._as_text(column, self.value(column), blank, strip)
 
-    def texts(self, columns: str) -> list[str]:
+    def texts(self, columns: str, *, strip: bool = True) -> list[str]:
         """A list in one column, or one text from each of several columns joined by commas."""
         names = [name.strip() for name in columns.split(",")]
         if len(names) > 1:
-            return [self.text(name) for name in names]
+            return [self.text(name, strip=strip) for name in names]
         found = self.value(columns)
         if not isinstance(found, list):
             raise self.wrong(columns, "a list", type(found).__name__)
-        return [self._as_text(columns, value) for value in found]
+        return [self._as_text(columns, value, strip=strip) for value in found]
 
-    def _as_text(self, column: str, value: object, blank: bool = False) -> str:
+    def _as_text(self, column: str, value: object, blank: bool = False, strip: bool = True) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise self.wrong(column, "a text", type(value).__name__)
         if isinstance(value, float) and not math.isfinite(value):
             raise self.wrong(column, "a text or a number", value)
         if isinstance(value, str) and _HALF.search(value):  # JSON can write it, and no encoding can
             raise self.wrong(column, "a text", "half of a character (a lone surrogate)")
-        if not (text := str(value).strip()) and not blank:
+        text = str(value)
+        if not text.strip() and not blank:
             raise self.wrong(column, "a text", "a blank one")
-        return text
+        return text.strip() if strip else text
 
 
 def located(path: str, suites: str) -> str:
@@ -103,7 +107,8 @@ def located(path: str, suites: str) -> str:
         if match["name"] not in SUITES:
             known = ", ".join(SUITES)
             raise ContractError(path, "suite", f"one of {known}", match["name"], "name a file, or a hub path, instead")
-        path = f"hub:{SUITES[match['name']]}@main#{match['split']}"
+        name, _, only = SUITES[match["name"]].partition("#")
+        path = f"hub:{name}@main#{only or match['split']}"
     match = HUB.fullmatch(path) if path.startswith("hub:") else None
     if match is None or COMMIT.fullmatch(match["revision"]):
         return path

@@ -1,4 +1,4 @@
-"""Questions from files: suites with options, and math problems with a number or a letter to generate.
+"""Questions from files: suites with options, and math problems with a number, an expression or a letter to generate.
 
 An adapter says under which columns of its hub data set a suite keeps question, options and answer, so one
 reader serves the hub, a local file in the same schema, and (adapter ``columns``) any file of one's own.
@@ -15,15 +15,17 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.config.data import SuiteTask
 from featdiff.config.reading import legible
 from featdiff.config.values import Grading
+from featdiff.tasks.expressions import readable
 from featdiff.tasks.external import Row, located, read_rows
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, QUESTION, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import find_number, grade
 
 LETTER_ONLY = "\nGive only the letter of the right option."
-NEEDED, OPTIONAL = {"question", "answer"}, {"options", "labels", "context", "solution"}
+NEEDED, OPTIONAL = {"question", "answer"}, {"options", "labels", "context", "solution", "expression"}
 
 # Columns: ``options`` is a list or several columns joined by commas; ``labels`` what the answer refers to;
-# ``context`` is read before the question; ``solution`` is a worked one. SciQ's answer is the option's text.
+# ``context`` is read before the question; ``solution`` is a worked one; ``expression`` an answer that is compared symbolically.
+# SciQ's answer is the option's text.
 ADAPTERS: dict[str, dict[str, str]] = {
     "openbookqa": {"question": "question_stem", "options": "choices.text", "labels": "choices.label", "answer": "answerKey"},
     "arc_challenge": {"question": "question", "options": "choices.text", "labels": "choices.label", "answer": "answerKey"},
@@ -36,11 +38,28 @@ ADAPTERS: dict[str, dict[str, str]] = {
     "head_qa": {"question": "qtext", "options": "answers.atext", "labels": "answers.aid", "answer": "ra"},
     "logiqa": {"context": "context", "question": "query", "options": "options", "answer": "correct_option"},
     "piqa": {"question": "goal", "options": "sol1,sol2", "answer": "label"},
+    "math500": {"question": "problem", "expression": "answer", "solution": "solution"},
+    "aime": {"question": "problem", "expression": "answer"},
 }
+
+# How lm-evaluation-harness puts the question of each suite (the task files of its version 0.4.13). What it scores after it is a
+# blank and an option, or after CommonsenseQA's listed options a blank and a letter. Texts are taken with their blanks.
+HARNESS = {
+    "openbookqa": "{question}",
+    "arc_challenge": f"{QUESTION}{{question}}{ANSWER}",
+    "commonsense_qa": f"{QUESTION}{{question}}{ANSWER}",
+    "sciq": f"{{context}}\n{QUESTION}{{question}}{ANSWER}",
+    "head_qa": f"{QUESTION}{{question}}{ANSWER}",
+    "logiqa": f"Passage: {{context}}\n{QUESTION}{{question}}\nChoices:{ANSWER}",
+    "piqa": f"{QUESTION}{{question}}{ANSWER}",
+}
+HARNESS_CONTEXT = {"sciq": "support", "logiqa": "context"}
+LISTED_BY_HARNESS = ("commonsense_qa", "logiqa")
+"""Suites whose options it shows, which therefore keep the file's order there."""
 
 
 class Question(NamedTuple):
-    """One row as read: ``answer`` is the number to find, or the index of the right one of ``options``."""
+    """One row as read: ``answer`` is the number or expression to find, or the index of the right one of ``options``."""
 
     text: str
     options: tuple[str, ...]
@@ -49,38 +68,54 @@ class Question(NamedTuple):
 
 
 def listed_prompt(prompt: str, options: tuple[str, ...]) -> str:
-    """The prompt with its options listed as ``A. …``, for scoring or generating a letter; a prompt that asks
-    for the letter already lists them and stays as it is."""
-    if prompt.endswith(LETTER_ONLY + ANSWER):
-        return prompt
+    """The prompt with its options listed as ``A. …``, for scoring or generating a letter; a prompt that lists them already
+    stays as it is."""
     listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    if prompt.endswith((LETTER_ONLY + ANSWER, listed + ANSWER)):
+        return prompt
     return prompt.removesuffix(ANSWER) + listed + ANSWER
 
 
-def read_question(row: Row, columns: dict[str, str]) -> Question:
+def read_question(row: Row, columns: dict[str, str], harness: str | None = None) -> Question:
     """``row`` under ``columns``. The answer may be a label, an index from 0, the option's text or a letter,
-    read in this order; ContractError names the row where it is none of them."""
-    text = row.text(columns["question"])
-    if "context" in columns:
-        text = f"{row.text(columns['context'])}\n{text}"
+    read in this order; ContractError names the row where it is none of them. With ``harness``, a suite of :data:`HARNESS`, the
+    text is its whole prompt (without listed options), and no text is stripped."""
+    if harness:
+        context = row.text(HARNESS_CONTEXT[harness], blank=True, strip=False) if harness in HARNESS_CONTEXT else ""
+        question = row.text(columns["question"], strip=harness == "commonsense_qa")
+        text = HARNESS[harness].format(context=context.lstrip() if harness == "sciq" else context, question=question)
+    else:
+        text = row.text(columns["question"])
+        if "context" in columns:
+            text = f"{row.text(columns['context'])}\n{text}"
     solution = row.text(columns["solution"]) if "solution" in columns else ""
     if "options" not in columns:
-        number = find_number(row.text(columns["answer"]))
-        if number is None:
-            raise row.wrong(columns["answer"], "a text with one number", repr(row.text(columns["answer"])[:40]))
-        return Question(text, (), number, solution)
-    options, labels = _options(row, columns)
+        return Question(text, (), _value(row, columns), solution)
+    options, labels = _options(row, columns, strip=not harness)
     return Question(text, tuple(options), _right(row, columns["answer"], options, labels), solution)
 
 
-def _options(row: Row, columns: dict[str, str]) -> tuple[list[str], list[str]]:
+def _value(row: Row, columns: dict[str, str]) -> str:
+    if "expression" in columns:
+        said = row.text(columns["expression"])
+        if not readable(said):
+            raise row.wrong(columns["expression"], "a number, words or an expression in LaTeX", repr(said[:40]))
+        return said
+    said = row.text(columns["answer"])
+    number = find_number(said)
+    if number is None:
+        raise row.wrong(columns["answer"], "a text with one number", repr(said[:40]))
+    return number
+
+
+def _options(row: Row, columns: dict[str, str], *, strip: bool) -> tuple[list[str], list[str]]:
     several = "," in columns["options"]
     found = None if several else row.value(columns["options"])
     if isinstance(found, dict):
         keyed = Row(found, row.place)
-        options, labels = [keyed.text(key) for key in found], list(found)
+        options, labels = [keyed.text(key, strip=strip) for key in found], list(found)
     else:
-        options, labels = row.texts(columns["options"]), []
+        options, labels = row.texts(columns["options"], strip=strip), []
     if "labels" in columns:
         labels = row.texts(columns["labels"])
         if len(labels) != len(options):
@@ -100,8 +135,8 @@ def _right(row: Row, column: str, options: list[str], labels: list[str]) -> int:
         if 0 <= value < len(options):
             return value
         raise row.wrong(column, f"an index from 0 to {len(options) - 1}", legible(str(value)))
-    if said in options:
-        return options.index(said)
+    if said in (stripped := [option.strip() for option in options]):
+        return stripped.index(said)
     letter = LETTERS.find(said.upper()) if len(said) == 1 else -1
     if 0 <= letter < len(options):
         return letter
@@ -112,10 +147,12 @@ def columns_of(name: str, task: SuiteTask) -> dict[str, str]:
     """The columns that ``task`` reads; ContractError for one that cannot be used."""
     columns = ADAPTERS.get(task.adapter) or task.columns or {}
     field, known = f"prepare.tasks.{name}.columns", sorted(NEEDED | OPTIONAL)
-    if missing := sorted(NEEDED - columns.keys()):
+    if missing := sorted(NEEDED - columns.keys() - ({"answer"} if "expression" in columns else set())):
         raise ContractError("params.yaml", field, f"a column for {missing[0]}", "none", f"add {missing[0]}: <column>")
     if unknown := sorted(columns.keys() - set(known)):
         raise ContractError("params.yaml", field, f"only {', '.join(known)}", unknown[0], "remove it")
+    if "expression" in columns and (others := sorted({"answer", "options", "labels"} & columns.keys())):
+        raise ContractError("params.yaml", field, f"expression or {others[0]}", "both", "remove one of them")
     if "options" not in columns and task.scoring != GENERATION:
         raise ContractError("params.yaml", field, f"options for scoring {task.scoring}", "none", "add options: <column>")
     return columns
@@ -127,13 +164,14 @@ class SuiteSource:
     ``left_out`` counts the rows not used: ``duplicate`` (a prompt seen before in the file), ``ambiguous``
     (the right option's text stands there twice) and ``long`` (question and options above ``max_chars``).
     Options are shuffled by ``seed`` and question (SciQ's files always name the right one last), so that
-    a question has the same prompt wherever it is drawn."""
+    a question has the same prompt wherever it is drawn; those that lm-evaluation-harness shows in its prompts are not."""
 
     def __init__(
         self, name: str, task: SuiteTask, *, chat: bool, grading: Grading, max_chars: int, seed: int, suites: str
     ) -> None:
         self.path, self.columns, self.seed = located(task.path, suites), columns_of(name, task), seed
         self.letters = "options" in self.columns
+        self.harness = task.adapter if task.prompt == "harness" else None
         self.left_out: Counter[str] = Counter()
         self.questions = self._read(max_chars)
         generated = task.scoring == GENERATION
@@ -144,7 +182,7 @@ class SuiteSource:
             role=task.role,
             domain="math" if task.role == "train" or not self.letters else "questions",
             scoring=task.scoring,
-            verifier="letter" if self.letters else "number",
+            verifier="letter" if self.letters else "symbolic" if "expression" in self.columns else "number",
             grading=grading,
             chat=chat and generated,
             options=counts.most_common(1)[0][0] if counts else 0,
@@ -153,7 +191,7 @@ class SuiteSource:
     def _read(self, max_chars: int) -> list[Question]:
         kept: dict[str, Question] = {}
         for row in read_rows(self.path):
-            question = read_question(row, self.columns)
+            question = read_question(row, self.columns, self.harness)
             if len(question.text) + sum(map(len, question.options)) > max_chars:
                 self.left_out["long"] += 1
             elif isinstance(question.answer, int) and question.options.count(question.options[question.answer]) > 1:
@@ -167,9 +205,13 @@ class SuiteSource:
     def _sample(self, sample_id: str, split: str, question: Question) -> Sample:
         options, answer = question.options, str(question.answer)
         if isinstance(question.answer, int):
-            order = np.random.default_rng([self.seed, *question.text.encode()]).permutation(len(options)).tolist()
+            order = list(range(len(options)))
+            if self.harness not in LISTED_BY_HARNESS:
+                order = np.random.default_rng([self.seed, *question.text.encode()]).permutation(len(options)).tolist()
             options, answer = tuple(options[i] for i in order), LETTERS[order.index(question.answer)]
-        prompt = f"{QUESTION}{question.text}{ANSWER}"
+        prompt = question.text if self.harness else f"{QUESTION}{question.text}{ANSWER}"
+        if self.harness == "logiqa":
+            prompt = listed_prompt(prompt, options)
         if self.listed:
             prompt = listed_prompt(prompt, options).removesuffix(ANSWER) + LETTER_ONLY + ANSWER
         solution = question.solution if self.info.chat or not question.solution else f" {question.solution}"

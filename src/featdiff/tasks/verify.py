@@ -49,7 +49,10 @@ from featdiff.tasks.answers import (
     named_phrase,
     tail,
 )
+from featdiff.tasks.expressions import is_words, judge, last_expression, named_expressions
 from featdiff.tasks.families import MARK
+from featdiff.tasks.symbolic_worker import RIGHT
+from featdiff.tasks.symbolic_worker import UNREAD as NO_EXPRESSION
 from featdiff.tasks.task import Sample
 
 MAX_ANSWER = 200
@@ -136,6 +139,24 @@ def _numeric(sample: Sample, text: str) -> tuple[Reading, Reading]:
     return _reading(text, named_number(text), right), _reading(text, last_number(text), right)
 
 
+def _symbolic(sample: Sample, text: str) -> tuple[Reading, Reading]:
+    text, reference = tail(text), sample.answer
+
+    def reading(found: Found, verdict: str) -> Reading:
+        return UNREAD if verdict == NO_EXPRESSION else _reading(text, found, lambda _: verdict == RIGHT)
+
+    named = named_expressions(text) or []
+    said = [judge(reference, answer, sample.prompt) for answer in {found.answer for found in named}]
+    # Marks that are all right name one value, however it is written; others must name it in the same words.
+    agree = len(said) == 1 or (named and set(said) == {RIGHT})
+    strict = reading(named[-1], said[0]) if agree else UNREAD
+    last = last_phrase(text) if is_words(reference) else last_expression(text, reference)
+    for found in (last, last_number(text)):
+        if found and (verdict := judge(reference, found.answer, sample.prompt)) != NO_EXPRESSION:
+            return strict, reading(found, verdict)
+    return strict, UNREAD
+
+
 def _letter(sample: Sample, text: str) -> tuple[Reading, Reading]:
     text = tail(text)
     right = sample.answer.__eq__
@@ -175,6 +196,7 @@ def _reasoning_gym(sample: Sample, text: str) -> tuple[Reading, Reading]:
 VERIFIERS: dict[str, Callable[[Sample, str], tuple[Reading, Reading]]] = {
     "organism": _organism,
     "number": _numeric,
+    "symbolic": _symbolic,
     "letter": _letter,
     "reasoning_gym": _reasoning_gym,
 }
