@@ -252,7 +252,7 @@ def test_largest_values_over_the_whole_source(tmp_path: Path, monkeypatch: pytes
     source = store_of(tmp_path, acts, ("grpo",))
     wanted = torch.stack([Reader(crosscoder, "grpo")(row[0]) for row in acts]).amax(0)
     monkeypatch.setattr(store, "READ_ROWS", 4)
-    torch.testing.assert_close(largest_values(crosscoder, source), wanted)
+    torch.testing.assert_close(largest_values(crosscoder, source, torch.device("cpu")), wanted)
 
 
 def test_only_a_transplant_and_what_is_as_long_runs_the_donor() -> None:
