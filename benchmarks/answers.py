@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from featdiff.crosscoder.edits import Change
-from featdiff.language.decode import PromptCache, batches, generate_under, left_pad
-from featdiff.language.models import block, encode_prompts, load_model, load_tokenizer, resolve_layer
+from featdiff.language.decode import batches, generate_under, left_pad
+from featdiff.language.models import block, encode_prompts, end_tokens, load_model, load_tokenizer, resolve_layer
+from featdiff.language.session import PromptCache
 from featdiff.tasks.task import first_of_each, load_samples
 from pace import case, timed
 
@@ -47,7 +48,7 @@ def ours() -> None:
         model,
         asked,
         max_new_tokens=LIMIT,
-        eos=tokenizer.eos_token_id,
+        ends=end_tokens(model, tokenizer),
         pad=tokenizer.pad_token_id,
         batch_size=BATCH,
         shared=PromptCache(),

@@ -17,7 +17,8 @@ with stage("attribution", out="analysis/attribution") as run:
     rows, scaled, read = [], [], {}
     for name, chosen in fits.items():
         folder = run.read(f"crosscoders/{name}")
-        crosscoder, statistics = Crosscoder.load(folder), load_file(folder / "features.safetensors")
+        crosscoder = Crosscoder.load(folder).to(run.device)
+        statistics = load_file(folder / "features.safetensors")
         store = ActivationStore({slot: activations[model] for slot, model in chosen.slots.items()})
         start = store.rows - read_json(folder / "metrics.json")["heldout_rows"]  # what comes before was fitted on
         stop = min(start + params.scaling_tokens, store.rows)

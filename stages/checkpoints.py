@@ -20,14 +20,14 @@ with stage("checkpoints", key=name, out=f"checkpoints/{name}") as run:
     tasks, tokenizer, scratch = load_tasks(data), load_tokenizer(base), run.scratch()
     questions = first_of_each([each for each in load_samples(data, "eval") if each.split == "report"], run.params.questions)
     prompts = first_of_each(questions, run.params.prompts)
-    divergence = Divergence(load_model(base), tokenizer, prompts, tasks, run.params, run.seed)
+    divergence = Divergence(load_model(base).to(run.device), tokenizer, prompts, tasks, run.params, run.seed)
     drawn = scratch.part("base", partial(divergence.answers, divergence.base))
     folders, samples, accuracy, distance = checkpoint_folders(folder), [], [], []
     steps = read_json(folder / "audit.json")["checkpoints"] or [None] * len(folders)  # not known of imported ones
     for number, (path, step) in enumerate(tqdm(list(zip(folders, steps, strict=True)), name, unit="checkpoint"), 1):
         share = number / len(folders) if step is None else step / steps[-1]
         where = {"arm": name, "checkpoint": number, "step": step, "share": share}
-        model = load_model(path)
+        model = load_model(path).to(run.device)
         asked = Evaluator(model, tokenizer, tasks, batch_size=run.params.batch_size, max_new_tokens=run.params.max_new_tokens)
         answers = scratch.part(f"answers {number}", partial(asked.answer, questions))
         found = scratch.part(f"divergence {number}", partial(divergence.measure, model, number, drawn))

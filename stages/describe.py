@@ -10,7 +10,6 @@ from featdiff.description.describe import EMPTY, Sources, describe, summary, wri
 from featdiff.description.probe import manner_probes
 from featdiff.language.models import load_model, load_tokenizer
 from featdiff.pipeline.stage import stage
-from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import load_samples, load_tasks, load_texts
 
 with stage("describe", out="analysis/describe") as run:
@@ -23,11 +22,11 @@ with stage("describe", out="analysis/describe") as run:
         folders = {name: run.read(f"models/{name}") for name in parts}
         answers = {name: EVAL_SAMPLES.read(run.read(f"evals/{name}", "samples.parquet")) for name in parts}
         stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in (roles.original, roles.tuned)}
-        device, tokenizer = process_state().device, load_tokenizer(folders[roles.original])
-        models = {name: load_model(folder).to(device) for name, folder in folders.items()}
-        texts, largest = load_texts(data, "corpus"), largest_values(crosscoder, stores[roles.tuned])
+        tokenizer = load_tokenizer(folders[roles.original])
+        models = {name: load_model(folder).to(run.device) for name, folder in folders.items()}
+        texts, largest = load_texts(data, "corpus"), largest_values(crosscoder, stores[roles.tuned], run.device)
         corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
-        editor = Editor(crosscoder, roles.original, layer, device, largest, donor_name=roles.tuned)
+        editor = Editor(crosscoder, roles.original, layer, run.device, largest, donor_name=roles.tuned)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
         asked = tokenizer, load_tasks(data), load_samples(data, "eval"), answers, texts, corpus
         sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)

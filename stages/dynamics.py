@@ -23,7 +23,7 @@ with stage("dynamics", key=arm, out=f"analysis/dynamics/{arm}") as run:
     series = [f"checkpoint{i + 1}" for i in range(index["checkpoints"])] + ["acts"]
     before = ActivationStore({BASE: base, arm: folder}).read(0, rows)[:, 0]
     after = {i: ActivationStore({arm: folder}, name).read(0, rows)[:, 0] for i, name in enumerate(series, start=1)}
-    crosscoder, found = Crosscoder.load(run.read(f"crosscoders/{params.fit}")), Followed([], [], [])
+    crosscoder, found = Crosscoder.load(run.read(f"crosscoders/{params.fit}")).to(run.device), Followed([], [], [])
     slot = next((name for name in run.study.repeats(arm) if name in crosscoder.models), None)
     if slot:  # an arm that the dictionary has never seen, nor a repeat of it, has no slot there
         texts = load_file(base / "tokens.safetensors")["text_id"][:rows]

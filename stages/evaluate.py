@@ -14,7 +14,7 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
     require_same_tokenizer(folder, run.read(f"models/{BASE}"))
     tasks = load_tasks(data)
     evaluator = Evaluator(
-        load_model(folder),
+        load_model(folder).to(run.device),
         load_tokenizer(folder),
         tasks,
         batch_size=run.params.batch_size,

@@ -13,7 +13,6 @@ from featdiff.intervention.purposes import SIDES, needed, purposes
 from featdiff.intervention.sensitivity import Otherwise, sensitivity
 from featdiff.intervention.study import Questions, intervene
 from featdiff.pipeline.stage import stage, stage_key
-from featdiff.processes.ranks import process_state
 
 side = stage_key("--side", __doc__, lambda _: SIDES)
 with stage("intervene", out=f"analysis/intervene/{side}", key=side) as run:
@@ -24,8 +23,8 @@ with stage("intervene", out=f"analysis/intervene/{side}", key=side) as run:
         other = found["random_dictionary"]
         sets = found["seeds"]["sets"] | ({other["fit"]: other["features"]} if other else {})
         fits = {name: run.read(f"crosscoders/{name}") for name in sets}
-        layer, device = read_json(fits[found["fit"]] / "config.json")["layer"], process_state().device
-        editors = {name: Editor.of(Crosscoder.load(fit), layer, device, store, roles) for name, fit in fits.items()}
+        layer = read_json(fits[found["fit"]] / "config.json")["layer"]
+        editors = {name: Editor.of(Crosscoder.load(fit), layer, run.device, store, roles) for name, fit in fits.items()}
         main, asked = editors.pop(found["fit"]), needed(side, purposes(roles, run.study.repeats(roles.tuned)))
         folders = {each: run.read(f"models/{each.model}") for each in asked if each.slot_in(main.crosscoder.models)}
         directions = load_file(localized / "directions.safetensors")

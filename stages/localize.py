@@ -15,11 +15,11 @@ from featdiff.tasks.task import load_samples, load_tasks
 with stage("localize", out="analysis/localize") as run:
     params, roles, data = run.params, run.study.roles, run.read("data", "tasks.json", "eval.parquet")
     fits = {name: run.read(f"crosscoders/{name}") for name in params.fits}
-    crosscoders = {name: Crosscoder.load(folder) for name, folder in fits.items()}
+    crosscoders = {name: Crosscoder.load(folder).to(run.device) for name, folder in fits.items()}
     tasks, samples = load_tasks(data), {sample.sample_id: sample for sample in load_samples(data, "eval")}
     folders = {name: run.read(f"models/{name}") for name in crosscoders[params.fit].models}
     layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders[roles.original])
-    trunks = {name: truncate(load_model(folder), layer) for name, folder in folders.items()}
+    trunks = {name: truncate(load_model(folder).to(run.device), layer) for name, folder in folders.items()}
     before, after = (EVAL_SAMPLES.read(run.read(f"evals/{name}")) for name in (roles.original, roles.tuned))
     flipped = flipped_answers(before, after, tasks, "find")
     readings, skipped = {}, {}

@@ -12,7 +12,7 @@ from featdiff.tasks.task import first_of_each, load_samples, load_tasks
 with stage("stitch", out="analysis/stitch") as run:
     data, roles = run.read("data", "tasks.json", "eval.parquet"), run.study.roles
     folders = {part: run.read(f"models/{name}") for part, name in (("original", roles.original), ("tuned", roles.tuned))}
-    models = {part: load_model(folder) for part, folder in folders.items()}
+    models = {part: load_model(folder).to(run.device) for part, folder in folders.items()}
     tasks, tokenizer, scratch = load_tasks(data), load_tokenizer(folders["original"]), run.scratch()
     questions = first_of_each([each for each in load_samples(data, "eval") if each.split == "report"], run.params.questions)
     hooked, rows = resolve_layer(models["original"], run.study.activations.layer), []

@@ -5,13 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
+from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
-from featdiff.language.decode import PromptCache, _Session, generate, generate_under, left_pad, score_options
+from featdiff.language.decode import generate, generate_under, left_pad, next_token_probabilities, score_options
 from featdiff.language.models import block
+from featdiff.language.session import PromptCache, Session, Stream
+from featdiff.processes.memory import PROMPT_CACHE, SHARE
 from tiny import random_crosscoder
 
 PROMPTS = [
@@ -109,7 +113,7 @@ def by_full_passes(model: Any, prompt: list[int], eos: int, change: Change | Non
 @pytest.fixture
 def ask(tokenizer: Any) -> Callable[..., list[list[int]]]:
     def ask(model: Any, prompts: list[list[int]] = PROMPTS, **settings: Any) -> list[list[int]]:
-        usual = {"max_new_tokens": NEW, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "batch_size": 3}
+        usual = {"max_new_tokens": NEW, "ends": [tokenizer.eos_token_id], "pad": tokenizer.pad_token_id, "batch_size": 3}
         return generate(model, prompts, **usual | settings)
 
     return ask
@@ -140,6 +144,27 @@ def test_length_limits_and_nothing_to_answer(model: Any, ask: Any) -> None:
     expected = ask(model)
     assert ask(model, max_new_tokens=3) == [answer[:3] for answer in expected]
     assert ask(model, []) == []
+
+
+def test_the_first_of_several_ends_ends_an_answer_and_is_kept_where_asked_for(
+    model: Any, ask: Any, tokenizer: Any, together: Any
+) -> None:
+    whole, eos = ask(model), tokenizer.eos_token_id
+    other = whole[2][len(whole[2]) // 2]
+    wanted = [answer[: answer.index(other)] if other in answer else answer for answer in whole]
+    assert whole != wanted != [[] for _ in whole]
+    ends = [other, eos]
+    assert ask(model, ends=ends) == wanted
+    known = guesses(whole, [[*answer, eos, *answer] for answer in wanted])
+    assert together([None], model, ends=ends, shared=PromptCache(known)) == [wanted], "a guess may go on after an end"
+    kept = ask(model, ends=ends, keep_end=True)
+    assert {answer[-1] for answer in kept if answer[-1] in ends} == {other, eos}
+    for answer, full, short in zip(kept, whole, wanted, strict=True):
+        ended = other in full or len(full) < NEW
+        assert answer == ([*short, other if other in full else eos] if ended else full)
+    assert together([None], model, ends=ends, keep_end=True, shared=PromptCache(known)) == [kept]
+    cut = ask(model, ends=ends, keep_end=True, max_new_tokens=3)
+    assert cut == [answer[:3] for answer in kept]
 
 
 def test_equal_generators_give_equal_samples(model: Any, ask: Any) -> None:
@@ -276,7 +301,7 @@ def test_a_donor_reads_the_same_tokens_in_lockstep(
 @pytest.fixture
 def together(tokenizer: Any) -> Callable[..., list[list[list[int]]]]:
     def together(edits: list[Any], model: Any, **settings: Any) -> list[list[list[int]]]:
-        usual = {"max_new_tokens": NEW, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "batch_size": 3}
+        usual = {"max_new_tokens": NEW, "ends": [tokenizer.eos_token_id], "pad": tokenizer.pad_token_id, "batch_size": 3}
         return generate_under(edits, model, PROMPTS, **usual | settings)
 
     return together
@@ -336,6 +361,90 @@ def test_passes_that_share_their_prompts_give_the_same_answers(model: Any, other
             assert two == pytest.approx(one, abs=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+@pytest.mark.parametrize("budget", [0, 1, 4_000, 9_000, 10**9])
+def test_a_budget_changes_no_bit_of_any_answer(
+    model: Any, other: Any, ask: Any, together: Any, budget: int, batch_size: int
+) -> None:
+    edits = edits_of(other, ("zero", "transplant"), ("prompt_last", "generated"))[:5]
+    borrowed = [edit for edit in edits if edit is None or edit.donor is None]
+
+    def everything(shared: PromptCache) -> list[Any]:
+        found: list[Any] = []
+        for _ in range(2):
+            found += together(borrowed, model, batch_size=batch_size, shared=shared)
+            found.append(ask(model, edit=Borrow(other, everywhere=False), batch_size=batch_size, shared=shared))
+            found.append(ask(other, batch_size=batch_size, shared=shared))
+            for edit in borrowed:
+                found.append(score_options(model, PROMPTS[:4], OPTIONS, pad=0, batch_size=batch_size, edit=edit, shared=shared))
+            found.append(next_token_probabilities(model, PROMPTS, pad=0, batch_size=batch_size, shared=shared).tolist())
+        return found
+
+    shared = PromptCache(budget=budget)
+    assert everything(shared) == everything(PromptCache(budget=10**12))
+    assert held(shared) == shared._taken <= budget
+
+
+def held(shared: PromptCache) -> int:
+    """Bytes of the keys and values that are kept, counted from the tensors."""
+    tensors = [each for cache, _ in shared._kept.values() for layer in cache.layers for each in (layer.keys, layer.values)]
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def test_as_many_prompts_as_fit_stay_and_those_no_longer_asked_for_go(
+    model: Any, other: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = [[1, 4, 4, *prompt[1:]] for prompt in PROMPTS]
+    read: list[tuple[int, ...]] = []
+    feed = Stream.feed
+    monkeypatch.setattr(
+        Stream, "feed", lambda self, ids, *rest: (len(ids[0]) > 1 and read.append(tuple(ids.shape))) or feed(self, ids, *rest)
+    )
+
+    def passes(shared: PromptCache, model: Any) -> list[int]:
+        """How many batches of prompts each pass read."""
+        counts = []
+        for _ in range(3):
+            read.clear()
+            ask(model, longer, batch_size=2, shared=shared)
+            counts.append(len(read))
+        return counts
+
+    whole = PromptCache(budget=10**9)
+    assert passes(whole, model) == [4, 0, 0]
+    half = PromptCache(budget=held(whole) // 2)
+    first, *later = passes(half, model)
+    assert first == 4
+    assert all(0 < count < 4 for count in later), "the oldest going for the newest would read all four each time"
+    assert passes(half, other) == [4, 4, later[-1]], "other prompts take the place of those that nobody asks for any longer"
+    assert passes(PromptCache(budget=0), model) == [4, 4, 4]
+    read.clear()
+    edits = [Push(torch.full((16,), float(i))) for i in range(5)]
+    generate_under(edits, model, longer[:3], max_new_tokens=2, ends=[2], pad=0, batch_size=3, shared=PromptCache(budget=0))
+    assert len(read) == 1, "a batch at hand is read once for all edits, whatever the budget"
+
+
+def test_the_budget_is_a_share_of_free_memory_or_what_the_environment_says(
+    model: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PROMPT_CACHE, raising=False)
+    shared = PromptCache()
+    ask(model, shared=shared)
+    total = psutil.virtual_memory().total
+    assert shared.budget is not None
+    assert 0 < shared.budget < SHARE * total
+    assert held(shared) > 0
+    monkeypatch.setenv(PROMPT_CACHE, "4e3")
+    shared = PromptCache()
+    ask(model, shared=shared)
+    assert shared.budget == 4000
+    assert held(shared) <= 4000
+    for wrong in ("much", "-1", "nan", "inf"):
+        monkeypatch.setenv(PROMPT_CACHE, wrong)
+        with pytest.raises(ContractError, match=r"FEATDIFF_PROMPT_CACHE: value: expected a number of bytes"):
+            ask(model, shared=PromptCache())
+
+
 def guesses(*answers: list[list[int]]) -> dict[tuple[int, ...], list[list[int]]]:
     """By prompt, what each of ``answers`` says to it."""
     return {tuple(prompt): list(said) for prompt, said in zip(PROMPTS, zip(*answers, strict=True), strict=True)}
@@ -355,8 +464,8 @@ def test_guesses_change_no_answer(
     for known in (guesses(*alone), guesses(alone[2], ask(model)), guesses(cut, empty), guesses(astray, empty, cut)):
         assert together(edits, model, batch_size=batch_size, shared=PromptCache(known, reads_once=share)) == alone
     passes: list[int] = []
-    feed = _Session.feed
-    monkeypatch.setattr(_Session, "feed", lambda self, *given, **how: passes.append(1) or feed(self, *given, **how))
+    feed = Session.feed
+    monkeypatch.setattr(Session, "feed", lambda self, *given, **how: passes.append(1) or feed(self, *given, **how))
     own = ask(model, batch_size=batch_size)
     unguessed, passes[:] = len(passes), []
     assert together([None], model, batch_size=batch_size, shared=PromptCache(guesses(own))) == [own]

@@ -198,7 +198,7 @@ def sources(folder: Path) -> tuple[Sources, dict[str, torch.nn.Module]]:
     for name, trunk in trunks.items():
         acts = read_residual(trunk, stream, 4, TOKENIZER.pad_token_id, torch.float32)
         stores[name] = ActivationStore({name: write_store(folder / name, acts, shard_rows=50)})
-    largest = largest_values(coder, stores["grpo"])
+    largest = largest_values(coder, stores["grpo"], torch.device("cpu"))
     editor = Editor(coder, "base", 1, torch.device("cpu"), largest, donor_name="grpo")
     edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in FEATURES}
     models = {name: tiny_model(seed)[0] for name, seed in (("base", 0), ("grpo", 1))}

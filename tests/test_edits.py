@@ -204,7 +204,7 @@ def test_the_last_prompt_token_is_the_last_one_of_every_left_padded_prompt(kind:
     maker, prompts, pad = model_editor()
     model, _ = tiny_model()
     made = Watched(maker.edit(kind, None if kind == "reconstruct" else list(range(32)), "prompt_last", 1.0))
-    generate(model, prompts, max_new_tokens=4, eos=-1, batch_size=2, edit=made, **pad)
+    generate(model, prompts, max_new_tokens=4, ends=[], batch_size=2, edit=made, **pad)
     assert made.changed == [(True, [[-1], [-1]]), *[(False, [[], []])] * 3]
 
 
@@ -212,8 +212,8 @@ def test_generated_edits_leave_the_prompt_and_its_first_answer_token_alone() -> 
     maker, prompts, pad = model_editor()
     model, _ = tiny_model()
     made = Watched(maker.edit("add", list(range(32)), "generated", 4.0))
-    edited = generate(model, prompts, max_new_tokens=6, eos=-1, batch_size=2, edit=made, **pad)
-    plain = generate(model, prompts, max_new_tokens=6, eos=-1, batch_size=2, **pad)
+    edited = generate(model, prompts, max_new_tokens=6, ends=[], batch_size=2, edit=made, **pad)
+    plain = generate(model, prompts, max_new_tokens=6, ends=[], batch_size=2, **pad)
     assert made.changed == [(True, [[], []]), *[(False, [[-1], [-1]])] * 5]
     assert [answer[0] for answer in edited] == [answer[0] for answer in plain]
     assert edited != plain
@@ -224,7 +224,7 @@ def test_the_no_op_gives_the_same_answers_and_the_same_bits_of_likelihood(positi
     maker, prompts, pad = model_editor()
     model, _ = tiny_model()
     edits = [None, *(maker.edit(kind, SET, positions, 0.0) for kind in ("zero", "scale", "transplant"))]
-    answers = [generate(model, prompts, max_new_tokens=8, eos=-1, batch_size=2, edit=edit, **pad) for edit in edits]
+    answers = [generate(model, prompts, max_new_tokens=8, ends=[], batch_size=2, edit=edit, **pad) for edit in edits]
     assert answers == answers[:1] * 4
     options = [[[5, 6, 7], [8]], [[9, 4], [6, 6]]]
     scored = [score_options(model, prompts, options, batch_size=2, edit=edit, **pad) for edit in edits]
@@ -241,9 +241,9 @@ def test_transplanting_every_direction_of_a_full_dictionary_gives_the_donors_ans
     maker = Editor(crosscoder, "base", 2, CPU, torch.ones(32), donor_name="grpo", donor=donor)
     made = maker.edit("transplant", list(range(32)), "all", 1.0)
     model.lm_head.weight.data, model.model.norm.weight.data = donor.lm_head.weight.data, donor.model.norm.weight.data
-    alone = generate(donor, prompts, max_new_tokens=6, eos=-1, batch_size=2, **pad)
-    assert generate(model, prompts, max_new_tokens=6, eos=-1, batch_size=2, **pad) != alone
-    assert generate(model, prompts, max_new_tokens=6, eos=-1, batch_size=2, edit=made, **pad) == alone
+    alone = generate(donor, prompts, max_new_tokens=6, ends=[], batch_size=2, **pad)
+    assert generate(model, prompts, max_new_tokens=6, ends=[], batch_size=2, **pad) != alone
+    assert generate(model, prompts, max_new_tokens=6, ends=[], batch_size=2, edit=made, **pad) == alone
 
 
 def test_largest_values_over_the_whole_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_largest_values_over_the_whole_source(tmp_path: Path, monkeypatch: pytes
     source = store_of(tmp_path, acts, ("grpo",))
     wanted = torch.stack([Reader(crosscoder, "grpo")(row[0]) for row in acts]).amax(0)
     monkeypatch.setattr(store, "READ_ROWS", 4)
-    torch.testing.assert_close(largest_values(crosscoder, source), wanted)
+    torch.testing.assert_close(largest_values(crosscoder, source, torch.device("cpu")), wanted)
 
 
 def test_only_a_transplant_and_what_is_as_long_runs_the_donor() -> None:

@@ -84,7 +84,7 @@ def test_a_generated_answer_is_graded_from_its_text(evaluator: Evaluator) -> Non
     samples, tokenizer = questions("gen", 6), evaluator.tokenizer
     rows = evaluator.generate(samples)
     ids = generate(
-        evaluator.model, tokenizer([s.prompt for s in samples])["input_ids"], max_new_tokens=12, eos=tokenizer.eos_token_id,
+        evaluator.model, tokenizer([s.prompt for s in samples])["input_ids"], max_new_tokens=12, ends=[tokenizer.eos_token_id],
         pad=tokenizer.pad_token_id, batch_size=1,
     )  # fmt: skip
     for sample, row, answer in zip(samples, rows, ids, strict=True):

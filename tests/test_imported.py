@@ -22,7 +22,7 @@ from transformers import (
 
 from featdiff.artifacts.artifact import ContractError, begin
 from featdiff.config.models import ImportedParams
-from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
+from featdiff.language.models import checkpoint_folders, end_tokens, load_model, load_tokenizer, save_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.training.imported import gguf_file, load_base, train
 
@@ -108,7 +108,10 @@ SIZES = {"vocab_size": len(byte_vocabulary()), "intermediate_size": INNER, "num_
         (LlamaForCausalLM, {**SIZES, "num_attention_heads": HEADS}),
         (Qwen2ForCausalLM, {**SIZES, "num_attention_heads": HEADS, "num_key_value_heads": 1, "tie_word_embeddings": True}),
         (Qwen3ForCausalLM, {**SIZES, "num_attention_heads": HEADS, "num_key_value_heads": 1, "head_dim": 32}),
-        (GPT2LMHeadModel, {"vocab_size": len(byte_vocabulary()), "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}),
+        (
+            GPT2LMHeadModel,
+            {"vocab_size": len(byte_vocabulary()), "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "eos_token_id": 2},
+        ),
         (GPTNeoXForCausalLM, {**SIZES, "num_attention_heads": HEADS}),
     ],
     ids=["llama", "qwen2", "qwen3", "gpt2", "neox"],
@@ -126,6 +129,25 @@ def test_models_of_every_kind_are_what_their_headers_say(tmp_path: Path, kind: A
             (tmp_path / "config.json").write_text(json.dumps(settings | {name: LAYERS + 1}))
     with pytest.raises(ContractError, match=r"num_hidden_layers.*\b2\b.*"):
         load_base(str(tmp_path), "float32")
+
+
+def test_every_end_token_is_kept_wherever_it_is_named(tmp_path: Path) -> None:
+    model = folder(tmp_path / "in")
+    file = tmp_path / "in/generation_config.json"
+    for listed, configured, ends in (([2, 7], 2, (2, 7)), ([9, 7], 5, (2, 5, 7, 9)), (2, 2, (2,))):
+        model.config.eos_token_id, model.generation_config.eos_token_id = configured, listed
+        model.save_pretrained(tmp_path / "in")
+        found, tokens = load_base(str(tmp_path / "in"), "float32")
+        save_model(found, tokens, tmp_path / "out")
+        assert end_tokens(load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")) == ends
+        declared = load_model(tmp_path / "out").generation_config.eos_token_id
+        assert declared == (listed if listed != [9, 7] else [2, 5, 7, 9]), "as it was, unless an end was missing"
+    for wrong in (260, -1, [2, 260]):
+        file.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(
+            ContractError, match=r"eos_token_id \(generation_config.json\): expected ids of tokens, 0 to 259, found"
+        ):
+            load_base(str(tmp_path / "in"), "float32")
 
 
 def test_a_link_to_a_whole_folder_and_links_inside_it_are_followed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trl import GRPOTrainer
 
 from featdiff.artifacts.artifact import ContractError, begin, sha256_file, write_json
-from featdiff.artifacts.tables import OWN_ANSWERS, TRAIN
+from featdiff.artifacts.tables import COMPLETIONS, OWN_ANSWERS, TRAIN
 from featdiff.config.models import METHODS, DPOParams, Pretraining, RFTParams
 from featdiff.language.decode import score_options
 from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, save_model, trl_row
@@ -136,6 +138,59 @@ def test_rollouts_read_prompts_as_evaluation_does_and_end_where_the_model_ends(w
     assert Rollouts(params, 0)(prompts, trainer) == drawn
     state.global_step = 4
     assert Rollouts(params, 0)(prompts, trainer) != drawn
+
+
+@pytest.fixture(scope="module")
+def two_ends(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a base of which ``d``, which is no special token, ends an answer too."""
+    root = tmp_path_factory.mktemp("two ends")
+    model, tokenizer = load_model(world / "base"), load_tokenizer(world / "base")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer("d", add_special_tokens=False)["input_ids"]]
+    save_model(model, tokenizer, root / "base")
+    write_json(root / "base/manifest.json", {})
+    copytree(world / "data", root / "data")
+    return root
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_a_method_keeps_every_end_token_of_its_base(method: str, two_ends: Path, tmp_path: Path) -> None:
+    out, _ = trained(method, two_ends, tmp_path / "one")
+    declared = [load_model(folder).generation_config.eos_token_id for folder in (two_ends / "base", *checkpoint_folders(out))]
+    assert len(declared) == 4
+    assert all(ends == declared[0] and len(ends) == 2 for ends in declared)
+
+
+def test_grpo_learns_from_the_end_token_that_was_drawn(two_ends: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(two_ends / "base")
+    eos, (c, d, dot) = tokenizer.eos_token_id, tokenizer("cd.", add_special_tokens=False)["input_ids"]
+    learnt: list[list[int]] = []
+    loss = GRPOTrainer._compute_loss
+
+    def watched(self: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> Any:
+        for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True):
+            learnt.append(ids[mask.bool()].tolist())
+            assert mask.sum() == len(learnt[-1])
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", watched)
+    out, audit = trained("grpo", two_ends, tmp_path / "one", steps=12, lr=0.003)
+    assert len(learnt) == 12 * 8
+    for ids in learnt:
+        assert ids[-1] in (eos, d) or len(ids) == 4
+        assert not {eos, d} & {*ids[:-1]}
+    assert [d] in learnt
+    assert [c, dot, eos] in learnt
+    assert audit["tokens_seen"] == sum(map(len, learnt))
+    kept = COMPLETIONS.read(out)
+    assert {row["completion"] for row in kept} >= {"", "c."}
+    assert not any("d" in row["completion"] for row in kept), "what is graded is what evaluation reads: without the end"
+    contexts = tokenizer(PROBLEMS)["input_ids"]
+    first = [
+        torch.tensor(score_options(load_model(folder), contexts, [[[c], [d]]] * 24, pad=tokenizer.pad_token_id, batch_size=24))
+        for folder in (two_ends / "base", out)
+    ]
+    assert first[0][:, 1].exp().mean() > 0.3
+    assert (first[1][:, 1] < first[0][:, 1] - 0.5).all(), "an end that earned nothing is drawn less"
 
 
 class KilledError(Exception):

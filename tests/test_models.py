@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.language.decode import PromptCache, generate, left_pad
+from featdiff.language.decode import generate, left_pad
 from featdiff.language.models import (
     block,
     blocks,
@@ -33,6 +33,7 @@ from featdiff.language.models import (
     trl_row,
     truncate,
 )
+from featdiff.language.session import PromptCache
 from featdiff.tasks.task import Sample
 from featdiff.training.imported import load_base
 from tiny import SIZES, random_model
@@ -220,7 +221,7 @@ def test_models_of_other_kinds_answer_as_the_library_says_and_can_be_stitched(ki
     save_model(model, tokenizer, tmp_path / kind)
     loaded = load_model(tmp_path / kind)
     prompts = [[1, 4, 5, 6], [1, 7, 8, 9, 10, 4], [1, 5]]
-    ours = generate(loaded, prompts, max_new_tokens=6, eos=2, pad=0, batch_size=3, shared=PromptCache())
+    ours = generate(loaded, prompts, max_new_tokens=6, ends=[2], pad=0, batch_size=3, shared=PromptCache())
     for prompt, answer in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
         assert answer == (theirs[: theirs.index(2)] if 2 in theirs else theirs)

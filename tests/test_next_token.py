@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from featdiff.config.sets import DescribeParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.description.next_token import direct_logits, effects_of, final_stream, next_token_effects
-from featdiff.language.decode import PromptCache, next_token_probabilities
+from featdiff.language.decode import next_token_probabilities
 from featdiff.language.models import block, final_norm
+from featdiff.language.session import PromptCache
 from tiny import SIZES, params_of, random_crosscoder, random_model, tiny_model
 
 PROMPTS = ["rev abcd=", "q=", "sort zx=", "12+7="]

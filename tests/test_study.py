@@ -23,9 +23,9 @@ from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, SIDES, 
 from featdiff.intervention.search import Searched
 from featdiff.intervention.sensitivity import DRAWS, Otherwise, cases, sensitivity
 from featdiff.intervention.study import FEW, InterventionResult, Questions, answer, chunks, collateral, edits, fewer, intervene
-from featdiff.language.decode import PromptCache
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import save_model
+from featdiff.language.session import PromptCache
 from featdiff.report import evidence
 from featdiff.report.selectivity import curves, selectivity
 from featdiff.tasks.task import Sample, TaskInfo, Text, first_of_each

@@ -40,21 +40,21 @@ def change_from_base(
 ) -> Float[Tensor, " F"]:
     """Mean |f_k^checkpoint − f_k^base| · ‖d_k^arm‖₂ over token rows, in normalised units.
 
-    Both inputs are raw residual streams on the same tokens. A checkpoint is read with the slot and scale of ``arm``. Raises
-    KeyError where the crosscoder does not hold the base or the arm."""
-    total = torch.zeros(crosscoder.n_features)
+    Both inputs are raw residual streams on the same tokens. A checkpoint is read with the slot and scale of ``arm``, where the
+    crosscoder is; the result is on the CPU. Raises KeyError where the crosscoder does not hold the base or the arm."""
+    total = torch.zeros(crosscoder.n_features, device=crosscoder.b_enc.device)
     for change_NF in _changes(crosscoder, base_ND, checkpoint_ND, arm):
         total += change_NF.sum(0)
-    return total / len(base_ND) * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]
+    return (total / len(base_ND) * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]).cpu()
 
 
 def _changes(
     crosscoder: Crosscoder, base_ND: Float[Tensor, "N D"], checkpoint_ND: Float[Tensor, "N D"], arm: str
 ) -> Iterator[Float[Tensor, "n F"]]:
-    """|f_k^checkpoint − f_k^base| of every row, in pieces."""
-    read_base, read_arm = Reader(crosscoder, BASE), Reader(crosscoder, arm)
+    """|f_k^checkpoint − f_k^base| of every row, in pieces, where the crosscoder is."""
+    read_base, read_arm, device = Reader(crosscoder, BASE), Reader(crosscoder, arm), crosscoder.b_enc.device
     for before, after in zip(base_ND.split(READ_ROWS), checkpoint_ND.split(READ_ROWS), strict=True):
-        yield (read_arm(after) - read_base(before)).abs()
+        yield (read_arm(after.to(device)) - read_base(before.to(device))).abs()
 
 
 def text_blocks(text_N: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
@@ -74,11 +74,11 @@ def block_changes(
     block_N: Int[Tensor, " N"],
 ) -> Float[Tensor, "K F"]:
     """:func:`change_from_base` as a sum over the rows of each block, in place of the mean over all."""
-    total_KF = torch.zeros(int(block_N.max()) + 1, crosscoder.n_features)
+    total_KF = torch.zeros(int(block_N.max()) + 1, crosscoder.n_features, device=crosscoder.b_enc.device)
     pieces = _changes(crosscoder, base_ND, checkpoint_ND, arm)
     for block_n, change_NF in zip(block_N.split(READ_ROWS), pieces, strict=True):
-        total_KF.index_add_(0, block_n, change_NF)
-    return total_KF * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]
+        total_KF.index_add_(0, block_n.to(total_KF.device), change_NF)
+    return (total_KF * crosscoder.decoder_norms()[:, crosscoder.slot(arm)]).cpu()
 
 
 def bootstrap_rows(
@@ -185,7 +185,7 @@ def refit(
     where there are fewer rows than one batch."""
     source = ActivationTensor(crosscoder.models, acts_NMD)
     made, *_ = fit(source, crosscoder.loss, training, seed, lambda *_: None, label, scratch=Scratch(), warm=crosscoder)
-    return torch.where(feature_statistics(made, source)["firing_rate"] > 0, nrn(made.W_dec), -1.0)
+    return torch.where(feature_statistics(made, source)["firing_rate"] > 0, nrn(made.W_dec).cpu(), -1.0)
 
 
 def overlap_rows(

@@ -68,7 +68,7 @@ def latent_scaling(crosscoder: Crosscoder, source: ActivationSource, start: int,
         raise ValueError(f"the crosscoder is of {', '.join(crosscoder.models)}, the activations of {', '.join(source.models)}")
     device, inputs = crosscoder.b_enc.device, len(crosscoder.models) * crosscoder.d_model
     square_F = torch.zeros(crosscoder.n_features, dtype=torch.float64, device=device)
-    error_IF, rebuilt_IF = torch.zeros(2, inputs, crosscoder.n_features, dtype=torch.float64, device=device)
+    error_IF, rebuilt_IF = (torch.zeros(inputs, *square_F.shape, dtype=torch.float64, device=device) for _ in range(2))
     for rows in in_order(source, start, stop):
         x_NMD = crosscoder.normalise(rows.to(device))
         f_NF = crosscoder.encode(x_NMD)

@@ -38,12 +38,13 @@ SILENT = 1e-6
 
 
 @torch.inference_mode()
-def largest_values(crosscoder: Crosscoder, source: ActivationSource) -> Tensor:
-    """Largest value of every feature [F] over the tokens of a source with one model, under the swap readout."""
-    reader, largest_F = Reader(crosscoder, source.models[0]), torch.zeros(crosscoder.n_features)
+def largest_values(crosscoder: Crosscoder, source: ActivationSource, device: torch.device) -> Tensor:
+    """Largest value of every feature [F] over the tokens of a source with one model, under the swap readout. It is read on
+    ``device``; the result is on the CPU."""
+    reader, largest_F = Reader(crosscoder, source.models[0]).to(device), torch.zeros(crosscoder.n_features, device=device)
     for rows in in_order(source, 0, source.rows):
-        largest_F = torch.maximum(largest_F, reader(rows[:, 0]).amax(0))
-    return largest_F
+        largest_F = torch.maximum(largest_F, reader(rows[:, 0].to(device)).amax(0))
+    return largest_F.cpu()
 
 
 def in_pass(positions: str, *, prompt: bool) -> bool:
@@ -169,7 +170,7 @@ class Editor:
     @classmethod
     def of(cls, crosscoder: Crosscoder, layer: int, device: torch.device, tuned: ActivationSource, roles: Roles) -> Editor:
         """One that edits the tuned model, whose activations ``tuned`` holds, towards the original."""
-        return cls(crosscoder, roles.tuned, layer, device, largest_values(crosscoder, tuned), roles.original)
+        return cls(crosscoder, roles.tuned, layer, device, largest_values(crosscoder, tuned, device), roles.original)
 
     def like(self, other: Editor) -> Editor:
         """This dictionary's editor for the model and the donor of ``other``."""

@@ -60,13 +60,16 @@ class Reader:
 def read_all(
     crosscoder: Crosscoder, resid: dict[str, Float[Tensor, "B D"]], readout: Readout
 ) -> dict[str, Float[Tensor, "B F"]]:
-    """Feature values of every model of ``resid`` on the same tokens, from raw residual streams.
+    """Feature values of every model of ``resid`` on the same tokens, from raw residual streams. They are read where the
+    crosscoder is; the result is on the CPU.
 
     Raises KeyError for a model outside the fit, and under ``contribution`` where a model of the crosscoder is missing."""
+    device = crosscoder.b_enc.device
     if readout != "contribution":
-        return {model: Reader(crosscoder, model, readout)(rows) for model, rows in resid.items()}
+        return {model: Reader(crosscoder, model, readout)(rows.to(device)).cpu() for model, rows in resid.items()}
     missing = [model for model in crosscoder.models if model not in resid]
     if missing:
         raise KeyError(f"the contribution readout needs the residual streams of {', '.join(missing)} as well")
-    f_BF = crosscoder.encode(crosscoder.normalise(torch.stack([resid[model] for model in crosscoder.models], dim=1)))
-    return {model: f_BF * crosscoder.decoder_norms()[:, crosscoder.slot(model)] for model in resid}
+    rows_BMD = torch.stack([resid[model] for model in crosscoder.models], dim=1).to(device)
+    f_BF = crosscoder.encode(crosscoder.normalise(rows_BMD))
+    return {model: (f_BF * crosscoder.decoder_norms()[:, crosscoder.slot(model)]).cpu() for model in resid}

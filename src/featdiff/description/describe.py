@@ -29,8 +29,8 @@ from featdiff.description.manner import SET, manner_of_answers, manner_of_texts
 from featdiff.description.next_token import next_token_effects
 from featdiff.description.planting import planted
 from featdiff.description.reading import PARTS, TUNED, Answered, FeatureReader, Reading, answered, by_part
-from featdiff.language.decode import Edit
 from featdiff.language.models import truncate
+from featdiff.language.session import Edit
 from featdiff.stats import Interval
 from featdiff.tasks.task import Sample, TaskInfo, Text
 

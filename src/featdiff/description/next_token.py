@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from featdiff import stats
 from featdiff.config.sets import DescribeParams
-from featdiff.language.decode import Edit, PromptCache, next_token_probabilities
+from featdiff.language.decode import next_token_probabilities
 from featdiff.language.models import final_norm
+from featdiff.language.session import Edit, PromptCache
 
 
 @torch.inference_mode()

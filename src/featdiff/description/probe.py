@@ -105,9 +105,10 @@ def read_prompts(
 ) -> Read:
     """``model`` at the last token of ``prompts`` (token ids), whose answers are step by step in the shares ``steps_P``."""
     trunk, pad = truncate(sources.models[model], sources.layer), sources.tokenizer.pad_token_id
+    device = sources.models[model].device
     resid_TD = read_residual(trunk, TokenStream(prompts, skip=0), params.batch_size, pad, torch.float32)
     resid_PD = resid_TD[torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1]
-    values_PF = Reader(sources.crosscoder, model)(resid_PD)
+    values_PF = Reader(sources.crosscoder, model).to(device)(resid_PD.to(device)).cpu()
     return Read(resid_PD.double().numpy(), values_PF.double().numpy(), steps_P)
 
 

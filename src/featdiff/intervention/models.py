@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from featdiff.config.sets import InterveneParams
 from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, ZERO_TUNED, Purpose
-from featdiff.language.decode import PromptCache, last_token_streams
+from featdiff.language.decode import last_token_streams
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import load_model, load_tokenizer
+from featdiff.language.session import PromptCache
 from featdiff.tasks.task import Sample, TaskInfo
 
 

@@ -20,8 +20,8 @@ from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws, Reach, Setting, lengths, reach
 from featdiff.intervention.models import EditableModel
 from featdiff.intervention.purposes import RIVALS, SET, SINGLE, Purpose
-from featdiff.language.decode import PromptCache
 from featdiff.language.evaluation import Row
+from featdiff.language.session import PromptCache
 from featdiff.tasks.task import Sample, TaskInfo, first_of_each
 
 WIDENINGS = 8

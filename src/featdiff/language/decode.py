@@ -9,211 +9,21 @@ Shapes: B batch, Q questions, T token, L tokens of a guess, D residual width, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from copy import copy
-from typing import Any, Protocol
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from featdiff.language.models import block
+from featdiff.language.session import Edit, PromptCache, Session, Stream
 
 OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
-
-
-class Edit(Protocol):
-    """A change of the residual stream after ``layer`` blocks."""
-
-    layer: int
-    donor: PreTrainedModel | None
-    """A second model that reads the same tokens, for edits that need its residual stream."""
-
-    @property
-    def whole_prompt(self) -> bool:
-        """Whether tokens before the last one of the prompt are changed."""
-
-    @property
-    def after_prompt(self) -> bool:
-        """Whether tokens after the prompt are changed."""
-
-    def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
-        """The edited residual stream; ``prompt`` tells the pass over the prompt (left-padded, so that its
-        last token is at index -1) from the passes over later tokens."""
-
-
-class _Stream:
-    """One model with its key-value cache, fed the same tokens step by step."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.config)
-
-    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
-        """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
-        output = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: Tensor = output.logits
-        return logits
-
-    def select(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-
-
-Guesses = Mapping[tuple[int, ...], Sequence[list[int]]]
-"""By prompt, answers that are likely to be given to it. They change no answer: where one is right, it is read in one pass."""
-
-
-class PromptCache:
-    """What many passes over the same prompts share: prompts read once up to their last token, for edits that change nothing
-    before it, and guesses of their answers."""
-
-    def __init__(self, guesses: Guesses | None = None, *, reads_once: bool = True) -> None:
-        self.guesses: Guesses = guesses or {}
-        self.reads_once = reads_once
-        self._kept: dict[tuple[int, bytes], DynamicCache] = {}
-
-    def for_whole_prompts(self) -> PromptCache:
-        """The guesses alone, for edits that change the prompt."""
-        return PromptCache(self.guesses, reads_once=False)
-
-    def start(self, stream: _Stream, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> None:
-        """Leave ``stream`` as if it had read all but the last token of each prompt."""
-        # Keys and values of a token depend on it and on those before it. An edit that begins at the last token of the prompt
-        # leaves those of all earlier tokens as they are, at every layer: one reading serves the passes with and without it.
-        # It is exact for passes that all go through here. Against one reading of the whole prompt, T tokens are now read as
-        # T − 1 and 1, which can round differently.
-        # The key stands for the models by identity, so the model must live as long as this cache. The ids include the padding,
-        # from which mask and positions follow as long as no prompt begins with the padding token.
-        key = (id(stream.model), ids_BT.cpu().numpy().tobytes())
-        if key not in self._kept:
-            stream.feed(ids_BT[:, :-1], mask_BT[:, :-1], positions_BT[:, :-1], 1)
-            self._kept[key] = stream.cache
-        stream.cache = _branch(self._kept[key])
-
-
-def _branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes its own way from here."""
-    # A shallow copy of each layer is enough. DynamicCache appends by torch.cat and selects rows by indexing: both put new
-    # tensors into the layer object and leave the old ones, which other branches hold, as they were. A cache that writes in
-    # place (StaticCache) would need its tensors copied.
-    branch = copy(cache)
-    branch.layers = [copy(layer) for layer in cache.layers]
-    return branch
-
-
-class _Session:
-    """A model that answers under several edits at once, perhaps with a donor in lockstep.
-
-    The rows of a batch are all questions under the first edit, then all under the second, and so on."""
-
-    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit | None]) -> None:
-        self.main, self.edits = _Stream(model), edits
-        made = [edit for edit in edits if edit is not None]
-        donors = {id(edit.donor): edit.donor for edit in made if edit.donor is not None}
-        if len(donors) > 1 or len({edit.layer for edit in made}) > 1:
-            raise ValueError("edits that are answered under at once have one layer and one donor")
-        self.layer = made[0].layer if made else None
-        self.donor = _Stream(donor) if (donor := next(iter(donors.values()), None)) is not None else None
-        self.followed = any(edit.after_prompt for edit in made)
-        self.arms = torch.zeros(0, dtype=torch.long)
-        """Number of the edit of each row, ascending."""
-        self.donor_BTD: Tensor | None = None
-        self.prompt = True
-
-    def start(
-        self, prompts: PromptCache | None, ids_QT: Tensor, mask_QT: Tensor, positions_QT: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, mask and position ids [B, T] of what is still to be read of the prompts, each question once per edit.
-
-        The donor reads them here: its residual stream is the same under every edit."""
-        left = slice(None)
-        if prompts is not None and prompts.reads_once and ids_QT.shape[1] > 1:
-            if any(edit is not None and edit.whole_prompt for edit in self.edits):
-                raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
-            for stream in self._streams():
-                prompts.start(stream, ids_QT, mask_QT, positions_QT)
-            left = slice(-1, None)
-        ids_QT, positions_QT = ids_QT[:, left], positions_QT[:, left]
-        self.arms = torch.arange(len(self.edits)).repeat_interleave(len(ids_QT))
-        if self.donor is not None:
-            with self._watching():
-                self.donor.feed(ids_QT, mask_QT, positions_QT, 1)
-        if len(self.edits) == 1:
-            return ids_QT, mask_QT, positions_QT
-        rows = torch.arange(len(ids_QT), device=ids_QT.device).repeat(len(self.edits))
-        for stream in self._streams():
-            if stream is self.donor or left.start is not None:  # else it has read nothing yet
-                stream.select(rows)
-        if self.donor_BTD is not None:
-            self.donor_BTD = self.donor_BTD[rows]
-        return ids_QT[rows], mask_QT[rows], positions_QT[rows]
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        assert self.donor is not None
-        assert self.layer is not None
-
-        def watch(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
-            self.donor_BTD = output
-
-        handle = block(self.donor.model, self.layer).register_forward_hook(watch)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        if self.layer is None:
-            yield
-            return
-
-        def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            parts, low = [], 0
-            for edit, count in zip(self.edits, torch.bincount(self.arms, minlength=len(self.edits)).tolist(), strict=True):
-                rows = slice(low, low := low + count)
-                donor_BTD = None if self.donor_BTD is None else self.donor_BTD[rows]
-                parts.append(output[rows] if edit is None or not count else edit(output[rows], donor_BTD, prompt=self.prompt))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        handle = block(self.main.model, self.layer).register_forward_hook(change)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, *, prompt: bool, keep: int = 1) -> Tensor:
-        self.prompt = prompt
-        if self.donor is not None and self.followed and not prompt:
-            with self._watching():
-                self.donor.feed(ids_BT, mask_BT, positions_BT, 1)
-        return self.main.feed(ids_BT, mask_BT, positions_BT, keep)
-
-    def select(self, rows: Tensor) -> None:
-        self.arms = self.arms[rows.cpu()]
-        for stream in self._streams():
-            stream.select(rows)
-
-    def branches(self) -> tuple[Tensor, list[DynamicCache]]:
-        """The state to :meth:`resume` from, any number of times."""
-        return self.arms, [stream.cache for stream in self._streams()]
-
-    def resume(self, state: tuple[Tensor, list[DynamicCache]]) -> None:
-        self.arms, branches = state
-        for stream, cache in zip(self._streams(), branches, strict=True):
-            stream.cache = _branch(cache)
-
-    def _streams(self) -> list[_Stream]:
-        return [self.main] if self.donor is None else [self.main, self.donor]
 
 
 def left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,11 +46,12 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    eos: int,
+    ends: Collection[int],
     pad: int,
     batch_size: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    keep_end: bool = False,
     edit: Edit | None = None,
     shared: PromptCache | None = None,
     progress: str = "",
@@ -251,11 +62,12 @@ def generate(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        eos=eos,
+        ends=ends,
         pad=pad,
         batch_size=batch_size,
         temperature=temperature,
         generator=generator,
+        keep_end=keep_end,
         shared=shared,
         progress=progress,
     )
@@ -269,16 +81,19 @@ def generate_under(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    eos: int,
+    ends: Collection[int],
     pad: int,
     batch_size: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    keep_end: bool = False,
     shared: PromptCache | None = None,
     progress: str = "",
 ) -> list[list[list[int]]]:
-    """Under each of ``edits`` the token ids after each prompt, up to EOS (left out) or ``max_new_tokens``; greedy at
-    temperature 0.
+    """Under each of ``edits`` the token ids after each prompt, up to the first of the ``ends`` (see
+    :func:`featdiff.language.models.end_tokens`) or ``max_new_tokens``; greedy at temperature 0. The end itself is left out
+    unless ``keep_end`` is set: an answer of fewer than ``max_new_tokens`` tokens without it, or one that ends with one of
+    ``ends``, was ended by the model.
 
     A batch holds the same questions under as many edits as fit into ``batch_size`` rows, which reads the prompts once for
     all of them: a decoding step of a small model costs little more for a thousand rows than for a hundred. ``shared`` keeps
@@ -292,11 +107,11 @@ def generate_under(
         padded = left_pad([prompts[row] for row in rows], pad, model.device)
         together = max(1, batch_size // len(rows))
         for first in range(0, len(edits), together):
-            session = _Session(model, edits[first : first + together])
+            session = Session(model, edits[first : first + together])
             ids, mask, positions = session.start(shared, *padded)
             texts = [under[row] for under in answers[first : first + together] for row in rows]
             likely = [guesses.get(tuple(prompts[row]), ()) for row in rows] * len(session.edits)
-            going = _Unfinished(session, texts, likely, mask, positions, eos, max_new_tokens)
+            going = _Unfinished(session, texts, likely, mask, positions, ends, max_new_tokens, keep_end=keep_end)
             with session.hooked():
                 logits = session.feed(ids, mask, positions, prompt=True)[:, -1].float()
                 going.take(_choose(logits, temperature, generator))
@@ -312,15 +127,17 @@ class _Unfinished:
 
     def __init__(
         self,
-        session: _Session,
+        session: Session,
         texts: list[list[int]],
         guesses: list[Sequence[list[int]]],
         mask_BT: Tensor,
         positions_BT: Tensor,
-        eos: int,
+        ends: Collection[int],
         limit: int,
+        *,
+        keep_end: bool,
     ) -> None:
-        self.session, self.eos, self.limit = session, eos, limit
+        self.session, self.ends, self.limit, self.keep_end = session, ends, limit, keep_end
         self.texts, self.guesses = texts, guesses
         """What each row has answered so far, at most ``limit`` tokens, filled in place; and what it is guessed to answer."""
         self.mask_BT, self.place_B1 = mask_BT, positions_BT[:, -1:] + 1
@@ -332,10 +149,11 @@ class _Unfinished:
         """Write down the token chosen for each row, and go on with the rows that it does not end."""
         going = []
         for row, (text, token) in enumerate(zip(self.texts, chosen_B.tolist(), strict=True)):
-            if token != self.eos and len(text) < self.limit:
+            ended = token in self.ends
+            if len(text) < self.limit and (self.keep_end or not ended):
                 text.append(token)
-                if len(text) < self.limit:
-                    going.append(row)
+            if len(text) < self.limit and not ended:
+                going.append(row)
         self.chosen_B = chosen_B
         if len(going) < len(self.texts):
             rows = torch.tensor(going, dtype=torch.long, device=chosen_B.device)
@@ -363,7 +181,8 @@ class _Unfinished:
 
     def _drafts(self) -> list[list[int]]:
         known = zip(self.texts, self.guesses, strict=True)
-        return [_draft(text, guesses)[: self.limit - len(text)] for text, guesses in known]
+        rest = (_draft(text, guesses)[: self.limit - len(text)] for text, guesses in known)
+        return [list(takewhile(lambda token: token not in self.ends, draft)) for draft in rest]
 
     def feed(self) -> Tensor:
         """Logits [B, V] after the token of each row."""
@@ -431,7 +250,7 @@ def score_tokens(
     ``batch_size`` counts questions. Option tokens are the ``generated`` positions of an edit."""
     scores: list[list[list[float]]] = [[] for _ in contexts]
     for rows in tqdm(batches([len(c) for c in contexts], batch_size), desc=progress, unit="batch", disable=not progress):
-        session = _Session(model, [edit])
+        session = Session(model, [edit])
         ids, mask, positions = session.start(shared, *left_pad([contexts[row] for row in rows], pad, model.device))
         lengths = {(i, j): len(option) for i, row in enumerate(rows) for j, option in enumerate(options[row])}
         pairs = sorted(lengths, key=lengths.__getitem__, reverse=True)
@@ -452,7 +271,7 @@ def score_tokens(
 
 
 def _follow(
-    session: _Session,
+    session: Session,
     texts: list[list[int]],
     first_BV: Tensor,
     mask_BT: Tensor,
@@ -491,7 +310,7 @@ def next_token_probabilities(
     """Probabilities [prompts, V] of the token after each prompt; ``shared`` as for :func:`generate`."""
     found: dict[int, Tensor] = {}
     for rows in batches([len(prompt) for prompt in prompts], batch_size):
-        session = _Session(model, [edit])
+        session = Session(model, [edit])
         ids, mask, positions = session.start(shared, *left_pad([prompts[row] for row in rows], pad, model.device))
         with session.hooked():
             logits_BV = session.feed(ids, mask, positions, prompt=True)[:, -1].float()
@@ -512,7 +331,7 @@ def last_token_streams(model: PreTrainedModel, prompts: list[list[int]], layer: 
     try:
         for rows in batches([len(prompt) for prompt in prompts], batch_size):
             ids, mask, positions = left_pad([prompts[row] for row in rows], pad, model.device)
-            _Stream(model).feed(ids, mask, positions, 1)
+            Stream(model).feed(ids, mask, positions, 1)
             found |= zip(rows, kept.pop(), strict=True)
     finally:
         handle.remove()
@@ -526,7 +345,7 @@ def text_nats(
     """Mean negative log-probability of the tokens of each text after its first, in nats."""
     nats = [0.0] * len(texts)
     for rows in batches([len(text) for text in texts], batch_size):
-        session = _Session(model, [edit])
+        session = Session(model, [edit])
         ids, mask, positions = session.start(None, *left_pad([texts[row] for row in rows], pad, model.device))
         with session.hooked():
             logits_BTV = session.feed(ids, mask, positions, prompt=True, keep=0)[:, :-1].float()

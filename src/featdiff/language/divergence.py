@@ -24,7 +24,7 @@ from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.models import CheckpointsParams
 from featdiff.language.decode import batches, generate, left_pad
-from featdiff.language.models import encode_prompts
+from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.tasks.task import Sample, TaskInfo
 
 MOST_LOGITS = 2**26
@@ -82,20 +82,19 @@ class Divergence:
         self.prompts = [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in samples]
 
     def answers(self, model: PreTrainedModel, number: int = 0) -> Answers:
-        """One sampled answer of ``model`` to each prompt, with EOS where the model ended it; ``number`` tells the random
-        streams of several models apart. The base has 0, whatever it is compared with."""
-        most, eos = self.params.max_new_tokens, self.tokenizer.eos_token_id
-        answers = generate(
+        """One sampled answer of ``model`` to each prompt, with the end token that was drawn, if one was; ``number`` tells the
+        random streams of several models apart. The base has 0, whatever it is compared with."""
+        return generate(
             model,
             self.prompts,
-            max_new_tokens=most,
-            eos=eos,
+            max_new_tokens=self.params.max_new_tokens,
+            ends=end_tokens(model, self.tokenizer),
             pad=self.tokenizer.pad_token_id,
             batch_size=self.params.batch_size,
             temperature=1.0,
             generator=torch.Generator().manual_seed(stats.stream(self.seed, number)),
+            keep_end=True,
         )
-        return [answer + [eos] * (len(answer) < most) for answer in answers]
 
     def measure(self, model: PreTrainedModel, number: int, base_answers: Answers) -> dict[str, list[float]]:
         """Divergence in nats per token for each prompt, by direction; ``number`` of the checkpoint, from 1."""

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config.models import CheckpointsParams, EvaluateParams
-from featdiff.language.decode import Edit, Guesses, PromptCache, generate_under, score_options, score_tokens
-from featdiff.language.models import encode_prompts
+from featdiff.language.decode import generate_under, score_options, score_tokens
+from featdiff.language.models import encode_prompts, end_tokens
+from featdiff.language.session import Edit, Guesses, PromptCache
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, SPLITS, Sample, TaskInfo
@@ -46,6 +47,7 @@ class Evaluator:
     ) -> None:
         self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.ends = end_tokens(model, tokenizer)
 
     def answer(
         self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None, progress: str = ""
@@ -137,7 +139,7 @@ class Evaluator:
             model or self.model,
             prompts,
             max_new_tokens=self.max_new_tokens,
-            eos=self.tokenizer.eos_token_id,
+            ends=self.ends,
             pad=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             **how,

@@ -237,6 +237,29 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     tokenizer.save_pretrained(folder)
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Ids of all tokens that end an answer of ``model``, ascending: those that its generation configuration, its configuration
+    or ``tokenizer`` names. Chat models have several. Raises ContractError where one is outside the vocabulary, or there are
+    none."""
+    named = {
+        "generation_config.json": model.generation_config.eos_token_id if model.generation_config is not None else None,
+        "config.json": model.config.get_text_config().eos_token_id,
+        "tokenizer": tokenizer.eos_token_id,
+    }
+    rows, source = model.get_input_embeddings().weight.shape[0], model.config.name_or_path or "model"
+    found: set[int] = set()
+    for where, ids in named.items():
+        for token in ids if isinstance(ids, list) else [ids] * (ids is not None):
+            if type(token) is not int or not 0 <= token < rows:
+                expected, todo = f"ids of tokens, 0 to {rows - 1}", "correct the model's files"
+                raise ContractError(source, f"eos_token_id ({where})", expected, legible(repr(token)), todo)
+            found.add(token)
+    if not found:
+        todo = "name one in generation_config.json: without it no answer ends"
+        raise ContractError(source, "eos_token_id", "an end token", "none", todo)
+    return tuple(sorted(found))
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Equal for tokenizers that turn every text into the same ids."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -66,12 +66,12 @@ def sweep(
 @torch.no_grad()
 def mutual_matches(a: Crosscoder, b: Crosscoder) -> tuple[Int[Tensor, " F"], Float[Tensor, " F"]]:
     """For every feature of ``a`` the feature of ``b`` it is matched with, −1 where the two are not each other's best,
-    and the cosine of their decoder rows, taken over all models at once."""
+    and the cosine of their decoder rows, taken over all models at once; on the CPU, wherever the crosscoders are."""
     rows = [torch.nn.functional.normalize(crosscoder.W_dec.flatten(1), dim=1) for crosscoder in (a, b)]
     cosine = rows[0] @ rows[1].T
     best, partner = cosine.max(1)
-    mutual = cosine.argmax(0)[partner] == torch.arange(len(partner))
-    return torch.where(mutual, partner, -1), best
+    mutual = cosine.argmax(0)[partner] == torch.arange(len(partner), device=partner.device)
+    return torch.where(mutual, partner, -1).cpu(), best.cpu()
 
 
 def seed_stability(sets: Mapping[str, list[int]], crosscoders: Mapping[str, Crosscoder], least_cosine: float) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Search(NamedTuple):
     @torch.no_grad()
     def decoder_rows(self, features: list[int], fit: str | None = None) -> Float[Tensor, "K D"]:
         """Decoder rows of ``features`` in the original model, in raw units."""
-        return Reader(self.crosscoders[fit or self.params.fit], self.roles.original, "swap", features).directions_FD
+        return Reader(self.crosscoders[fit or self.params.fit], self.roles.original, "swap", features).directions_FD.cpu()
 
     @torch.no_grad()
     def set_changes(self, features: list[int], fit: str | None = None) -> dict[str, Float[Tensor, "S D"]]:

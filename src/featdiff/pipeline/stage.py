@@ -27,11 +27,13 @@ from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
-from featdiff.processes.ranks import alive, leave, process_start, rank, starters, world_size
+from featdiff.processes.ranks import alive, leave, process_start, process_state, rank, starters, world_size
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
 from featdiff.tracking.record import Record
 
 if TYPE_CHECKING:
+    import torch
+
     from featdiff.pipeline.checkpoint import Scratch
 
 SCRATCH = Path(".featdiff")
@@ -55,6 +57,11 @@ class Run:
         """JSON files outside of the artifact by path, written whole once it is published."""
         self.log = record.log
         self.observe = record.observe
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models and crosscoders of the stage compute. What they are given, and what is written, is on the CPU."""
+        return process_state().device
 
     def scratch(self) -> Scratch:
         """Where this stage keeps what it can resume from; ask when all inputs are read. What an earlier run with other

@@ -15,7 +15,7 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import COMPLETIONS
 from featdiff.config.models import GRPOParams
 from featdiff.language.decode import generate
-from featdiff.language.models import load_tokenizer, trl_row
+from featdiff.language.models import end_tokens, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
@@ -48,9 +48,13 @@ class Reward:
         self.state: dict[str, Any] = {"calls": 0, "tokens": 0, "kept": []}
         """What a resumed run goes on with."""
 
-    def __call__(self, completions: list[Any], sample_id: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def __call__(
+        self, completions: list[Any], sample_id: list[str], completion_ids: list[list[int]], texts: Any = None, **_: Any
+    ) -> list[float]:
+        """``texts``, where the rollouts give them, are read in place of ``completions``, which show an end that is no special
+        token."""
         rewards = []
-        for i, (completion, name) in enumerate(zip(completions, sample_id, strict=True)):
+        for i, (completion, name) in enumerate(zip(texts or completions, sample_id, strict=True)):
             text = completion if isinstance(completion, str) else completion[0]["content"]
             sample = self.samples[name]
             task = self.tasks[sample.task]
@@ -72,8 +76,10 @@ class Rollouts:
         self.params, self.seed = params, seed
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
-        """Token ids of each of ``prompts`` and of a completion, its end included."""
+        """Token ids of each of ``prompts`` and of a completion, with the end token that was drawn, from which it learns to end;
+        and the completions' texts without it."""
         tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        ends = end_tokens(model, tokenizer)
         if isinstance(prompts[0], str):
             ids = tokenizer(prompts)["input_ids"]
         else:
@@ -84,17 +90,17 @@ class Rollouts:
             model,
             ids,
             max_new_tokens=self.params.max_new_tokens,
-            eos=tokenizer.eos_token_id,
+            ends=ends,
             pad=tokenizer.pad_token_id,
             batch_size=len(ids),
             temperature=self.params.temperature,
             generator=torch.Generator().manual_seed(drawn),
+            keep_end=True,
         )
         model.train()
-        for completion in completions:
-            if len(completion) < self.params.max_new_tokens:
-                completion.append(tokenizer.eos_token_id)
-        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+        said = [completion[: len(completion) - (completion[-1] in ends)] for completion in completions]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, "texts": texts}
 
 
 def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from featdiff.config.reading import legible
 from featdiff.config.values import HUB_NAME
 from featdiff.language.models import (
     check_folder,
+    end_tokens,
     load_model,
     load_tokenizer,
     read_tokenizer,
@@ -68,6 +69,7 @@ def load_base(source: str, dtype: str, field: str = "base.source") -> tuple[Any,
             raise ContractError(source, "tokenizer", "a padding or an end token", "neither", "name one in its configuration")
         tokenizer.pad_token = tokenizer.eos_token
     _check(model, tokenizer, source)
+    _declare_ends(model, tokenizer)
     return model.eval(), tokenizer
 
 
@@ -80,6 +82,13 @@ def _check(model: Any, tokenizer: Any, source: str) -> None:
         raise ContractError(
             source, "tokenizer", f"at most {rows} tokens, as many as embeddings", len(tokenizer), "use the model's own"
         )
+
+
+def _declare_ends(model: Any, tokenizer: Any) -> None:
+    """Have the generation configuration name every end token: a trainer keeps those, and not all that are named elsewhere."""
+    declared, ends = model.generation_config.eos_token_id, end_tokens(model, tokenizer)
+    if {*(declared if isinstance(declared, list) else [declared])} != {*ends}:
+        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
 
 
 def _from_folder(folder: Path, precision: torch.dtype, field: str) -> tuple[Any, Any]:

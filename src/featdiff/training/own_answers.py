@@ -20,7 +20,7 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import OWN_ANSWERS
 from featdiff.config.models import DPOParams, RFTParams
 from featdiff.language.decode import generate
-from featdiff.language.models import encode_prompts
+from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo
@@ -90,7 +90,7 @@ def _ask(
         model,
         [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in asked],
         max_new_tokens=params.max_new_tokens,
-        eos=tokenizer.eos_token_id,
+        ends=end_tokens(model, tokenizer),
         pad=tokenizer.pad_token_id,
         batch_size=params.sampling_batch_size,
         temperature=params.temperature,

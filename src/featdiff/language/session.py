@@ -1,0 +1,253 @@
+"""A model, and perhaps a donor in lockstep, that reads and answers under edits of the residual stream; and prompts that many
+passes over the same questions share.
+
+Shapes: B batch, Q questions, T token, D residual width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from hashlib import sha256
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from featdiff.language.models import block
+from featdiff.processes.memory import prompt_cache_bytes
+
+
+class Edit(Protocol):
+    """A change of the residual stream after ``layer`` blocks."""
+
+    layer: int
+    donor: PreTrainedModel | None
+    """A second model that reads the same tokens, for edits that need its residual stream."""
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether tokens before the last one of the prompt are changed."""
+
+    @property
+    def after_prompt(self) -> bool:
+        """Whether tokens after the prompt are changed."""
+
+    def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
+        """The edited residual stream; ``prompt`` tells the pass over the prompt (left-padded, so that its
+        last token is at index -1) from the passes over later tokens."""
+
+
+class Stream:
+    """One model with its key-value cache, fed the same tokens step by step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config)
+
+    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
+        """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
+        output = self.model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+
+
+Guesses = Mapping[tuple[int, ...], Sequence[list[int]]]
+"""By prompt, answers that are likely to be given to it. They change no answer: where one is right, it is read in one pass."""
+
+
+class PromptCache:
+    """What many passes over the same prompts share: prompts read once up to their last token, for edits that change nothing
+    before it, and guesses of their answers.
+
+    What is kept of the prompts takes at most ``budget`` bytes, by default what :func:`prompt_cache_bytes` says of the model's
+    device when the first are read, and those at hand; others are read again. The budget changes no bit of what is computed."""
+
+    def __init__(self, guesses: Guesses | None = None, *, reads_once: bool = True, budget: int | None = None) -> None:
+        self.guesses: Guesses = guesses or {}
+        self.reads_once, self.budget = reads_once, budget
+        self._at_hand: dict[int, tuple[_Prompts, DynamicCache]] = {}
+        """By model, the prompts that were asked for last: many edits of one batch ask for them one after the other."""
+        self._kept: OrderedDict[_Prompts, tuple[DynamicCache, int]] = OrderedDict()
+        """Caches with their bytes, the least recently used first."""
+        self._taken, self._asks = 0, 0
+        """Bytes of all caches; and how many times prompts of any kind were asked for."""
+        self._asked: dict[_Prompts, int] = {}
+        """By prompts, the number of the last of those times."""
+
+    def for_whole_prompts(self) -> PromptCache:
+        """The guesses alone, for edits that change the prompt."""
+        return PromptCache(self.guesses, reads_once=False)
+
+    def start(self, stream: Stream, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> None:
+        """Leave ``stream`` as if it had read all but the last token of each prompt."""
+        # Keys and values of a token depend on it and on those before it. An edit that begins at the last token of the prompt
+        # leaves those of all earlier tokens as they are, at every layer: one reading serves the passes with and without it.
+        # It is exact for passes that all go through here. Against one reading of the whole prompt, T tokens are now read as
+        # T − 1 and 1, which can round differently.
+        # The key stands for the models by identity, so the model must live as long as this cache. The ids include the padding,
+        # from which mask and positions follow as long as no prompt begins with the padding token.
+        model = id(stream.model)
+        prompts = model, tuple(ids_BT.shape), sha256(ids_BT.cpu().numpy().tobytes()).digest()
+        if model not in self._at_hand or self._at_hand[model][0] != prompts:
+            before, self._asked[prompts] = self._asked.get(prompts, -1), self._asks
+            self._asks += 1
+            if prompts in self._kept:
+                self._kept.move_to_end(prompts)
+                stream.cache = self._kept[prompts][0]
+            else:
+                stream.feed(ids_BT[:, :-1], mask_BT[:, :-1], positions_BT[:, :-1], 1)
+                self._keep(prompts, stream.cache, before, ids_BT.device)
+            self._at_hand[model] = prompts, stream.cache
+        stream.cache = _branch(self._at_hand[model][1])
+
+    def _keep(self, prompts: _Prompts, cache: DynamicCache, before: int, device: torch.device) -> None:
+        """Keep ``cache`` if there is room for it, or the least recently used can make room; ``before``: when its prompts were
+        last asked for, −1 for never."""
+        # Passes ask for all their prompts in turn. If the oldest always gave way to the newest, and not all fit, each would
+        # be gone just before it is asked for again, and nothing would ever be found. So it gives way only to prompts that were
+        # asked for since it was itself: as many as fit stay, and what no pass asks for any longer goes.
+        if self.budget is None:
+            self.budget = prompt_cache_bytes(device)
+        size = _bytes(cache)
+        while size <= self.budget < self._taken + size and self._asked[next(iter(self._kept))] < before:
+            self._taken -= self._kept.popitem(last=False)[1][1]
+        if self._taken + size <= self.budget:
+            self._kept[prompts] = cache, size
+            self._taken += size
+
+
+_Prompts = tuple[int, tuple[int, ...], bytes]
+"""A batch of prompts for a model: the model's identity, shape and hash of the ids."""
+
+
+def _bytes(cache: DynamicCache) -> int:
+    return sum(value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+
+
+def _branch(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes its own way from here."""
+    # A shallow copy of each layer is enough. DynamicCache appends by torch.cat and selects rows by indexing: both put new
+    # tensors into the layer object and leave the old ones, which other branches hold, as they were. A cache that writes in
+    # place (StaticCache) would need its tensors copied.
+    branch = copy(cache)
+    branch.layers = [copy(layer) for layer in cache.layers]
+    return branch
+
+
+class Session:
+    """A model that answers under several edits at once, perhaps with a donor in lockstep.
+
+    The rows of a batch are all questions under the first edit, then all under the second, and so on."""
+
+    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit | None]) -> None:
+        self.main, self.edits = Stream(model), edits
+        made = [edit for edit in edits if edit is not None]
+        donors = {id(edit.donor): edit.donor for edit in made if edit.donor is not None}
+        if len(donors) > 1 or len({edit.layer for edit in made}) > 1:
+            raise ValueError("edits that are answered under at once have one layer and one donor")
+        self.layer = made[0].layer if made else None
+        self.donor = Stream(donor) if (donor := next(iter(donors.values()), None)) is not None else None
+        self.followed = any(edit.after_prompt for edit in made)
+        self.arms = torch.zeros(0, dtype=torch.long)
+        """Number of the edit of each row, ascending."""
+        self.donor_BTD: Tensor | None = None
+        self.prompt = True
+
+    def start(
+        self, prompts: PromptCache | None, ids_QT: Tensor, mask_QT: Tensor, positions_QT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask and position ids [B, T] of what is still to be read of the prompts, each question once per edit.
+
+        The donor reads them here: its residual stream is the same under every edit."""
+        left = slice(None)
+        if prompts is not None and prompts.reads_once and ids_QT.shape[1] > 1:
+            if any(edit is not None and edit.whole_prompt for edit in self.edits):
+                raise ValueError("an edit of the whole prompt cannot share the prompts of other passes")
+            for stream in self._streams():
+                prompts.start(stream, ids_QT, mask_QT, positions_QT)
+            left = slice(-1, None)
+        ids_QT, positions_QT = ids_QT[:, left], positions_QT[:, left]
+        self.arms = torch.arange(len(self.edits)).repeat_interleave(len(ids_QT))
+        if self.donor is not None:
+            with self._watching():
+                self.donor.feed(ids_QT, mask_QT, positions_QT, 1)
+        if len(self.edits) == 1:
+            return ids_QT, mask_QT, positions_QT
+        rows = torch.arange(len(ids_QT), device=ids_QT.device).repeat(len(self.edits))
+        for stream in self._streams():
+            if stream is self.donor or left.start is not None:  # else it has read nothing yet
+                stream.select(rows)
+        if self.donor_BTD is not None:
+            self.donor_BTD = self.donor_BTD[rows]
+        return ids_QT[rows], mask_QT[rows], positions_QT[rows]
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        assert self.donor is not None
+        assert self.layer is not None
+
+        def watch(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+            self.donor_BTD = output
+
+        handle = block(self.donor.model, self.layer).register_forward_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        if self.layer is None:
+            yield
+            return
+
+        def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            parts, low = [], 0
+            for edit, count in zip(self.edits, torch.bincount(self.arms, minlength=len(self.edits)).tolist(), strict=True):
+                rows = slice(low, low := low + count)
+                donor_BTD = None if self.donor_BTD is None else self.donor_BTD[rows]
+                parts.append(output[rows] if edit is None or not count else edit(output[rows], donor_BTD, prompt=self.prompt))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        handle = block(self.main.model, self.layer).register_forward_hook(change)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, *, prompt: bool, keep: int = 1) -> Tensor:
+        self.prompt = prompt
+        if self.donor is not None and self.followed and not prompt:
+            with self._watching():
+                self.donor.feed(ids_BT, mask_BT, positions_BT, 1)
+        return self.main.feed(ids_BT, mask_BT, positions_BT, keep)
+
+    def select(self, rows: Tensor) -> None:
+        self.arms = self.arms[rows.cpu()]
+        for stream in self._streams():
+            stream.select(rows)
+
+    def branches(self) -> tuple[Tensor, list[DynamicCache]]:
+        """The state to :meth:`resume` from, any number of times."""
+        return self.arms, [stream.cache for stream in self._streams()]
+
+    def resume(self, state: tuple[Tensor, list[DynamicCache]]) -> None:
+        self.arms, branches = state
+        for stream, cache in zip(self._streams(), branches, strict=True):
+            stream.cache = _branch(cache)
+
+    def _streams(self) -> list[Stream]:
+        return [self.main] if self.donor is None else [self.main, self.donor]
