@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from featdiff.artifacts.artifact import ContractError
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
+
+SHARDED = "ACCELERATE_USE_FSDP"
+"""Environment variable, set by accelerate's launcher: whether its configuration has ranks share a model."""
 
 
 def rank() -> int:
@@ -36,6 +39,20 @@ def process_state() -> PartialState:
         todo = "use a file of conf/accelerate/ as it is"
         raise ContractError("$ACCELERATE_CONFIG", "connected processes", world_size(), state.num_processes, todo)
     return state
+
+
+def replicated() -> Accelerator:
+    """One with which each rank holds the whole model and computes in its dtype. What $ACCELERATE_CONFIG says of shards and of
+    mixed precision is for arms (featdiff.training.engine)."""
+    from accelerate import Accelerator
+
+    process_state()
+    sharded = os.environ.pop(SHARDED, None)
+    try:
+        return Accelerator(mixed_precision="no")
+    finally:
+        if sharded is not None:
+            os.environ[SHARDED] = sharded
 
 
 def largest(value: int) -> int:
