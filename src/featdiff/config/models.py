@@ -61,6 +61,8 @@ class BaseParams(Params):
     """``pretrain``, a local model folder, ``gguf:<package>`` (a GGUF file inside an installed package),
     or ``hub:<owner>/<name>@<commit>``."""
     dtype: Literal["float32", "bfloat16"]
+    """Of the weights as they are saved and of what computes on them when they are read; that of every arm. Arms that are
+    trained here are float32: a bfloat16 number has no room for what a small learning rate changes."""
     pretraining: Pretraining
 
 

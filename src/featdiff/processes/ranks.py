@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featdiff.artifacts.artifact import ContractError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHARDED = "ACCELERATE_USE_FSDP"
 """Environment variable, set by accelerate's launcher: whether its configuration has ranks share a model."""
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""Environment variable, set by it as well: what arms compute in, ``no`` for what their weights are."""
 
 
 def rank() -> int:
@@ -24,6 +26,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def hardware() -> dict[str, Any]:
+    """What a checkpoint of training depends on beside params: another hardware does not go on from it."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return {"ranks": world_size(), "threads": threads, "sharded": SHARDED in os.environ, "precision": os.environ.get(PRECISION)}
 
 
 def process_state() -> PartialState:

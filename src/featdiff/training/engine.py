@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.processes.ranks import SHARDED, process_state
+from featdiff.processes.ranks import PRECISION, SHARDED, process_state
 
 A = TypeVar("A", bound=TrainingArguments)
 RECOMPUTE = "FEATDIFF_RECOMPUTE"
@@ -46,7 +46,7 @@ class Engine(NamedTuple):
     @classmethod
     def here(cls) -> Engine:
         """That of this process. Raises ContractError for one that is not supported."""
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = os.environ.get(PRECISION, "no")
         if precision not in PRECISIONS:
             raise ContractError(HARDWARE, FIELD, " or ".join(PRECISIONS), precision, "change it")
         sharded, ranks = parse_flag_from_env(SHARDED), process_state().num_processes

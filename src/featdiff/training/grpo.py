@@ -47,10 +47,10 @@ class Reward:
         self.tasks = tasks
         self.samples = {sample.sample_id: sample for sample in samples}
         self.every = max(1, steps // KEPT_CALLS)
-        self.state: dict[str, Any] = {"calls": 0, "tokens": 0, "kept": []}
+        self.state: dict[str, Any] = {"calls": 0, "kept": []}
         """What a resumed run goes on with."""
 
-    def __call__(self, completions: list[Any], sample_id: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def __call__(self, completions: list[Any], sample_id: list[str], **_: Any) -> list[float]:
         rewards = []
         for i, (completion, name) in enumerate(zip(completions, sample_id, strict=True)):
             text = completion if isinstance(completion, str) else completion[0]["content"]
@@ -62,7 +62,6 @@ class Reward:
                 row = {"call": self.state["calls"], "task": sample.task, "prompt": sample.prompt, "answer": sample.answer}
                 self.state["kept"].append(row | {"completion": text, "manner": graded.manner, "reward": rewards[-1]})
         self.state["calls"] += 1
-        self.state["tokens"] += sum(map(len, completion_ids))
         return rewards
 
 
@@ -145,12 +144,13 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
         expected = f"one update per generation ({boundary} micro batches)"
         raise ContractError("GRPOConfig", "steps_per_generation", expected, generation, "do not set it")
     recorder.train(trainer)
-    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    steps = [entry for entry in trainer.state.log_history if "reward" in entry]
+    rewards = [entry["reward"] for entry in steps]
     tenth = max(1, len(rewards) // 10)
     facts = {
         "problems": len(samples),
         "samples_seen": params.steps * total,
-        "tokens_seen": reward.state["tokens"] * state.num_processes,
+        "tokens_seen": sum(round(total * entry["completions/mean_length"]) for entry in steps),
         "reward_first": sum(rewards[:tenth]) / tenth,
         "reward_last": sum(rewards[-tenth:]) / tenth,
     }
