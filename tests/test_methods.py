@@ -23,6 +23,7 @@ from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
 from featdiff.training import own_answers as own_answers_module
 from featdiff.training.dpo import pairs
+from featdiff.training.engine import Engine
 from featdiff.training.grpo import Rollouts
 from featdiff.training.own_answers import Answer, Answers, own_answers
 from taught import PROBLEMS, SMALL, hashes, numbers, trained, write_data
@@ -55,6 +56,45 @@ def test_a_method_changes_no_more_than_the_blocks_that_it_is_given(method: str, 
             assert new.requires_grad
     with pytest.raises(ContractError, match="at most the 2 of the base, or null, found 3"):
         trained(method, world, tmp_path / "two", blocks=3)
+
+
+LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_low_rank_changes_are_merged_and_resume(method: str, world: Path, tmp_path: Path) -> None:
+    """What is saved has the base's names and shapes, and differs from it by matrices of that rank, in the targets alone."""
+    out, audit = trained(method, world, tmp_path / "lora", blocks=1, lora=LORA)
+    base, *models = (load_model(folder).state_dict() for folder in (world / "base", *checkpoint_folders(out)))
+    wanted = {f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj")}
+    for model in models:
+        assert model.keys() == base.keys()
+        assert {name for name in base if not torch.equal(model[name], base[name])} == wanted
+        for name in wanted:
+            sizes = torch.linalg.svdvals(model[name] - base[name])
+            assert sizes[2] < 1e-3 * sizes[0] < sizes[0]
+    assert "adapter_config.json" not in hashes(out)
+    other, _ = trained(method, world, tmp_path / "other", blocks=1, lora=LORA, seed=1)
+    assert hashes(other)["model.safetensors"] != hashes(out)["model.safetensors"]
+
+    def kill(step: int, _: dict[str, float]) -> None:
+        if step == 5:
+            raise KilledError
+
+    more: dict[str, Any] = {"blocks": 1, "lora": LORA}
+    with pytest.raises(KilledError):
+        trained(method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), log=kill, **more)
+    again, told = trained(method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), **more)
+    assert told == audit
+    assert hashes(again) == hashes(out)
+
+
+def test_low_rank_changes_that_cannot_be_are_one_line(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ContractError, match=r"lora.targets: expected of down_proj, gate_proj, .*, found lm_head; change it"):
+        trained("sft", world, tmp_path / "sft", lora=LORA | {"targets": ["q_proj", "lm_head"]})
+    monkeypatch.setattr(Engine, "here", classmethod(lambda cls: cls(torch.float32, True, False, 2)))
+    with pytest.raises(ContractError, match="lora: expected null where ranks share a model, found an adapter"):
+        trained("sft", world, tmp_path / "sft", lora=LORA)
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import math
 import shutil
 from collections.abc import Callable
@@ -23,7 +25,9 @@ from transformers import (
 )
 
 from featdiff.artifacts.artifact import ContractError, seal
-from featdiff.language.models import blocks, load_model, save_model
+from featdiff.config.models import LearnedParams
+from featdiff.config.reading import legible
+from featdiff.language.models import BLOCKS, blocks, load_model, save_model
 from featdiff.pipeline.checkpoint import Scratch, require_finite
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample
@@ -150,9 +154,44 @@ def load_trainable(base: Path, first: int | None) -> PreTrainedModel:
     return model
 
 
+def adapter(params: LearnedParams, model: PreTrainedModel, seed: int) -> Any:
+    """The configuration of ``params.lora`` for the trainer of ``model`` that is made next, None without; ``seed`` draws its
+    first weights.
+
+    Raises ContractError without the package peft, for targets that ``model`` has not, and where ranks share a model: merging
+    takes whole weights."""
+    if params.lora is None:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ContractError("params.yaml", "lora", "the package peft installed", "no such module", "pip install -e .[peft]")
+    if Engine.here().sharded:
+        todo = "take a configuration without FSDP: an adapter takes little memory"
+        raise ContractError("params.yaml", "lora", "null where ranks share a model", "an adapter", todo)
+    maps = {name.rpartition(".")[2] for name, module in blocks(model.base_model).named_modules() if _is_map(module)}
+    if unknown := [target for target in params.lora.targets if target not in maps]:
+        raise ContractError("params.yaml", "lora.targets", f"of {', '.join(sorted(maps))}", legible(unknown[0]), "change it")
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=params.lora.rank,
+        lora_alpha=params.lora.alpha,
+        target_modules=params.lora.targets,
+        layers_to_transform=None if params.blocks is None else list(range(params.blocks)),
+        layers_pattern=None if params.blocks is None else list(BLOCKS),
+    )
+
+
+def _is_map(module: torch.nn.Module) -> bool:
+    return isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
+
+
 def saving(trainer: Trainer) -> Callable[[Path], None]:
     """Writes the model as it is now, whole and in float32, into a folder. Every rank must ask; the first may write."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):  # of a copy: what is added to weights and taken away again leaves them rounded
+        model = copy.deepcopy(model).merge_and_unload(safe_merge=True)
     return partial(save_model, model, trainer.processing_class, weights=gathered(trainer))
 
 

@@ -13,7 +13,7 @@ from featdiff.config.models import DPOParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable, token_counts
+from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable, token_counts
 from featdiff.training.engine import Engine
 from featdiff.training.own_answers import Answers, own_answers, summary
 
@@ -56,7 +56,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: DPOParams
         model=model,
         # Log-probabilities of the reference could be computed beforehand, which saves one copy of the weights of the four or
         # more that training holds. TRL keeps them in a folder that the ranks do not share, and the second rank finds nothing.
-        ref_model=reference,
+        ref_model=reference if params.lora is None else None,  # else the model without its adapter
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([_row(*pair, chat=tasks[pair[0].task].chat) for pair in taught]),
         args=engine.ready(
@@ -70,6 +70,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: DPOParams
                 logging_steps=1,
             )
         ),
+        peft_config=adapter(params, model, seed),
     )
     recorder.train(trainer)
     seen, tokens = trainer.state.epoch, sum(sum(token_counts(tokenizer, list(pair))) for pair in taught)

@@ -21,7 +21,7 @@ from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 from featdiff.tasks.verify import grade
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable
+from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable
 from featdiff.training.engine import Engine, Replica
 
 SERIES = {
@@ -138,6 +138,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
                 logging_steps=1,
             )
         ),
+        peft_config=adapter(params, model, seed),
     )
     boundary, generation = trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation
     if generation * trainer.args.num_iterations != boundary:  # else a checkpoint could fall between rollouts and their use

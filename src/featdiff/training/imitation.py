@@ -12,7 +12,7 @@ from featdiff.config.models import RFTParams, SFTParams
 from featdiff.language.models import load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable, token_counts
+from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable, token_counts
 from featdiff.training.engine import Engine
 
 SERIES = {
@@ -55,6 +55,7 @@ def imitate(
                 logging_steps=1,
             )
         ),
+        peft_config=adapter(params, model, seed),
     )
     recorder.train(trainer)
     seen = trainer.state.epoch
