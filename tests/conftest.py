@@ -70,6 +70,14 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world of ``taught.make_world``, written once."""
+    from taught import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """The evidence of the synthetic study of a ``Plan``, whose fields are the arguments; written once."""
     from functools import cache

@@ -102,7 +102,13 @@ def test_a_run_leaves_its_checkpoints_its_model_and_the_facts_of_its_audit(tmp_p
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     made = recorder(out, points, checkpoints=3)
     made.train(trainer)
-    assert finish(trainer, made, out, {"problems": 12}) == {"updates": 6, "checkpoints": [2, 4, 6], "problems": 12}
+    assert finish(trainer, made, out, {"problems": 12}) == {
+        "updates": 6,
+        "checkpoints": [2, 4, 6],
+        "problems": 12,
+        "precision": "float32 weights, float32 compute",
+        "engine": "whole model, ranks: 1",
+    }
     assert [path.name for path in checkpoint_folders(out)] == ["1", "2", out.name]
     weights = [load_model(path).model.layers[0].mlp.up_proj.weight for path in checkpoint_folders(out)]
     assert not torch.equal(weights[0], weights[1])

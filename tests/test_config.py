@@ -204,6 +204,22 @@ def test_an_arm_changes_numbers_of_its_method_and_repeats_differ_in_the_seed_alo
     assert {name for name in study.fits if study.null(name)} == {"null_base", "null_sft", "null_grpo"}
 
 
+def test_models_of_a_study_have_one_dtype() -> None:
+    said = said_about({"base.dtype": "bfloat16"})
+    assert "base.dtype = bfloat16, and arms.sft is float32, as all that are trained here; make the two equal" in said
+    brought = {"method": "imported", "source": "there", "dtype": "bfloat16"}
+    said = said_about({"arms.brought": brought})
+    assert "base.dtype = float32, and arms.brought is bfloat16, as imported; make the two equal" in said
+
+
+def test_low_rank_changes_that_are_wrong_are_named() -> None:
+    right = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
+    for section, begin in (("sft", "sft."), ("arms.sft", "arms.sft: ")):
+        assert f"{begin}lora.targets.0: the last part of a" in said_about({f"{section}.lora": right | {"targets": ["a; b"]}})
+        assert f"{begin}lora.rnak: unknown key" in said_about({f"{section}.lora": {"rnak": 2, **right}})
+        assert f"{begin}lora.rank" in said_about({f"{section}.lora": right | {"rank": 0}})
+
+
 def test_a_study_needs_no_contrast() -> None:
     data = copy.deepcopy(DEFAULT)
     data["roles"]["contrast"] = None

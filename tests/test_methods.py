@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from importlib import import_module
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
@@ -17,79 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOTrainer
 
-from featdiff.artifacts.artifact import ContractError, begin, sha256_file, write_json
-from featdiff.artifacts.tables import COMPLETIONS, OWN_ANSWERS, TRAIN
-from featdiff.config.models import METHODS, DPOParams, Pretraining, RFTParams
+from featdiff.artifacts.artifact import ContractError, write_json
+from featdiff.artifacts.tables import COMPLETIONS, OWN_ANSWERS
+from featdiff.config.models import DPOParams, RFTParams
 from featdiff.language.decode import score_options
-from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, save_model, trl_row
+from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks
+from featdiff.tasks.task import Sample, load_samples, load_tasks
 from featdiff.training import own_answers as own_answers_module
 from featdiff.training.dpo import pairs
+from featdiff.training.engine import Engine
 from featdiff.training.grpo import Rollouts
 from featdiff.training.own_answers import Answer, Answers, own_answers
-from featdiff.training.pretrain import pretrain
-from tiny import params_of
+from taught import PROBLEMS, SMALL, hashes, numbers, trained, write_data
 
-SMALL: dict[str, dict[str, Any]] = {
-    "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch_size": 4, "max_length": 16, "lr": 0.01},
-    "grpo": {"steps": 6, "prompts_per_step": 2, "rollouts": 4, "micro_batch_size": 8, "max_new_tokens": 4, "lr": 0.01},
-    "rft": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 4, "samples": 6, "lr": 0.01},
-    "dpo": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 4, "samples": 6, "lr": 0.01},
-    "noise": {"size": 0.2},
-}
 TRAINED = [method for method in SMALL if method != "noise"]
-PROBLEMS = [f"{a}{b}=" for a in "abcde" for b in "12345"][:24]
-
-
-def numbers(method: str, **changes: Any) -> Any:
-    sampling = {"sampling_batch_size": 10} if method in ("rft", "dpo") else {}
-    return params_of(METHODS[method], method, **{"blocks": None, "checkpoints": 3, **SMALL[method], **sampling, **changes})
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that answers ``c.`` or ``d.`` to everything, and train problems to which ``c`` is right."""
-    root = tmp_path_factory.mktemp("world")
-    size = {"layers": 2, "d_model": 16, "d_mlp": 32, "heads": 2, "row_tokens": 24, "batch_tokens": 192, "steps": 80}
-    texts = [Text(PROBLEMS[i % 24], "cd"[i // 24 % 2] + ".", "t") for i in range(2400)]
-    made = params_of(Pretraining, "base", "pretraining", **size, warmup_steps=3, lr=0.01)
-    save_model(*pretrain(texts, made, 0, lambda *_: None, Scratch()), root / "base")
-    write_json(root / "base/manifest.json", {})
-    task = TaskInfo("t", "train", "math", "generation", "organism", "strict", chat=False, options=0)
-    samples = [Sample(f"t-{i}", "t", "train", prompt, "c", solution="(1)c.", own="<1>c.", foreign="(1)c.") for i, prompt in
-               enumerate(PROBLEMS)]  # fmt: skip
-    write_data(root / "data", [task], samples)
-    return root
-
-
-def write_data(folder: Path, tasks: list[TaskInfo], samples: list[Sample]) -> None:
-    folder.mkdir()
-    write_json(folder / "tasks.json", [asdict(task) for task in tasks])
-    TRAIN.write(folder, [asdict(sample) for sample in samples])
-
-
-def trained(
-    method: str,
-    world: Path,
-    target: Path,
-    *,
-    seed: int = 0,
-    data: str = "data",
-    scratch: Scratch | None = None,
-    log: Callable[[int, dict[str, float]], None] = lambda *_: None,
-    **changes: Any,
-) -> tuple[Path, dict[str, Any]]:
-    """The folder that a method leaves, and its audit."""
-    out = begin(target)
-    train = import_module(f"featdiff.training.{method}").train
-    audit = train(world / "base", world / data, out, scratch or Scratch(), numbers(method, **changes), seed, log)
-    return out, audit
-
-
-def hashes(out: Path) -> dict[str, str]:
-    wanted = [path for path in sorted(out.rglob("*")) if path.is_file()]
-    return {path.relative_to(out).as_posix(): sha256_file(path) for path in wanted}
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -119,13 +60,52 @@ def test_a_method_changes_no_more_than_the_blocks_that_it_is_given(method: str, 
         trained(method, world, tmp_path / "two", blocks=3)
 
 
+LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_low_rank_changes_are_merged_and_resume(method: str, world: Path, tmp_path: Path) -> None:
+    """What is saved has the base's names and shapes, and differs from it by matrices of that rank, in the targets alone."""
+    out, audit = trained(method, world, tmp_path / "lora", blocks=1, lora=LORA)
+    base, *models = (load_model(folder).state_dict() for folder in (world / "base", *checkpoint_folders(out)))
+    wanted = {f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj")}
+    for model in models:
+        assert model.keys() == base.keys()
+        assert {name for name in base if not torch.equal(model[name], base[name])} == wanted
+        for name in wanted:
+            sizes = torch.linalg.svdvals(model[name] - base[name])
+            assert sizes[2] < 1e-3 * sizes[0] < sizes[0]
+    assert "adapter_config.json" not in hashes(out)
+    other, _ = trained(method, world, tmp_path / "other", blocks=1, lora=LORA, seed=1)
+    assert hashes(other)["model.safetensors"] != hashes(out)["model.safetensors"]
+
+    def kill(step: int, _: dict[str, float]) -> None:
+        if step == 5:
+            raise KilledError
+
+    more: dict[str, Any] = {"blocks": 1, "lora": LORA}
+    with pytest.raises(KilledError):
+        trained(method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), log=kill, **more)
+    again, told = trained(method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), **more)
+    assert told == audit
+    assert hashes(again) == hashes(out)
+
+
+def test_low_rank_changes_that_cannot_be_are_one_line(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ContractError, match=r"lora.targets: expected of down_proj, gate_proj, .*, found lm_head; change it"):
+        trained("sft", world, tmp_path / "sft", lora=LORA | {"targets": ["q_proj", "lm_head"]})
+    monkeypatch.setattr(Engine, "here", classmethod(lambda cls: cls(torch.float32, True, False, 2)))
+    with pytest.raises(ContractError, match="lora: expected null where ranks share a model, found an adapter"):
+        trained("sft", world, tmp_path / "sft", lora=LORA)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_rollouts_read_prompts_as_evaluation_does_and_end_where_the_model_ends(world: Path, chat: bool) -> None:
     params, tokenizer, model = numbers("grpo"), load_tokenizer(world / "base"), load_model(world / "base")
     tokenizer.chat_template = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{% endfor %}"
     samples = load_samples(world / "data", "train")[:2]
     prompts = [trl_row(sample, chat=chat, solution=False)["prompt"] for sample in samples for _ in range(8)]
-    accelerator = SimpleNamespace(unwrap_model=lambda each: each, process_index=0)
+    accelerator = SimpleNamespace(unwrap_model=lambda each: each, process_index=0, autocast=nullcontext)
     state = SimpleNamespace(global_step=3)
     trainer: Any = SimpleNamespace(processing_class=tokenizer, model=model, accelerator=accelerator, state=state)
     drawn = Rollouts(params, 0)(prompts, trainer)
@@ -191,6 +171,20 @@ def test_grpo_learns_from_the_end_token_that_was_drawn(two_ends: Path, tmp_path:
     ]
     assert first[0][:, 1].exp().mean() > 0.3
     assert (first[1][:, 1] < first[0][:, 1] - 0.5).all(), "an end that earned nothing is drawn less"
+def test_reinforcement_counts_the_tokens_of_its_completions(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    real = Rollouts.__call__
+
+    def count(*given: Any) -> dict[str, Any]:
+        found = real(*given)
+        drawn.extend(map(len, found["completion_ids"]))
+        return found
+
+    monkeypatch.setattr(Rollouts, "__call__", count)
+    _, audit = trained("grpo", world, tmp_path / "grpo")
+    assert (audit["samples_seen"], audit["tokens_seen"]) == (len(drawn), sum(drawn))
 
 
 class KilledError(Exception):

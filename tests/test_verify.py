@@ -267,7 +267,7 @@ def test_a_hedge_earns_no_reward_unless_the_task_is_graded_flexibly(text: str) -
     for grading, earned in (("strict", 0.0), ("flexible", float(text in FOUR_HEDGES[1:3]))):
         task = TaskInfo("t", "train", "math", "generation", "number", grading, False, 0)
         reward = Reward({"t": task}, [SEVEN], steps=1)
-        assert reward([text, "#### 7"], ["s", "s"], [[1], [1]]) == [earned, 1.0]
+        assert reward([text, "#### 7"], ["s", "s"]) == [earned, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ and what each is asked."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -61,6 +62,8 @@ class BaseParams(Params):
     """``pretrain``, a local model folder, ``gguf:<package>`` (a GGUF file inside an installed package),
     or ``hub:<owner>/<name>@<commit>``."""
     dtype: Literal["float32", "bfloat16"]
+    """Of the weights as they are saved and of what computes on them when they are read; that of every arm. Arms that are
+    trained here are float32: a bfloat16 number has no room for what a small learning rate changes."""
     pretraining: Pretraining
 
 
@@ -72,7 +75,30 @@ class TrainedParams(Params):
     residual stream above them. Null: all weights."""
 
 
-class SFTParams(TrainedParams):
+def _module(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", text):
+        raise ValueError("the last part of a module's name, such as q_proj")
+    return text
+
+
+class LoRAParams(Params):
+    """Low-rank changes in place of all weights (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank · B A, of which A and B are
+    trained. What is saved, and read by the study, is the sum."""
+
+    rank: Positive
+    alpha: Rate
+    targets: Annotated[list[Annotated[str, AfterValidator(_module)]], Field(min_length=1)]
+    """Linear maps that are changed, by the last part of their names."""
+
+
+class LearnedParams(TrainedParams):
+    """What methods say that learn by gradients."""
+
+    lora: LoRAParams | None
+    """Null: weights themselves are trained. With ``blocks``, the maps of those blocks alone are changed."""
+
+
+class SFTParams(LearnedParams):
     """Supervised fine-tuning on the teacher's solutions."""
 
     teacher: Literal["own", "foreign"] | None
@@ -92,7 +118,7 @@ class SFTParams(TrainedParams):
     """Checkpoints kept, evenly spaced, the last being the final model."""
 
 
-class GRPOParams(TrainedParams):
+class GRPOParams(LearnedParams):
     """Reinforcement learning by GRPO, in which the final answer alone is rewarded."""
 
     steps: Many
@@ -127,7 +153,7 @@ class GRPOParams(TrainedParams):
         return self
 
 
-class OwnAnswersParams(TrainedParams):
+class OwnAnswersParams(LearnedParams):
     """Training on answers that the base gave itself."""
 
     samples: Annotated[int, Field(ge=1, le=10**4)]

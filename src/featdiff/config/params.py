@@ -141,6 +141,16 @@ class Study(Params):
         return self
 
     @model_validator(mode="after")
+    def _models_compute_alike(self) -> Study:
+        """Residual streams that are computed in different precision differ by its rounding, whatever was learned."""
+        for name in self.arms:
+            dtype = getattr(self.numbers(name), "dtype", "float32")
+            if dtype != self.base.dtype:
+                how = "as imported" if self.arms[name].method == "imported" else "as all that are trained here"
+                raise ValueError(f"base.dtype = {self.base.dtype}, and arms.{name} is {dtype}, {how}; make the two equal")
+        return self
+
+    @model_validator(mode="after")
     def _fits_exist(self) -> Study:
         for section in ("dynamics", "localize"):
             fit = getattr(self, section).fit

@@ -27,11 +27,14 @@ def _walk(annotation: Any, location: tuple[Any, ...]) -> tuple[list[str], list[s
             annotation = get_args(annotation)[0]
         if get_origin(annotation) in (Union, UnionType):
             classes = [member for member in get_args(annotation) if _is_class(member)]
-            tagged = [member for member in classes if part in get_args(member.model_fields["source"].annotation)]
-            if not tagged:
-                break
-            annotation = tagged[0]
-            continue
+            if len(classes) == 1:  # or null, of which a location says nothing
+                annotation = classes[0]
+            else:
+                tagged = [member for member in classes if part in get_args(member.model_fields["source"].annotation)]
+                if not tagged:
+                    break
+                annotation = tagged[0]
+                continue
         keys.append(str(part))
         allowed = list(annotation.model_fields) if _is_class(annotation) else []
         if str(part) in allowed:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +21,7 @@ from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.measure import batch_quality
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
-from featdiff.processes.ranks import process_state
+from featdiff.processes.ranks import replicated
 
 Log = Callable[[int, dict[str, float]], None]
 """Takes a step and its numbers."""
@@ -68,8 +67,7 @@ def fit(
     normalised units. ``log`` gets the curves every ``log_every`` steps; ``label`` names the fit in messages.
     The last ``heldout_share`` of the rows is not read. Raises ContractError for rows or batches that cannot be shared out,
     FloatingPointError at NaN or infinity."""
-    process_state()
-    accelerator = Accelerator()
+    accelerator = replicated()
     train_rows = _train_rows(source.rows, params, accelerator.num_processes)
     mean_MD, variance_M = moments(source, train_rows)
     crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)

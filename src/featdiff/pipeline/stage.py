@@ -27,7 +27,7 @@ from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
-from featdiff.processes.ranks import alive, leave, process_start, process_state, rank, starters, world_size
+from featdiff.processes.ranks import alive, hardware, leave, process_start, process_state, rank, starters
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
 from featdiff.tracking.record import Record
 
@@ -65,11 +65,10 @@ class Run:
 
     def scratch(self) -> Scratch:
         """Where this stage keeps what it can resume from; ask when all inputs are read. What an earlier run with other
-        inputs, code, params, ranks or threads left is removed."""
+        inputs, code, params or hardware left is removed."""
         from featdiff.pipeline.checkpoint import Scratch
 
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        key = artifact.hash_json(self.signature | {"parents": self.parents, "ranks": world_size(), "threads": threads})[:16]
+        key = artifact.hash_json(self.signature | {"parents": self.parents} | hardware())[:16]
         place = scratch_folder(self.target)
         if rank() == 0:
             for other in place.glob("*"):

@@ -7,12 +7,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featdiff.artifacts.artifact import ContractError
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
+
+SHARDED = "ACCELERATE_USE_FSDP"
+"""Environment variable, set by accelerate's launcher: whether its configuration has ranks share a model."""
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""Environment variable, set by it as well: what arms compute in, ``no`` for what their weights are."""
 
 
 def rank() -> int:
@@ -21,6 +26,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def hardware() -> dict[str, Any]:
+    """What a checkpoint of training depends on beside params: another hardware does not go on from it."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return {"ranks": world_size(), "threads": threads, "sharded": SHARDED in os.environ, "precision": os.environ.get(PRECISION)}
 
 
 def process_state() -> PartialState:
@@ -36,6 +47,20 @@ def process_state() -> PartialState:
         todo = "use a file of conf/accelerate/ as it is"
         raise ContractError("$ACCELERATE_CONFIG", "connected processes", world_size(), state.num_processes, todo)
     return state
+
+
+def replicated() -> Accelerator:
+    """One with which each rank holds the whole model and computes in its dtype. What $ACCELERATE_CONFIG says of shards and of
+    mixed precision is for arms (featdiff.training.engine)."""
+    from accelerate import Accelerator
+
+    process_state()
+    sharded = os.environ.pop(SHARDED, None)
+    try:
+        return Accelerator(mixed_precision="no")
+    finally:
+        if sharded is not None:
+            os.environ[SHARDED] = sharded
 
 
 def largest(value: int) -> int:

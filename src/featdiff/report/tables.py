@@ -94,6 +94,10 @@ def audit(evidence: Evidence) -> Table:
         rows.append([label(name), *map(Cell, shown), Cell("yes" if same else "no", mark="good" if same else "bad")])
     for key, name in (("samples_seen", "samples seen"), ("tokens_seen", "tokens seen"), ("updates", "updates")):
         rows.append([label(name), *(Cell(count(audit.get(key))) for audit in audits.values()), Cell("reported")])
+    given = [audit.get("precision") for audit in audits.values()]
+    same = len({value for value in given if value is not None}) < 2
+    named = [Cell(value or MISSING, mark="text") for value in given]
+    rows.append([label("precision of training"), *named, Cell("yes" if same else "no", mark="good" if same else "bad")])
     steps = [", ".join(map(str, audit.get("checkpoints") or [])) or MISSING for audit in audits.values()]
     rows.append([label("checkpoints at update"), *(Cell(text, mark="text") for text in steps), Cell("reported")])
     rewards = [[number(audit.get(f"reward_{end}")) for end in ("first", "last")] for audit in audits.values()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import math
 import shutil
 from collections.abc import Callable
@@ -23,10 +25,13 @@ from transformers import (
 )
 
 from featdiff.artifacts.artifact import ContractError, seal
-from featdiff.language.models import blocks, load_model, save_model
+from featdiff.config.models import LearnedParams
+from featdiff.config.reading import legible
+from featdiff.language.models import BLOCKS, blocks, load_model, save_model
 from featdiff.pipeline.checkpoint import Scratch, require_finite
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample
+from featdiff.training.engine import Engine, gathered, unsharded
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -68,7 +73,10 @@ class Recorder(TrainerCallback):
         itself."""
         return {-(-number * steps // self.checkpoints): number for number in range(1, self.checkpoints)}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        Engine.here().require_shards(model)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -97,7 +105,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Raise FloatingPointError before a gradient that is NaN or infinite reaches the weights."""
-        norms = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None])
+        norms = torch.stack([unsharded(weight.grad.norm()) for weight in model.parameters() if weight.grad is not None])
         require_finite({"grad_norm": norms.norm().item()}, state.global_step + 1, self.log, "lower the learning rate")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
@@ -115,11 +123,10 @@ class Recorder(TrainerCallback):
         """Keep weights where that is due, and have the trainer save where that is."""
         if self.bar is not None:
             self.bar.update(1)
-        number = self.kept_steps(state.max_steps).get(state.global_step)
-        if number and state.is_world_process_zero:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            tokenizer: PreTrainedTokenizerFast = self.trainer.processing_class
-            self._keep(number, partial(save_model, model, tokenizer))
+        if number := self.kept_steps(state.max_steps).get(state.global_step):
+            save = saving(self.trainer)
+            if state.is_world_process_zero:
+                self._keep(number, save)
         if state.global_step < state.max_steps and self.scratch.due():  # the trainer takes one step more after the last
             control.should_save = True
 
@@ -134,10 +141,10 @@ class Recorder(TrainerCallback):
 
 
 def load_trainable(base: Path, first: int | None) -> PreTrainedModel:
-    """The model in ``base``, of which its ``first`` blocks alone require gradients, or all weights.
+    """The model in ``base`` in float32, of which its ``first`` blocks alone require gradients, or all weights.
 
     Raises ContractError where it has fewer blocks."""
-    model = load_model(base)
+    model = load_model(base).float()
     if first is not None:
         every = blocks(model.base_model)
         if first > len(every):
@@ -147,13 +154,54 @@ def load_trainable(base: Path, first: int | None) -> PreTrainedModel:
     return model
 
 
+def adapter(params: LearnedParams, model: PreTrainedModel, seed: int) -> Any:
+    """The configuration of ``params.lora`` for the trainer of ``model`` that is made next, None without; ``seed`` draws its
+    first weights.
+
+    Raises ContractError without the package peft, for targets that ``model`` has not, and where ranks share a model: merging
+    takes whole weights."""
+    if params.lora is None:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ContractError("params.yaml", "lora", "the package peft installed", "no such module", "pip install -e .[peft]")
+    if Engine.here().sharded:
+        todo = "take a configuration without FSDP: an adapter takes little memory"
+        raise ContractError("params.yaml", "lora", "null where ranks share a model", "an adapter", todo)
+    maps = {name.rpartition(".")[2] for name, module in blocks(model.base_model).named_modules() if _is_map(module)}
+    if unknown := [target for target in params.lora.targets if target not in maps]:
+        raise ContractError("params.yaml", "lora.targets", f"of {', '.join(sorted(maps))}", legible(unknown[0]), "change it")
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=params.lora.rank,
+        lora_alpha=params.lora.alpha,
+        target_modules=params.lora.targets,
+        layers_to_transform=None if params.blocks is None else list(range(params.blocks)),
+        layers_pattern=None if params.blocks is None else list(BLOCKS),
+    )
+
+
+def _is_map(module: torch.nn.Module) -> bool:
+    return isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
+
+
+def saving(trainer: Trainer) -> Callable[[Path], None]:
+    """Writes the model as it is now, whole and in float32, into a folder. Every rank must ask; the first may write."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):  # of a copy: what is added to weights and taken away again leaves them rounded
+        model = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    return partial(save_model, model, trainer.processing_class, weights=gathered(trainer))
+
+
 def finish(trainer: Trainer, recorder: Recorder, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Save the final model to ``out``; returns its updates and checkpoints, with ``facts``, for the audit."""
-    state = trainer.state
+    state, save = trainer.state, saving(trainer)
     if state.is_world_process_zero:
-        save_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, out)
+        save(out)
     kept = [*recorder.kept_steps(state.global_step), state.global_step]
-    return {"updates": state.global_step, "checkpoints": kept, **facts}
+    return {"updates": state.global_step, "checkpoints": kept, **facts, **Engine.here().facts()}
 
 
 def token_counts(tokenizer: PreTrainedTokenizerFast, samples: list[Sample]) -> list[int]:
@@ -161,12 +209,12 @@ def token_counts(tokenizer: PreTrainedTokenizerFast, samples: list[Sample]) -> l
     return [len(tokenizer(sample.prompt + sample.solution)["input_ids"]) + 1 for sample in samples]
 
 
-def common_arguments(params: Any, seed: int, model: PreTrainedModel, scratch: Path, batch: int, field: str) -> dict[str, Any]:
+def common_arguments(params: Any, seed: int, engine: Engine, scratch: Path, batch: int, field: str) -> dict[str, Any]:
     """Trainer arguments on which all methods agree, for a global batch of ``batch`` sequences (``field`` of params.yaml).
 
-    Where they depart from a library default: ``report_to``: tracking is ours. ``bf16``: TRL switches it on where the
-    model is float32. ``gradient_checkpointing``: TRL switches it on; the models here fit. ``logging_nan_inf_filter``:
-    hides NaN. Raises ContractError when the batch cannot be shared out evenly."""
+    Where they depart from a library default: ``report_to``: tracking is ours. ``bf16`` and ``gradient_checkpointing``: TRL
+    switches them on, and here the hardware's configuration does. ``logging_nan_inf_filter``: hides NaN. Raises ContractError
+    when the batch cannot be shared out evenly."""
     state = process_state()
     cpu, world = state.device.type == "cpu", state.num_processes
     micro, accumulation = per_process(batch, params.micro_batch_size, world, field)
@@ -180,9 +228,7 @@ def common_arguments(params: Any, seed: int, model: PreTrainedModel, scratch: Pa
         "seed": seed,
         "data_seed": seed,
         "use_cpu": cpu,
-        "bf16": model.dtype == torch.bfloat16 and not cpu,
-        "fp16": False,
-        "gradient_checkpointing": False,
+        **engine.arguments(),
         "report_to": "none",
         "save_strategy": "no",
         "save_total_limit": 2,

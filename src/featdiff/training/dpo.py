@@ -13,7 +13,8 @@ from featdiff.config.models import DPOParams
 from featdiff.language.models import load_model, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable, token_counts
+from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable, token_counts
+from featdiff.training.engine import Engine
 from featdiff.training.own_answers import Answers, own_answers, summary
 
 SERIES = {
@@ -50,23 +51,26 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: DPOParams
     paired = [pairs(found, params.pairs) for found in answers]
     taught = [pair for several in paired for pair in several]
     facts = summary(answers, paired, "a right and a wrong one", base, out)
-    recorder = Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
+    engine, recorder = Engine.here(), Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
     trainer = DPOTrainer(
         model=model,
         # Log-probabilities of the reference could be computed beforehand, which saves one copy of the weights of the four or
         # more that training holds. TRL keeps them in a folder that the ranks do not share, and the second rank finds nothing.
-        ref_model=reference,
+        ref_model=reference if params.lora is None else None,  # else the model without its adapter
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([_row(*pair, chat=tasks[pair[0].task].chat) for pair in taught]),
-        args=DPOConfig(
-            **common_arguments(params, seed, model, recorder.folder, params.batch_size, "dpo.batch_size"),
-            lr_scheduler_type=params.schedule,
-            max_steps=params.steps,
-            beta=params.beta,
-            loss_type=["sigmoid"],
-            max_length=None,
-            logging_steps=1,
+        args=engine.ready(
+            DPOConfig(
+                **common_arguments(params, seed, engine, recorder.folder, params.batch_size, "dpo.batch_size"),
+                lr_scheduler_type=params.schedule,
+                max_steps=params.steps,
+                beta=params.beta,
+                loss_type=["sigmoid"],
+                max_length=None,
+                logging_steps=1,
+            )
         ),
+        peft_config=adapter(params, model, seed),
     )
     recorder.train(trainer)
     seen, tokens = trainer.state.epoch, sum(sum(token_counts(tokenizer, list(pair))) for pair in taught)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 from featdiff.tasks.verify import grade
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable
+from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable
+from featdiff.training.engine import Engine, Replica
 
 SERIES = {
     "loss": "loss",
@@ -45,12 +47,10 @@ class Reward:
         self.tasks = tasks
         self.samples = {sample.sample_id: sample for sample in samples}
         self.every = max(1, steps // KEPT_CALLS)
-        self.state: dict[str, Any] = {"calls": 0, "tokens": 0, "kept": []}
+        self.state: dict[str, Any] = {"calls": 0, "kept": []}
         """What a resumed run goes on with."""
 
-    def __call__(
-        self, completions: list[Any], sample_id: list[str], completion_ids: list[list[int]], texts: Any = None, **_: Any
-    ) -> list[float]:
+    def __call__(self, completions: list[Any], sample_id: list[str], texts: Any = None, **_: Any) -> list[float]:
         """``texts``, where the rollouts give them, are read in place of ``completions``, which show an end that is no special
         token."""
         rewards = []
@@ -64,39 +64,43 @@ class Reward:
                 row = {"call": self.state["calls"], "task": sample.task, "prompt": sample.prompt, "answer": sample.answer}
                 self.state["kept"].append(row | {"completion": text, "manner": graded.manner, "reward": rewards[-1]})
         self.state["calls"] += 1
-        self.state["tokens"] += sum(map(len, completion_ids))
         return rewards
 
 
 class Rollouts:
     """Completions by our own decoder in place of ``generate``: finished rows leave the batch, and what is drawn at an update
-    depends on nothing but ``seed``, the update and the rank."""
+    depends on nothing but ``seed``, the update and the rank. They are the model's as it is trained: in the dtype that computes
+    then, and by ``replica`` where it is sharded."""
 
-    def __init__(self, params: GRPOParams, seed: int) -> None:
-        self.params, self.seed = params, seed
+    def __init__(self, params: GRPOParams, seed: int, replica: Replica | None = None) -> None:
+        self.params, self.seed, self.replica = params, seed, replica
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """Token ids of each of ``prompts`` and of a completion, with the end token that was drawn, from which it learns to end;
         and the completions' texts without it."""
-        tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        tokenizer, accelerator = trainer.processing_class, trainer.accelerator
+        model = accelerator.unwrap_model(trainer.model)
+        if self.replica:
+            model = self.replica.like(model, accelerator.device)
         ends = end_tokens(model, tokenizer)
         if isinstance(prompts[0], str):
             ids = tokenizer(prompts)["input_ids"]
         else:
             ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-        drawn = stats.stream(self.seed, trainer.state.global_step, trainer.accelerator.process_index)
+        drawn = stats.stream(self.seed, trainer.state.global_step, accelerator.process_index)
         model.eval()
-        completions = generate(
-            model,
-            ids,
-            max_new_tokens=self.params.max_new_tokens,
-            ends=ends,
-            pad=tokenizer.pad_token_id,
-            batch_size=len(ids),
-            temperature=self.params.temperature,
-            generator=torch.Generator().manual_seed(drawn),
-            keep_end=True,
-        )
+        with accelerator.autocast() if self.replica is None else nullcontext():
+            completions = generate(
+                model,
+                ids,
+                max_new_tokens=self.params.max_new_tokens,
+                ends=ends,
+                pad=tokenizer.pad_token_id,
+                batch_size=len(ids),
+                temperature=self.params.temperature,
+                generator=torch.Generator().manual_seed(drawn),
+                keep_end=True,
+            )
         model.train()
         said = [completion[: len(completion) - (completion[-1] in ends)] for completion in completions]
         texts = tokenizer.batch_decode(said, skip_special_tokens=True)
@@ -107,7 +111,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
     """Train ``base`` by GRPO on the train problems of ``data``; writes the completions it kept. Returns the audit."""
     state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
-    model, tokenizer = load_trainable(base, params.blocks), load_tokenizer(base)
+    engine, model, tokenizer = Engine.here(), load_trainable(base, params.blocks), load_tokenizer(base)
     total = params.prompts_per_step * params.rollouts
     reward = Reward(tasks, samples, params.steps)
     rows = [
@@ -119,35 +123,39 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
         model=model,
         processing_class=tokenizer,
         reward_funcs=[reward],
-        rollout_func=Rollouts(params, seed),
+        rollout_func=Rollouts(params, seed, Replica(model, engine.compute) if engine.sharded else None),
         train_dataset=Dataset.from_list(rows),
-        args=GRPOConfig(
-            **common_arguments(params, seed, model, recorder.folder, total, "grpo.prompts_per_step x grpo.rollouts"),
-            lr_scheduler_type="constant_with_warmup",
-            max_steps=params.steps,
-            num_generations=params.rollouts,
-            num_iterations=1,
-            max_completion_length=params.max_new_tokens,
-            temperature=params.temperature,
-            beta=params.beta,
-            epsilon=params.epsilon,
-            loss_type=params.loss_type,
-            scale_rewards=params.scale_rewards,
-            mask_truncated_completions=False,
-            logging_steps=1,
+        args=engine.ready(
+            GRPOConfig(
+                **common_arguments(params, seed, engine, recorder.folder, total, "grpo.prompts_per_step x grpo.rollouts"),
+                lr_scheduler_type="constant_with_warmup",
+                max_steps=params.steps,
+                num_generations=params.rollouts,
+                num_iterations=1,
+                max_completion_length=params.max_new_tokens,
+                temperature=params.temperature,
+                beta=params.beta,
+                epsilon=params.epsilon,
+                loss_type=params.loss_type,
+                scale_rewards=params.scale_rewards,
+                mask_truncated_completions=False,
+                logging_steps=1,
+            )
         ),
+        peft_config=adapter(params, model, seed),
     )
     boundary, generation = trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation
     if generation * trainer.args.num_iterations != boundary:  # else a checkpoint could fall between rollouts and their use
         expected = f"one update per generation ({boundary} micro batches)"
         raise ContractError("GRPOConfig", "steps_per_generation", expected, generation, "do not set it")
     recorder.train(trainer)
-    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    steps = [entry for entry in trainer.state.log_history if "reward" in entry]
+    rewards = [entry["reward"] for entry in steps]
     tenth = max(1, len(rewards) // 10)
     facts = {
         "problems": len(samples),
         "samples_seen": params.steps * total,
-        "tokens_seen": reward.state["tokens"] * state.num_processes,
+        "tokens_seen": sum(round(total * entry["completions/mean_length"]) for entry in steps),
         "reward_first": sum(rewards[:tenth]) / tenth,
         "reward_last": sum(rewards[-tenth:]) / tenth,
     }

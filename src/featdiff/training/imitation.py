@@ -12,7 +12,8 @@ from featdiff.config.models import RFTParams, SFTParams
 from featdiff.language.models import load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, TaskInfo
-from featdiff.training.arm import Log, Recorder, common_arguments, finish, load_trainable, token_counts
+from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable, token_counts
+from featdiff.training.engine import Engine
 
 SERIES = {
     "loss": "loss",
@@ -38,20 +39,23 @@ def imitate(
     """Train ``base`` on the solutions of ``samples`` and save it to ``out``; returns what :func:`finish` does.
 
     ``field`` of params.yaml is the batch, and ``length`` the argument of the trainer that says how long to train."""
-    model, tokenizer = load_trainable(base, params.blocks), load_tokenizer(base)
+    engine, model, tokenizer = Engine.here(), load_trainable(base, params.blocks), load_tokenizer(base)
     recorder = Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([trl_row(sample, chat=tasks[sample.task].chat, solution=True) for sample in samples]),
-        args=SFTConfig(
-            **common_arguments(params, seed, model, recorder.folder, params.batch_size, field),
-            **length,
-            lr_scheduler_type=params.schedule,
-            max_length=None,
-            completion_only_loss=True,
-            logging_steps=1,
+        args=engine.ready(
+            SFTConfig(
+                **common_arguments(params, seed, engine, recorder.folder, params.batch_size, field),
+                **length,
+                lr_scheduler_type=params.schedule,
+                max_length=None,
+                completion_only_loss=True,
+                logging_steps=1,
+            )
         ),
+        peft_config=adapter(params, model, seed),
     )
     recorder.train(trainer)
     seen = trainer.state.epoch

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.config.models import Pretraining
 from featdiff.language.models import character_tokenizer, organism_model
 from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
-from featdiff.processes.ranks import process_state
+from featdiff.processes.ranks import replicated
 from featdiff.tasks.task import Text
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
@@ -79,8 +78,7 @@ def pretrain(
 
     Raises ContractError when there are fewer texts than the steps need, FloatingPointError when loss or gradient is not
     finite."""
-    process_state()
-    accelerator = Accelerator()
+    accelerator = replicated()
     tokenizer = character_tokenizer([ALPHABET])
     rows = pack(texts, tokenizer, params.row_tokens, params.prompt_weight)
     rows_per_step = params.batch_tokens // params.row_tokens

@@ -1,0 +1,292 @@
+"""How the hardware at hand trains arms: the precision of weights and of what computes on them, shards of two real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+from transformers import PreTrainedModel
+
+from featdiff.artifacts.artifact import ContractError
+from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
+from featdiff.training import imitation
+from featdiff.training.engine import RECOMPUTE, Engine, Replica
+from featdiff.training.noise import moved
+from taught import hashes, trained
+from tiny import ROOT, tiny_model
+
+
+@pytest.fixture
+def bfloat16_compute(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What accelerate's launcher leaves in the environment where its configuration says so."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def in_bfloat16(world: Path, target: Path) -> Path:
+    """A world whose base is saved in bfloat16."""
+    (target / "data").parent.mkdir(parents=True)
+    (target / "data").symlink_to(world / "data")
+    save_model(load_model(world / "base").bfloat16(), load_tokenizer(world / "base"), target / "base")
+    return target
+
+
+RARE = {"lr": 1e-6, "epochs": 25.0, "batch_size": 24, "micro_batch_size": 24, "warmup_share": 0.0, "checkpoints": 1}
+"""The paper's learning rate of reinforcement, for 25 updates."""
+
+
+def share_moved(before: PreTrainedModel, after: PreTrainedModel) -> float:
+    old_W, new_W = (parameters_to_vector(model.parameters()).float() for model in (before, after))
+    return float((old_W != new_W).float().mean())
+
+
+def test_small_changes_are_kept_in_float32_whatever_computes(
+    world: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights that moved are counted, as they are read from disk again. In bfloat16 alone hardly any does."""
+    world = in_bfloat16(world, tmp_path / "world")
+    base = load_model(world / "base")
+    assert base.dtype == torch.bfloat16
+    full, audit = trained("sft", world, tmp_path / "full", **RARE)
+    assert audit["precision"] == "float32 weights, float32 compute"
+    request.getfixturevalue("bfloat16_compute")
+    mixed, audit = trained("sft", world, tmp_path / "mixed", **RARE)
+    assert audit["precision"] == "float32 weights, bfloat16 compute"
+    assert hashes(full)["model.safetensors"] != hashes(mixed)["model.safetensors"], "bfloat16 did compute"
+    models = [load_model(folder) for folder in (full, mixed)]
+    assert [model.dtype for model in models] == [torch.float32] * 2
+    shares = [share_moved(base, model) for model in models]
+    assert shares[0] > 0.95
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)
+    assert moved(base, models[1]) == pytest.approx(moved(base, models[0]), rel=0.01)
+    real = imitation.load_trainable
+    monkeypatch.setattr(imitation, "load_trainable", lambda *given: real(*given).bfloat16())
+    alone = load_model(trained("sft", world, tmp_path / "alone", **RARE)[0])
+    assert share_moved(base, alone) < 0.05
+    assert share_moved(base, models[1].bfloat16()) < 0.2, "saved in bfloat16 it would be lost as well"
+
+
+def test_rollouts_compute_as_training_does(world: Path, tmp_path: Path, bfloat16_compute: None) -> None:
+    out, audit = trained("grpo", world, tmp_path / "grpo", blocks=1)
+    assert audit["precision"] == "float32 weights, bfloat16 compute"
+    assert [load_model(folder).dtype for folder in checkpoint_folders(out)] == [torch.float32] * 3
+    assert hashes(out) == hashes(trained("grpo", world, tmp_path / "again", blocks=1)[0])
+
+
+def test_activations_that_are_computed_again_give_the_same_weights(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    real = PreTrainedModel.gradient_checkpointing_enable
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", lambda *a, **k: [asked.append(1), real(*a, **k)][1])
+    out, _ = trained("grpo", world, tmp_path / "kept", blocks=1)
+    assert asked == []
+    monkeypatch.setenv(RECOMPUTE, "true")
+    again, _ = trained("grpo", world, tmp_path / "again", blocks=1)
+    assert asked
+    assert hashes(out) == hashes(again)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: expected no or bf16, found fp16"),
+        ({"FSDP_VERSION": "1"}, "fsdp_config: fsdp_version: expected 2, found 1"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: expected FULL_STATE_DICT, found SHARDED"),
+        ({}, "num_processes: expected at least 2 that share a model, found 1"),
+    ],
+)
+def test_an_engine_that_is_not_supported_is_one_line(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ContractError, match=said) as caught:
+        Engine.here()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_replica_follows_what_is_trained_and_leaves_the_model_alone() -> None:
+    model = tiny_model(0)[0].requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    replica = Replica(model, torch.bfloat16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    copy = dict(replica.like(model, torch.device("cpu")).named_parameters())
+    for name, weight in model.named_parameters():
+        assert copy[name].dtype == torch.bfloat16
+        wanted: Tensor = weight if name.startswith("model.layers.0.") else weight - 1
+        torch.testing.assert_close(copy[name].float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from taught import trained
+from featdiff.artifacts.artifact import ContractError
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.ranks import process_state, rank, replicated
+from featdiff.training import arm
+from featdiff.training.engine import Engine
+
+world, root = Path(sys.argv[1]), Path(sys.argv[2])
+other = replicated()
+said = {"others": [str(other.distributed_type), other.mixed_precision], "shares": [], "points": {}, "resumed": {}}
+
+class Recorder(arm.Recorder):
+    def on_step_end(self, *given, model=None, **more):
+        held = sum(getattr(weight, "_local_tensor", weight).numel() for weight in model.parameters())
+        said["shares"].append(held / sum(weight.numel() for weight in model.parameters()))
+        return super().on_step_end(*given, model=model, **more)
+
+class Killed(Scratch):
+    count = 0
+    def saved(self):
+        super().saved()
+        self.count += 1
+        if self.count == 4:
+            raise InterruptedError
+
+from featdiff.training import dpo, grpo, imitation
+for module in (dpo, grpo, imitation):
+    module.Recorder = Recorder
+for method in ("sft", "grpo", "dpo"):
+    points, steps = [], []
+    out, audit = trained(method, world, root / method, log=lambda *point: points.append(point), blocks=1)
+    said["points"][method] = points
+    try:
+        trained(method, world, root / f"{method}_killed", scratch=Killed(root / "scratch" / method, 0.0), blocks=1)
+    except InterruptedError:
+        process_state().wait_for_everyone()
+    scratch = Scratch(root / "scratch" / method, 0.0)
+    _, told = trained(
+        method, world, root / f"{method}_killed", scratch=scratch, log=lambda step, _: steps.append(step), blocks=1
+    )
+    said["resumed"][method] = [steps, told == audit]
+    said["engine"] = audit["engine"]
+Engine.ready = lambda self, arguments: arguments
+try:
+    trained("sft", world, root / "unasked")
+except ContractError as error:
+    said["unasked"] = str(error)
+(root / f"rank{rank()}.json").write_text(json.dumps(said))
+process_state().wait_for_everyone()
+"""
+"""Trains by every method, is killed and resumes; then as if nobody had told accelerate that a CPU can have shards."""
+
+
+@pytest.fixture(scope="module")
+def ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What two ranks leave that hold whole models, and two that share them."""
+    folders = {}
+    for hardware in ("cpu_2ranks", "cpu_2ranks_fsdp"):
+        folder = folders[hardware] = tmp_path_factory.mktemp(hardware)
+        (folder / "rank.py").write_text(RANK, encoding="utf-8")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "DVC_"))}
+        environment |= {
+            "ACCELERATE_CONFIG": str(ROOT / f"conf/accelerate/{hardware}.yaml"),
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "featdiff.processes.launch", "rank.py", str(world), str(folder)],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folders
+
+
+def heard(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{i}.json").read_text(encoding="utf-8")) for i in (0, 1)]
+
+
+@pytest.mark.graph
+def test_two_ranks_share_the_weights_and_other_stages_hold_them_whole(ranks: dict[str, Path]) -> None:
+    whole, shared = (heard(ranks[name]) for name in ("cpu_2ranks", "cpu_2ranks_fsdp"))
+    assert {share for said in whole for share in said["shares"]} == {1.0}
+    shares = [said["shares"] for said in shared]
+    assert len(shares[0]) == len(shares[1]) == 3 * (6 + 4 + 2)
+    assert all(first + second == pytest.approx(1) and 0.4 < first < 0.6 for first, second in zip(*shares, strict=True))
+    assert [said["engine"] for said in (*whole, *shared)] == ["whole model, ranks: 2"] * 2 + ["sharded model, ranks: 2"] * 2
+    assert [said["others"] for said in shared] == [["DistributedType.MULTI_CPU", "no"]] * 2
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
+def test_shards_train_the_same_model(method: str, ranks: dict[str, Path], world: Path) -> None:
+    """Final and kept weights within a ten-thousandth of what was learned, for the same losses and norms of the gradient. Only
+    the block that may learn has moved."""
+    base = load_file(world / "base/model.safetensors")
+    folders = [ranks[name] / f".{method}.partial" for name in ("cpu_2ranks", "cpu_2ranks_fsdp")]
+    assert hashes(folders[0]).keys() == hashes(folders[1]).keys()
+    for whole, shared in zip(*map(checkpoint_folders, folders), strict=True):
+        one, two = (load_file(folder / "model.safetensors") for folder in (whole, shared))
+        assert one.keys() == two.keys() == base.keys()
+        learned = max(float((one[name] - base[name]).abs().max()) for name in base)
+        assert max(float((one[name] - two[name]).abs().max()) for name in base) < 1e-4 * learned
+        assert {name for name in base if not torch.equal(two[name], base[name])} == {
+            name for name in base if name.startswith("model.layers.0.")
+        }
+        for file in ("config.json", "tokenizer.json"):
+            assert (whole / file).read_bytes() == (shared / file).read_bytes()
+    one, two = (dict(heard(ranks[name])[0]["points"][method]) for name in ("cpu_2ranks", "cpu_2ranks_fsdp"))
+    assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
+    for step, point in one.items():
+        for key in ("loss", "grad_norm"):
+            assert two[step][key] == pytest.approx(point[key], rel=1e-3, abs=1e-5), (step, key)
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
+def test_ranks_that_were_killed_end_in_the_same_bytes(method: str, ranks: dict[str, Path]) -> None:
+    for folder in ranks.values():
+        assert [said["resumed"][method] for said in heard(folder)] == [[[5, 6], True], [[], True]]
+        assert hashes(folder / f".{method}_killed.partial") == hashes(folder / f".{method}.partial")
+
+
+@pytest.mark.graph
+def test_shards_that_were_asked_for_and_are_not_there_are_one_line(ranks: dict[str, Path]) -> None:
+    for said in heard(ranks["cpu_2ranks_fsdp"]):
+        assert "in shards on 2 ranks, found whole; use a file of conf/accelerate/" in said["unasked"]
+        assert "\n" not in said["unasked"]
+    assert not any("unasked" in said for said in heard(ranks["cpu_2ranks"]))
+
+
+@pytest.mark.graph
+def test_two_ranks_learn_what_one_does(ranks: dict[str, Path], world: Path, tmp_path: Path) -> None:
+    out, _ = trained("sft", world, tmp_path / "one", blocks=1)
+    base, one, two = (
+        load_file(folder / "model.safetensors") for folder in (world / "base", out, ranks["cpu_2ranks_fsdp"] / ".sft.partial")
+    )
+    learned = max(float((one[name] - base[name]).abs().max()) for name in base)
+    assert max(float((one[name] - two[name]).abs().max()) for name in base) < 1e-3 * learned
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_gpus_compute_in_bfloat16_and_shards_are_of_the_kind_that_is_supported(path: Path) -> None:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert found["mixed_precision"] == ("bf16" if "gpu" in path.stem or "bf16" in path.stem else "no")
+    sharded = found["distributed_type"] == "FSDP"
+    assert sharded is ("fsdp" in path.stem)
+    if sharded:
+        assert (found["fsdp_config"]["fsdp_version"], found["fsdp_config"]["fsdp_state_dict_type"]) == (2, "FULL_STATE_DICT")
