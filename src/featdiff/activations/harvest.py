@@ -25,10 +25,10 @@ from featdiff.tasks.task import Text
 def _shards(stream: TokenStream, shard_rows: int) -> list[TokenStream]:
     """Whole texts in groups of at least ``shard_rows`` rows; the last group may have fewer."""
     shards, start, rows = [], 0, 0
-    for end, ids in enumerate(stream.texts, start=1):
-        rows += len(ids) - stream.skip
+    for end, kept in enumerate(stream.kept.tolist(), start=1):
+        rows += kept
         if rows >= shard_rows or end == len(stream.texts):
-            shards.append(TokenStream(stream.texts[start:end], stream.skip))
+            shards.append(stream.part(start, end))
             start, rows = end, 0
     return shards
 
@@ -86,17 +86,7 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
             bar.update(1)
     bar.close()
     if state.is_main_process:
-        kept = [
-            (token, text, place)
-            for text, ids in enumerate(stream.texts)
-            for place, token in enumerate(ids)
-            if place >= stream.skip
-        ]
-        columns = torch.tensor(kept, dtype=torch.int32)
-        save_file(
-            {name: columns[:, i].contiguous() for i, name in enumerate(("token_id", "text_id", "position"))},
-            out / "tokens.safetensors",
-        )
+        save_file({name: torch.from_numpy(column) for name, column in stream.columns().items()}, out / "tokens.safetensors")
         write_json(out / "index.json", index | {"shards": files})
     state.wait_for_everyone()
     return {"rows": stream.rows, "texts": len(stream.texts), "checkpoints": len(folders) - 1}
