@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from featdiff.activations import residual
-from featdiff.activations.harvest import _shards, harvest
-from featdiff.activations.residual import TokenStream, packed, read_residual, token_stream
+from featdiff.activations.harvest import harvest
+from featdiff.activations.residual import TokenStream, packed, read_residual, shards, token_stream
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import ContractError, read_json
 from featdiff.config.dictionary import ActivationsParams
@@ -62,11 +62,11 @@ STREAMS = st.builds(
 @settings(deadline=None)
 @given(STREAMS, st.integers(1, 60))
 def test_shards_are_whole_texts_that_together_are_the_stream(stream: TokenStream, shard_rows: int) -> None:
-    shards = _shards(stream, shard_rows)
-    assert [ids for shard in shards for ids in shard.texts] == list(stream.texts)
-    assert all(shard.skip == stream.skip for shard in shards)
-    assert all(shard.rows >= shard_rows for shard in shards[:-1])
-    assert all(shard.rows - (len(shard.texts[-1]) - shard.skip) < shard_rows for shard in shards)
+    parts = shards(stream, shard_rows)
+    assert [ids for shard in parts for ids in shard.texts] == list(stream.texts)
+    assert all(shard.skip == stream.skip for shard in parts)
+    assert all(shard.rows >= shard_rows for shard in parts[:-1])
+    assert all(shard.rows - (len(shard.texts[-1]) - shard.skip) < shard_rows for shard in parts)
 
 
 @settings(deadline=None)

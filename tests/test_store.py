@@ -1,5 +1,6 @@
 """Activation stores: alignment between models, reading across shards, shuffling."""
 
+import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -151,6 +152,29 @@ def test_what_was_skipped_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     next(batches)
     batches.close()
     assert sum(read) <= 16 + 10 + 16, "the mix that batch 58 is in, and what fits into the places that are free again"
+
+
+def test_memory_is_that_of_the_buffer_whatever_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 512)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", 1 << 15)
+    models, width, batch = 2, 24, 1024
+    most = []
+
+    def load(start: int, stop: int, rows_CMD: Tensor, places: Tensor) -> None:
+        for m in range(models):
+            mixing.put(rows_CMD, places, m, torch.arange(start, stop)[:, None].expand(-1, width).to(torch.float32))
+
+    for rows in (1_000_000, 4_000_000):
+        tracemalloc.start()  # NumPy's arrays count, and the buffer is one
+        batches = mixing.mixed(load, models, width, torch.float32, batch, torch.Generator().manual_seed(0), 0, rows)
+        seen = torch.cat([x[:, 0, 0] for x in islice(batches, 300)])
+        most.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        batches.close()
+        assert len(seen.unique()) == len(seen)
+    buffer = mixing.BUFFER_ROWS * models * width * 4
+    assert buffer < most[0] < most[1] + 1e6
+    assert most[1] < buffer + 4e6, "the blocks of a pass are numbered: a few bytes a thousand rows"
 
 
 def test_a_block_that_cannot_be_read_stops_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ M models, D residual width, B batch, C rows of the buffer, n rows of a block.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 
@@ -35,6 +36,16 @@ def require_batch(batch: int, rows: int) -> None:
             batch,
             "lower it, or raise activations.tokens or activations.checkpoint_tokens",
         )
+
+
+def overlaps(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Parts that rows ``start`` to ``stop`` lie in, where ``ends`` says with which row each part ends: number of the part, and
+    which of the rows are in it."""
+    while start < stop:
+        i = bisect_right(ends, start)
+        high = min(ends[i], stop)
+        yield i, start, high
+        start = high
 
 
 def put(rows_CMD: Float[Tensor, "C M D"], places: Int[Tensor, " n"], m: int, acts: Float[Tensor, "n D"]) -> None:

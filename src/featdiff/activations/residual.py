@@ -5,17 +5,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.dictionary import ActivationsParams
-from featdiff.language.decode import left_pad
+from featdiff.language.models import left_pad
 from featdiff.tasks.task import Text
 
 TOKENIZED_TEXTS = 1000
@@ -73,6 +75,16 @@ class TokenStream:
         """The fewest texts from the start that give at least ``rows`` rows together, or all where they give fewer."""
         return self.part(0, int(np.searchsorted(np.cumsum(self.kept), rows)) + 1)
 
+    def save(self, path: Path) -> None:
+        texts = self.texts if isinstance(self.texts, PackedTexts) else packed(self.texts)
+        save_file({"ids": torch.tensor(texts.ids), "lengths": torch.tensor(texts.lengths)}, path)
+
+    @classmethod
+    def load(cls, path: Path, skip: int) -> TokenStream:
+        """What :meth:`save` wrote."""
+        found = load_file(path)
+        return cls(PackedTexts(found["ids"].numpy(), found["lengths"].numpy()), skip)
+
     def columns(self) -> dict[str, Int[np.ndarray, " N"]]:
         """Of every row its ``token_id``, the number of its text (``text_id``) and its place there (``position``)."""
         texts = self.texts if isinstance(self.texts, PackedTexts) else packed(self.texts)
@@ -122,6 +134,17 @@ def token_stream(texts: list[Text], tokenizer: PreTrainedTokenizerFast, params: 
     return stream
 
 
+def shards(stream: TokenStream, shard_rows: int) -> list[TokenStream]:
+    """Whole texts in groups of at least ``shard_rows`` rows; the last group may have fewer."""
+    found, start, rows = [], 0, 0
+    for end, kept in enumerate(stream.kept.tolist(), start=1):
+        rows += kept
+        if rows >= shard_rows or end == len(stream.texts):
+            found.append(stream.part(start, end))
+            start, rows = end, 0
+    return found
+
+
 def batches(stream: TokenStream, batch_size: int) -> list[list[int]]:
     """Numbers of the texts that a model reads together."""
     # Texts of similar length share a batch, so that little of the work is padding. The longest come first: what does not fit
@@ -147,3 +170,9 @@ def read_residual(trunk: torch.nn.Module, stream: TokenStream, batch_size: int, 
         for i, part in zip(chosen, read_batch(trunk, stream, chosen, pad, dtype), strict=True):
             parts[i] = part
     return torch.cat(parts)
+
+
+def require_finite_stream(model: Path, acts: Iterable[Tensor]) -> None:
+    """Raise ContractError for a residual stream of the ``model`` that is not finite."""
+    if not all(torch.isfinite(each).all() for each in acts):
+        raise ContractError(model, "residual stream", "finite values", "NaN or infinity", "check the model")

@@ -5,11 +5,10 @@ N token rows, M models, D residual width, B batch.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from featdiff.activations.mixing import mixed, put
+from featdiff.activations.mixing import mixed, overlaps, put
 from featdiff.artifacts.artifact import ContractError, read_json
 
 READ_ROWS = 8192
@@ -79,8 +78,50 @@ def _sums(rows_NMD: Tensor) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
     return rest + level.sum(0), torch.cat(squares).cumsum(0)[-1]
 
 
+class _Part(Protocol):
+    """One series of one model."""
+
+    rows: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its rows come."""
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows ``start`` to ``stop`` [n, D] in stretches in any order, each with its place after ``start``."""
+
+
+def _part(folder: Path, index: Mapping[str, Any], series: str) -> _Part:
+    if "streamed" not in index:
+        return _Shards(folder, index, series)
+    from featdiff.activations.stream import Runs  # with transformers, which takes seconds
+
+    return Runs(folder, index, series)
+
+
+class _Shards:
+    """The ``series`` of one model that lies in the shards of ``folder``."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any], series: str) -> None:
+        self._folder, self._shards = folder, index["shards"][series]
+        self._ends = list(accumulate(shard["rows"] for shard in self._shards))
+        self.rows = sum(shard["rows"] for shard in self._shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(acts.dtype for _, acts in self.stretches(0, 1))
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        # Mapped and not copied; what is mapped is let go with the tensor.
+        for i, low, high in overlaps(self._ends, start, stop):
+            first = self._ends[i] - self._shards[i]["rows"]
+            with safe_open(self._folder / self._shards[i]["file"], framework="pt") as handle:
+                yield low - start, handle.get_slice("acts")[low - first : high - first]
+
+
 class ActivationStore:
-    """Stores of several models on disk as one :class:`ActivationSource`.
+    """Stores of several models as one :class:`ActivationSource`: rows that lie on disk, or models that are run for them, as
+    the index of each says.
 
     ``folders`` are the stores by model; ``series`` is ``acts`` (the final model) or ``checkpoint<i>``. Raises ContractError
     unless all stores hold the same tokens, layer, width, tokenizer and first-token policy, and at least one row."""
@@ -105,9 +146,10 @@ class ActivationStore:
                     folder / "tokens.safetensors", "token_id", f"the tokens of {self._folders[0]}", "others", "rerun: dvc repro"
                 )
         self.layer, self.d_model = int(first["layer"]), int(first["d_model"])
-        self._shards = [index["shards"][series] for index in indexes]
-        self._ends = [list(accumulate(shard["rows"] for shard in shards)) for shards in self._shards]
-        self.rows = sum(shard["rows"] for shard in self._shards[0])
+        # A model that is compared with itself is read once.
+        read = {folder: _part(folder, index, series) for folder, index in zip(self._folders, indexes, strict=True)}
+        self._parts = [(part, [m for m, one in enumerate(self._folders) if one == folder]) for folder, part in read.items()]
+        self.rows = self._parts[0][0].rows
         if self.rows == 0:
             raise ContractError(self._folders[0], "rows", "at least one token", 0, "raise activations.tokens")
 
@@ -118,30 +160,20 @@ class ActivationStore:
 
     def read(self, start: int, stop: int) -> Tensor:
         rows_NMD = torch.empty(stop - start, len(self.models), self.d_model)
-        for m in range(len(self.models)):
-            for at, acts in self._stretches(m, start, stop):
-                rows_NMD[at : at + len(acts), m] = acts
+        for part, slots in self._parts:
+            for at, acts in part.stretches(start, stop):
+                for m in slots:
+                    rows_NMD[at : at + len(acts), m] = acts
         return rows_NMD
 
-    def _stretches(self, m: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows of model ``m`` as they lie in its shards [n, D], each stretch with its place after ``start``. They are mapped
-        and not copied; what is mapped is let go with the tensor."""
-        low = start
-        while low < stop:
-            i = bisect_right(self._ends[m], low)
-            shard, high = self._shards[m][i], min(self._ends[m][i], stop)
-            first = self._ends[m][i] - shard["rows"]
-            with safe_open(self._folders[m] / shard["file"], framework="pt") as handle:
-                yield low - start, handle.get_slice("acts")[low - first : high - first]
-            low = high
-
     def _load(self, start: int, stop: int, rows_CMD: Tensor, places: Tensor) -> None:
-        for m in range(len(self.models)):
-            for at, acts in self._stretches(m, start, stop):
-                put(rows_CMD, places[at : at + len(acts)], m, acts)
+        for part, slots in self._parts:
+            for at, acts in part.stretches(start, stop):
+                for m in slots:
+                    put(rows_CMD, places[at : at + len(acts)], m, acts)
 
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
         """Mixed by :func:`~featdiff.activations.mixing.mixed`, which says what memory it takes."""
-        dtypes = {acts.dtype for m in range(len(self.models)) for _, acts in self._stretches(m, start, start + 1)}
+        dtypes = {part.dtype for part, _ in self._parts}
         kept = dtypes.pop() if len(dtypes) == 1 else torch.float32
         return mixed(self._load, len(self.models), self.d_model, kept, batch, generator, start, stop, skip)
