@@ -20,7 +20,8 @@ from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.measure import measure
 from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.tasks.task import Text
+from featdiff.tasks.task import Data, Sample, TaskInfo, Text
+from project import Project
 from tiny import params_of, tiny_model
 
 TEXTS = [Text(f"add {i} {i * 7}=" * (1 + i % 3), f"<{i}>{i * 8}.", "add") for i in range(90)]
@@ -149,3 +150,33 @@ def test_a_stream_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
     harvest(tmp_path / "base", TEXTS, tmp_path / "out", params("models"), Scratch())
     with pytest.raises(ContractError, match=r"base: residual stream: expected finite values, found NaN or infinity"):
         list(in_order(ActivationStore({"base": tmp_path / "out"}), 0, 100))
+
+
+@pytest.mark.graph
+def test_the_stages_make_the_same_crosscoder_of_either_source(project: Project) -> None:
+    texts = [Text(f"add {i} {i * 7}=", f"<{i}>{i * 8}.", "add") for i in range(60)]
+    task = TaskInfo("add", "train", "words", "generation", "organism", "strict", False, 0)
+    asked = [Sample(f"add-{split}", "add", split, "add 1 2=", "3") for split in ("train", "find", "tune", "report")]
+    with project.publishing("data") as folder:
+        Data([task], asked[:1], asked[1:], texts).save(folder)
+    for seed, name in enumerate(("base", "grpo")):
+        with project.publishing(f"models/{name}") as folder:
+            save_model(*tiny_model(seed), folder)
+    training = {"n_features": 32, "batch_tokens": 64, "steps": 20, "k": 4, "aux_k": 8}
+    project.set({f"crosscoder.training.{name}": value for name, value in training.items()})
+    project.set({"activations.tokens": 600, "activations.checkpoint_tokens": 100, "activations.shard_rows": 200})
+    made = []
+    for source in ("activations", "models"):
+        project.set({"activations.source": source})
+        for stage in ("activations --model base", "activations --model grpo", "crosscoder --fit pair_grpo"):
+            script, *named = stage.split()
+            done = project.run(f"stages/{script}.py", *named)
+            assert done.returncode == 0, done.stderr
+        crosscoder = project.path / "crosscoders/pair_grpo"
+        made.append({path.name: path.read_bytes() for path in crosscoder.iterdir()})
+        shutil.rmtree(crosscoder)
+    assert made[0] == made[1]
+    assert list((project.path / "activations/grpo").glob("acts*")) == []
+    shutil.rmtree(project.path / "models/grpo")
+    refused = project.run("stages/crosscoder.py", "--fit", "pair_grpo")
+    project.refused(refused, "crosscoders/pair_grpo", "models/grpo: weights: expected the model, which streamed")
