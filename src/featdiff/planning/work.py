@@ -23,6 +23,8 @@ QUESTION, CHARS_A_TOKEN = 40, 4
 """Tokens of a generated question; characters of a token where questions are of natural language."""
 TRAINING = 3
 """Passes that a training step costs: forward, and twice as much backward."""
+BUFFER = 2**18
+"""Rows of activations that are shuffled together."""
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
 TEXT, ANSWER, EDITED = 20, 20, 2
@@ -186,13 +188,30 @@ class _Plan:
         tokens = p.tokens
         if model in self.study.arms:
             tokens += (self._checkpoints(model) - 1) * p.checkpoint_tokens
-        row = size.d_model * (2 if p.dtype == "bfloat16" else FLOAT)
+        if p.source == "models":  # which run where rows are read
+            disk = 16.0 * p.tokens
+            return Work(f"activations {model}", "activations", p.tokens, disk, LIBRARIES + FLOAT * size.weights, computes=False)
+        row = size.d_model * self._number
         fixed = LIBRARIES + FLOAT * size.weights + p.shard_rows * size.d_model * FLOAT
         each = FLOAT * p.max_length * (8 * size.d_model + 2 * size.d_mlp)
         passes = size.forward(tokens, p.max_length / 2, self.depth)
         return Work(
             f"activations {model}", "activations", passes, tokens * row, fixed, each, "activations.batch_size", p.batch_size
         )
+
+    @property
+    def _number(self) -> int:
+        """Bytes of a number of the activations."""
+        return 2 if self.study.activations.dtype == "bfloat16" else FLOAT
+
+    def _again(self, models: int, rows: float) -> tuple[float, float]:
+        """Operations and bytes of memory for ``rows`` of activations of ``models`` that run again where they are read."""
+        p, size = self.study.activations, self.size
+        if p.source == "activations":
+            return 0.0, 0.0
+        batch = FLOAT * p.batch_size * p.max_length * (8 * size.d_model + 2 * size.d_mlp)
+        held = models * (FLOAT * size.weights + p.shard_rows * size.d_model * self._number) + batch
+        return models * size.forward(rows, p.max_length / 2, self.depth), held
 
     def _step(self, models: int, steps: float) -> float:
         """Operations of ``steps`` of a crosscoder: the encoder's product, and sums over active entries alone."""
@@ -203,11 +222,16 @@ class _Plan:
         p, models = self.study.crosscoder.training, len(fit.slots)
         weights = 2 * p.n_features * models * self.size.d_model
         passes = self._step(models, p.steps) if fit.source is None else 0.0
-        measured = 4 * self.study.activations.tokens * models * self.size.d_model * p.n_features
-        fixed = LIBRARIES + 4 * FLOAT * weights + min(self.study.activations.tokens, 2**18) * models * self.size.d_model * FLOAT
+        tokens = self.study.activations.tokens
+        measured = 4 * tokens * models * self.size.d_model * p.n_features
+        buffer = min(tokens, BUFFER) * models * self.size.d_model * self._number
+        # Read for their mean, to be fitted on and to be measured on; what fits into the buffer is read for it once.
+        read = 2 * tokens + (tokens if tokens <= BUFFER else p.steps * p.batch_tokens)
+        again, held = self._again(len(set(fit.models)), read)
+        fixed = LIBRARIES + 4 * FLOAT * weights + buffer + held
         each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
         return Work(
-            f"crosscoder {name}", "crosscoder", passes + measured, weights * FLOAT, fixed, each,
+            f"crosscoder {name}", "crosscoder", passes + measured + again, weights * FLOAT, fixed, each,
             "crosscoder.training.batch_tokens", p.batch_tokens,
         )  # fmt: skip
 
@@ -216,9 +240,10 @@ class _Plan:
         rows = min(study.attribution.scaling_tokens, study.activations.tokens)
         features = study.crosscoder.training.n_features
         passes = sum(8.0 * rows * len(fit.slots) * d_model * features for fit in study.fits.values())
-        return Work(
-            "attribution", "attribution", passes, 200.0 * features * len(study.fits), LIBRARIES + 8 * FLOAT * rows * d_model
-        )
+        again = [self._again(len(set(fit.models)), 2 * rows) for fit in study.fits.values()]
+        passes += sum(operations for operations, _ in again)
+        fixed = LIBRARIES + 8 * FLOAT * rows * d_model + max(held for _, held in again)
+        return Work("attribution", "attribution", passes, 200.0 * features * len(study.fits), fixed)
 
     def _dynamics(self, name: str) -> Work:
         study, p = self.study, self.study.crosscoder.training
@@ -227,7 +252,8 @@ class _Plan:
         reads = kept * 8.0 * study.activations.checkpoint_tokens * self.size.d_model * p.n_features
         # Base and checkpoint, as they are and in normalised units.
         held = 4 * FLOAT * study.activations.checkpoint_tokens * self.size.d_model
-        return Work(f"dynamics {name}", "dynamics", refits + reads, 1e6, LIBRARIES + held)
+        again, running = self._again(2, (kept + 1) / 2 * study.activations.checkpoint_tokens)
+        return Work(f"dynamics {name}", "dynamics", refits + reads + again, 1e6, LIBRARIES + held + running)
 
     def _about_the_set(self) -> Iterator[Work]:
         study, size, split = self.study, self.size, self.study.prepare.samples
