@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from featdiff.crosscoder.edits import Change
-from featdiff.language.decode import batches, generate_under, left_pad
-from featdiff.language.models import block, encode_prompts, end_tokens, load_model, load_tokenizer, resolve_layer
+from featdiff.language.decode import batches, generate_under
+from featdiff.language.models import block, encode_prompts, end_tokens, left_pad, load_model, load_tokenizer, resolve_layer
 from featdiff.language.session import PromptCache
 from featdiff.tasks.task import first_of_each, load_samples
 from pace import case, timed

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from featdiff.activations.residual import TokenStream, read_residual
-from featdiff.language.decode import left_pad
-from featdiff.language.models import block, truncate
+from featdiff.language.models import block, left_pad, truncate
 from pace import case, timed
 
 given, way = case(), sys.argv[2]

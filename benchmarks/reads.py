@@ -1,7 +1,9 @@
-"""Shuffled batches of a store of three models on disk, in bfloat16: how fast rows come, and how long the longest wait is."""
+"""Shuffled batches of a store of three models on disk, in bfloat16: how fast rows come, how long the longest wait is once the
+first batch is there, and the most memory that it took."""
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from pathlib import Path
 from time import perf_counter
@@ -39,4 +41,9 @@ with tempfile.TemporaryDirectory() as place:
             next(batches)
             longest[0] = max(longest[0], perf_counter() - start)
 
-    timed(one_pass, int(given["block"]), lambda: {"rows": ROWS // BATCH * BATCH, "longest_wait": longest[0]})
+    def found() -> dict[str, float]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"rows": ROWS // BATCH * BATCH, "longest_wait": longest[0], "peak_gib": peak}
+
+    next(batches)
+    timed(one_pass, int(given["block"]), found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
-from featdiff.language.decode import generate, generate_under, left_pad, next_token_probabilities, score_options
+from featdiff.language.decode import generate, generate_under, next_token_probabilities, score_options
 from featdiff.language.models import block
 from featdiff.language.session import PromptCache, Session, Stream
 from featdiff.processes.memory import PROMPT_CACHE, SHARE

@@ -1,16 +1,19 @@
 """Token stream and residual streams on disk."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from featdiff.activations.harvest import _shards, harvest
-from featdiff.activations.residual import TokenStream, read_residual, token_stream
+from featdiff.activations import residual
+from featdiff.activations.harvest import harvest
+from featdiff.activations.residual import TokenStream, packed, read_residual, shards, token_stream
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import ContractError, read_json
 from featdiff.config.dictionary import ActivationsParams
@@ -35,7 +38,7 @@ def test_the_stream_is_the_corpus_in_order_cut_and_without_first_tokens(drop: bo
     _, tokenizer = tiny_model()
     stream = token_stream(TEXTS, tokenizer, params(drop_first_token=drop))
     ids = [tokenizer(text.prompt + text.completion)["input_ids"][:12] for text in TEXTS]
-    assert stream.texts == ids[: len(stream.texts)]
+    assert list(stream.texts) == ids[: len(stream.texts)]
     assert stream.rows == sum(len(text) - drop for text in stream.texts) >= 100
     assert stream.rows - (len(stream.texts[-1]) - drop) < 100
 
@@ -49,30 +52,66 @@ def test_a_corpus_that_is_too_short_is_one_line() -> None:
 
 
 STREAMS = st.builds(
-    lambda lengths, skip: TokenStream([list(range(n + skip)) for n in lengths], skip),
+    lambda lengths, skip, in_one: TokenStream((packed if in_one else list)(list(range(n + skip)) for n in lengths), skip),
     st.lists(st.integers(1, 9), min_size=1, max_size=12),
     st.integers(0, 1),
+    st.booleans(),
 )
 
 
 @settings(deadline=None)
 @given(STREAMS, st.integers(1, 60))
 def test_shards_are_whole_texts_that_together_are_the_stream(stream: TokenStream, shard_rows: int) -> None:
-    shards = _shards(stream, shard_rows)
-    assert [ids for shard in shards for ids in shard.texts] == stream.texts
-    assert all(shard.skip == stream.skip for shard in shards)
-    assert all(shard.rows >= shard_rows for shard in shards[:-1])
-    assert all(shard.rows - (len(shard.texts[-1]) - shard.skip) < shard_rows for shard in shards)
+    parts = shards(stream, shard_rows)
+    assert [ids for shard in parts for ids in shard.texts] == list(stream.texts)
+    assert all(shard.skip == stream.skip for shard in parts)
+    assert all(shard.rows >= shard_rows for shard in parts[:-1])
+    assert all(shard.rows - (len(shard.texts[-1]) - shard.skip) < shard_rows for shard in parts)
 
 
 @settings(deadline=None)
 @given(STREAMS, st.integers(1, 60))
 def test_the_first_rows_are_the_fewest_texts_that_suffice(stream: TokenStream, rows: int) -> None:
     first = stream.first(rows)
-    assert first.texts == stream.texts[: len(first.texts)]
+    assert list(first.texts) == list(stream.texts)[: len(first.texts)]
     assert first.rows >= min(rows, stream.rows)
     if len(first.texts) > 1:
         assert first.rows - (len(first.texts[-1]) - stream.skip) < rows
+
+
+@settings(deadline=None)
+@given(STREAMS)
+def test_columns_say_of_every_row_its_token_its_text_and_its_place(stream: TokenStream) -> None:
+    wanted = [
+        (token, text, place) for text, ids in enumerate(stream.texts) for place, token in enumerate(ids) if place >= stream.skip
+    ]
+    columns = stream.columns()
+    assert list(columns) == ["token_id", "text_id", "position"]
+    assert all(column.dtype == np.int32 for column in columns.values())
+    assert list(zip(*(column.tolist() for column in columns.values()), strict=True)) == wanted
+
+
+def test_a_stream_takes_few_bytes_a_token_and_no_more_of_the_corpus_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residual, "TOKENIZED_TEXTS", 50)
+    _, tokenizer = tiny_model()
+    texts = [Text("add 1 2=" * 40, "3." * 40, "add")] * 700
+    asked: list[int] = []
+
+    def counted(together: list[str], **how: Any) -> Any:
+        asked.append(len(together))
+        return tokenizer(together, **how)
+
+    token_stream(texts, counted, params(tokens=5000, max_length=400))  # what libraries load once
+    asked.clear()
+    tracemalloc.start()
+    stream = token_stream(texts, counted, params(tokens=200_000, max_length=400))
+    columns = stream.columns()
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(asked) == 550, "of 700: 399 rows a text"
+    assert len(columns["token_id"]) == stream.rows >= 200_000
+    assert held < 24 * stream.rows
+    assert peak < 60 * stream.rows
 
 
 @pytest.mark.parametrize("skip", [0, 1])

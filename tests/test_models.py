@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.language.decode import generate, left_pad
+from featdiff.language.decode import generate
 from featdiff.language.models import (
     block,
     blocks,

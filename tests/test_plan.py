@@ -64,6 +64,19 @@ def test_every_stage_of_a_profile_is_there(profile: str, tmp_path: Path) -> None
     assert all(each.amount > 0 and each.memory > 0 for each in found)
 
 
+def test_models_that_run_again_take_the_place_of_activations_on_disk(tmp_path: Path) -> None:
+    study, size = load_study(), size_of(load_study(), folder(tmp_path, **BIG))
+    streamed = study.model_copy(update={"activations": study.activations.model_copy(update={"source": "models"})})
+    kept, again = ({each.stage: each for each in work(given, size)} for given in (study, streamed))
+    assert kept.keys() == again.keys()
+    assert again["activations base"].disk < kept["activations base"].disk / 100
+    per_token = size.forward(1, study.activations.max_length / 2, size.layers // 2)
+    more = again["crosscoder joint_topk"].amount - kept["crosscoder joint_topk"].amount
+    assert more == pytest.approx(3 * 3 * study.activations.tokens * per_token, rel=1e-3)
+    assert again["crosscoder joint_topk"].fixed > kept["crosscoder joint_topk"].fixed + 3 * 4 * size.weights
+    assert again["intervene remove"].disk == kept["intervene remove"].disk
+
+
 def test_what_does_not_fit_does_with_the_change_that_is_named(tmp_path: Path) -> None:
     study = of_profile("pair")
     found = work(study, size_of(study, folder(tmp_path, **BIG)))

@@ -1,5 +1,6 @@
 """Activation stores: alignment between models, reading across shards, shuffling."""
 
+import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdiff.activations import store
+from featdiff.activations import mixing, store
 from featdiff.activations.store import ActivationStore, moments
+from featdiff.activations.tensor import ActivationTensor
 from featdiff.artifacts.artifact import ContractError
 from tiny import store_of, write_store
 
@@ -89,6 +91,104 @@ def rows_of(batches: Iterator[Tensor], passes: int, rows: int, batch: int) -> li
     return numbers
 
 
+def plainly_shuffled(acts: Tensor, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
+    """What a source's batches are: blocks in random order, as many as fit a buffer permuted as a whole, batch after batch."""
+    blocks = [range(low, min(low + mixing.BLOCK_ROWS, stop)) for low in range(start, stop, mixing.BLOCK_ROWS)]
+    left: list[int] = []
+    while True:
+        order = torch.randperm(len(blocks), generator=generator).tolist()
+        if stop - start <= mixing.BUFFER_ROWS:  # one buffer, which holds the rows in their own order
+            order = list(range(len(blocks)))
+        together = mixing.BUFFER_ROWS // mixing.BLOCK_ROWS
+        for first in range(0, len(blocks), together):
+            rows = [row for i in order[first : first + together] for row in blocks[i]]
+            left += [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            while len(left) >= batch:
+                yield acts[left[:batch]].float()
+                del left[:batch]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 90), st.integers(1, 40), st.integers(0, 5), st.integers(0, 1000), st.sampled_from([8, 12, 24, 96]))
+def test_rows_and_their_order_are_those_of_the_plain_way_whatever_was_skipped(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    rows: int,
+    batch: int,
+    start: int,
+    seed: int,
+    buffer: int,
+) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", buffer)
+    batch, count = min(batch, rows), 3 * rows // min(batch, rows) + 2
+    acts = torch.randn(rows + start + 3, 2, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    source = store_of(tmp_path_factory.mktemp("store"), acts, MODELS, shard_rows=5)
+    plain = plainly_shuffled(acts, batch, torch.Generator().manual_seed(seed), start, start + rows)
+    wanted = list(islice(plain, count))
+    for skip in (0, 1, seed % count):
+        batches = source.shuffled(batch, torch.Generator().manual_seed(seed), start, start + rows, skip)
+        for number, (found, expected) in enumerate(zip(batches, wanted[skip:], strict=False), start=skip):
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected), (skip, number)
+            if number == count - 1:
+                break
+
+
+def test_what_was_skipped_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", 16)
+    source, read = store_of(tmp_path, numbered(200), MODELS), []
+    load = source._load
+
+    def counted(start: int, stop: int, rows_CMD: Tensor, places: Tensor) -> None:
+        read.append(stop - start)
+        load(start, stop, rows_CMD, places)
+
+    monkeypatch.setattr(source, "_load", counted)
+    batches = source.shuffled(10, torch.Generator().manual_seed(0), 0, 200, skip=57)
+    next(batches)
+    batches.close()
+    assert sum(read) <= 16 + 10 + 16, "the mix that batch 58 is in, and what fits into the places that are free again"
+
+
+def test_memory_is_that_of_the_buffer_whatever_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 512)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", 1 << 15)
+    models, width, batch = 2, 24, 1024
+    most = []
+
+    def load(start: int, stop: int, rows_CMD: Tensor, places: Tensor) -> None:
+        for m in range(models):
+            mixing.put(rows_CMD, places, m, torch.arange(start, stop)[:, None].expand(-1, width).to(torch.float32))
+
+    for rows in (1_000_000, 4_000_000):
+        tracemalloc.start()  # NumPy's arrays count, and the buffer is one
+        batches = mixing.mixed(load, models, width, torch.float32, batch, torch.Generator().manual_seed(0), 0, rows)
+        seen = torch.cat([x[:, 0, 0] for x in islice(batches, 300)])
+        most.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        batches.close()
+        assert len(seen.unique()) == len(seen)
+    buffer = mixing.BUFFER_ROWS * models * width * 4
+    assert buffer < most[0] < most[1] + 1e6
+    assert most[1] < buffer + 4e6, "the blocks of a pass are numbered: a few bytes a thousand rows"
+
+
+def test_a_block_that_cannot_be_read_stops_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", 16)
+    source = store_of(tmp_path, numbered(200), MODELS, shard_rows=50)
+    batches = source.shuffled(10, torch.Generator().manual_seed(0), 0, 200)
+    next(batches)
+    for shard in (tmp_path / "grpo").glob("acts-*"):
+        shard.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(islice(batches, 200))
+
+
 @pytest.mark.parametrize("resident", [True, False])
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(3, 60), st.integers(1, 13), st.integers(0, 5), st.integers(0, 1000))
@@ -101,8 +201,8 @@ def test_every_row_comes_once_per_pass(
     start: int,
     seed: int,
 ) -> None:
-    monkeypatch.setattr(store, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(store, "BUFFER_ROWS", 1000 if resident else 12)
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", 1000 if resident else 12)
     batch = min(batch, rows)
     source = store_of(tmp_path_factory.mktemp("store"), numbered(rows + start + 3), MODELS, shard_rows=5)
     batches = source.shuffled(batch, torch.Generator().manual_seed(seed), start, start + rows)
@@ -115,8 +215,8 @@ def test_every_row_comes_once_per_pass(
 def test_rows_are_shuffled_anew_in_every_pass_and_the_generator_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer: int
 ) -> None:
-    monkeypatch.setattr(store, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(store, "BUFFER_ROWS", buffer)
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", buffer)
     source = store_of(tmp_path, numbered(200), MODELS)
 
     def order(seed: int) -> list[int]:
@@ -138,6 +238,18 @@ def test_moments_of_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = acts[:30].double()
     torch.testing.assert_close(mean, rows.mean(0), rtol=1e-9, atol=0)
     torch.testing.assert_close(variance, (rows - rows.mean(0)).square().sum(2).mean(0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "models", "width"), [(40, 2, 3), (300, 3, 96), (8192 + 1000, 2, 16), (4097, 4, 7)])
+def test_moments_have_the_bits_of_sums_over_all_rows_of_a_piece(rows: int, models: int, width: int) -> None:
+    acts = torch.randn(rows, models, width, generator=torch.Generator().manual_seed(rows)) + 3
+    total, square = torch.zeros(models, width, dtype=torch.float64), torch.zeros(models, dtype=torch.float64)
+    for piece in acts.double().split(store.READ_ROWS):
+        total, square = total + piece.sum(0), square + piece.square().sum((0, 2))
+    mean = total / rows
+    found = moments(ActivationTensor([f"{m}" for m in range(models)], acts), rows)
+    assert torch.equal(found[0], mean)
+    assert torch.equal(found[1], square / rows - mean.square().sum(1))
 
 
 def test_a_batch_larger_than_what_is_there_is_refused(tmp_path: Path) -> None:

@@ -33,3 +33,11 @@ def test_fewer_rows_than_a_batch_are_refused_and_as_many_are_not() -> None:
     with pytest.raises(ContractError, match=r"crosscoder.training.batch_tokens: expected at most 4 \(rows at hand\), found 5"):
         next(source.shuffled(5, torch.Generator(), 0, 4))
     assert next(source.shuffled(5, torch.Generator(), 0, 5)).shape == (5, 1, 1)
+
+
+def test_skipped_batches_are_those_that_came_first() -> None:
+    source = ActivationTensor(["base"], torch.arange(11.0)[:, None, None])
+    batches = [source.shuffled(3, torch.Generator().manual_seed(0), 1, 11, skip) for skip in range(8)]
+    wanted = [next(batches[0]) for _ in range(9)]
+    for skip in range(1, 8):
+        assert torch.equal(next(batches[skip]), wanted[skip]), skip

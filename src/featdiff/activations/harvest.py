@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from featdiff.activations.residual import TokenStream, read_residual, token_stream
-from featdiff.artifacts.artifact import ContractError, write_json
+from featdiff.activations.residual import TokenStream, read_residual, require_finite_stream, shards, token_stream
+from featdiff.activations.stream import TEXTS, Streamed, fingerprint
+from featdiff.artifacts.artifact import write_json
 from featdiff.config.dictionary import ActivationsParams
 from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, resolve_layer, tokenizer_hash, truncate
 from featdiff.pipeline.checkpoint import Scratch
@@ -22,37 +24,28 @@ from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Text
 
 
-def _shards(stream: TokenStream, shard_rows: int) -> list[TokenStream]:
-    """Whole texts in groups of at least ``shard_rows`` rows; the last group may have fewer."""
-    shards, start, rows = [], 0, 0
-    for end, ids in enumerate(stream.texts, start=1):
-        rows += len(ids) - stream.skip
-        if rows >= shard_rows or end == len(stream.texts):
-            shards.append(TokenStream(stream.texts[start:end], stream.skip))
-            start, rows = end, 0
-    return shards
-
-
 def _save_shard(
     model: Path, trunk: torch.nn.Module, shard: TokenStream, pad: int, file: str, params: ActivationsParams, place: Path
 ) -> None:
     acts = read_residual(trunk, shard, params.batch_size, pad, getattr(torch, params.dtype))
-    if not torch.isfinite(acts).all():
-        raise ContractError(model, "residual stream", "finite values", "NaN or infinity", "check the model")
+    require_finite_stream(model, [acts])
     save_file({"acts": acts.contiguous()}, place / file)
 
 
 def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsParams, scratch: Scratch) -> dict[str, int]:
-    """Write the store of the model in ``folder`` and of its checkpoints to ``out``. With n ranks each writes every n-th shard.
+    """Write the store of the model in ``folder`` and of its checkpoints to ``out``.
 
-    Files: ``index.json``, ``tokens.safetensors`` (token_id, text_id, position [N]), ``acts-*.safetensors`` (acts [n, D]) and
-    for checkpoints ``checkpoint<i>-*.safetensors``. Returns the numbers of rows, texts and checkpoints. Raises ContractError
-    for a corpus that is too small and for activations that are not finite."""
+    Files: ``index.json``, ``tokens.safetensors`` (token_id, text_id, position [N]), and either ``acts-*.safetensors`` (acts
+    [n, D]) and for checkpoints ``checkpoint<i>-*.safetensors``, of which with n ranks each writes every n-th; or, where
+    ``params.source`` says so, ``texts.safetensors``, with what whoever reads needs to run the models again. Returns the numbers
+    of rows, texts and checkpoints. Raises ContractError for a corpus that is too small and for activations that are not
+    finite."""
     state = process_state()
     tokenizer, final = load_tokenizer(folder), load_model(folder)
     layer = resolve_layer(final, params.layer)
     stream = token_stream(corpus, tokenizer, params)
-    folders = checkpoint_folders(folder)
+    *earlier, _ = checkpoint_folders(folder)
+    short = stream.first(params.checkpoint_tokens) if earlier else stream.part(0, 0)
     index: dict[str, object] = {
         "tokenizer": tokenizer_hash(tokenizer),
         "drop_first_token": params.drop_first_token,
@@ -60,43 +53,51 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
         "rows": stream.rows,
         "layer": layer,
         "d_model": final.config.hidden_size,
-        "checkpoint_rows": 0,
-        "checkpoints": len(folders) - 1,
+        "checkpoint_rows": short.rows,
+        "checkpoints": len(earlier),
     }
-    jobs = [("acts", folder, _shards(stream, params.shard_rows))]
-    if len(folders) > 1:
-        short = stream.first(params.checkpoint_tokens)
-        index["checkpoint_rows"] = short.rows
-        jobs += [(f"checkpoint{i}", path, _shards(short, params.shard_rows)) for i, path in enumerate(folders[:-1], start=1)]
+    series = {"acts": (folder, stream)} | {f"checkpoint{i}": (path, short) for i, path in enumerate(earlier, start=1)}
+    if params.source == "models":
+        runs = {name: (path.as_posix(), fingerprint(path), len(part.texts)) for name, (path, part) in series.items()}
+        index["streamed"] = Streamed(params.batch_size, params.shard_rows, tokenizer.pad_token_id, runs)._asdict()
+    else:
+        index["shards"] = _write_shards(series, final, layer, tokenizer.pad_token_id, out, params, scratch)
+    if state.is_main_process:
+        save_file({name: torch.from_numpy(column) for name, column in stream.columns().items()}, out / "tokens.safetensors")
+        if params.source == "models":
+            stream.save(out / TEXTS)
+        write_json(out / "index.json", index)
+    state.wait_for_everyone()
+    return {"rows": stream.rows, "texts": len(stream.texts), "checkpoints": len(earlier)}
+
+
+def _write_shards(
+    series: dict[str, tuple[Path, TokenStream]],
+    final: PreTrainedModel,
+    layer: int,
+    pad: int,
+    out: Path,
+    params: ActivationsParams,
+    scratch: Scratch,
+) -> dict[str, list[dict[str, object]]]:
+    """The shards of every series, this rank's share of them written."""
+    state = process_state()
+    parts = {name: shards(stream, params.shard_rows) for name, (_, stream) in series.items()}
     files: dict[str, list[dict[str, object]]] = {}
     bar = tqdm(
-        total=sum(len(shards) for *_, shards in jobs),
-        desc=f"activations {folder.name}",
+        total=sum(map(len, parts.values())),
+        desc=f"activations {series['acts'][0].name}",
         unit="shard",
         disable=not state.is_main_process,
     )
-    for name, path, shards in jobs:
-        trunk = truncate((final if path is folder else load_model(path)).to(state.device), layer)
-        files[name] = [{"file": f"{name}-{i:05d}.safetensors", "rows": shard.rows} for i, shard in enumerate(shards)]
-        for i, shard in enumerate(shards):
+    for name, (path, _) in series.items():
+        trunk = truncate((final if name == "acts" else load_model(path)).to(state.device), layer)
+        files[name] = [{"file": f"{name}-{i:05d}.safetensors", "rows": shard.rows} for i, shard in enumerate(parts[name])]
+        for i, shard in enumerate(parts[name]):
             if i % state.num_processes == state.process_index:
                 file = str(files[name][i]["file"])
-                save = partial(_save_shard, path, trunk, shard, tokenizer.pad_token_id, file, params)
+                save = partial(_save_shard, path, trunk, shard, pad, file, params)
                 scratch.bring(f"shards/{file}", out, save)
             bar.update(1)
     bar.close()
-    if state.is_main_process:
-        kept = [
-            (token, text, place)
-            for text, ids in enumerate(stream.texts)
-            for place, token in enumerate(ids)
-            if place >= stream.skip
-        ]
-        columns = torch.tensor(kept, dtype=torch.int32)
-        save_file(
-            {name: columns[:, i].contiguous() for i, name in enumerate(("token_id", "text_id", "position"))},
-            out / "tokens.safetensors",
-        )
-        write_json(out / "index.json", index | {"shards": files})
-    state.wait_for_everyone()
-    return {"rows": stream.rows, "texts": len(stream.texts), "checkpoints": len(folders) - 1}
+    return files

@@ -5,9 +5,10 @@ N token rows, M models, D residual width, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -15,14 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from featdiff.activations.mixing import mixed, overlaps, put
 from featdiff.artifacts.artifact import ContractError, read_json
 
-BLOCK_ROWS = 4096
-"""Rows read together when shuffling: long enough for sequential reads, and short beside a buffer."""
-BUFFER_ROWS = 1 << 18
-"""Rows shuffled together."""
 READ_ROWS = 8192
 """Rows read at once when going through a source in order."""
+SUM_ROWS = 64
+"""Of them held in float64 at once, a multiple of 16."""
 
 
 class ActivationSource(Protocol):
@@ -35,21 +35,9 @@ class ActivationSource(Protocol):
     def read(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` [n, M, D], float32."""
 
-    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        """Endless batches [B, M, D] over rows ``start`` to ``stop``. No row comes twice in a pass. Raises ContractError
-        where there are fewer rows than one batch."""
-
-
-def require_batch(batch: int, rows: int) -> None:
-    """Raise ContractError unless ``rows`` give at least one batch."""
-    if rows < batch:
-        raise ContractError(
-            "params.yaml",
-            "crosscoder.training.batch_tokens",
-            f"at most {rows} (rows at hand)",
-            batch,
-            "lower it, or raise activations.tokens or activations.checkpoint_tokens",
-        )
+    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
+        """Endless batches [B, M, D] over rows ``start`` to ``stop``, from the one after the first ``skip`` on. No row comes
+        twice in a pass. Raises ContractError where there are fewer rows than one batch."""
 
 
 def in_order(source: ActivationSource, start: int, stop: int) -> Iterator[Tensor]:
@@ -62,15 +50,78 @@ def moments(source: ActivationSource, stop: int) -> tuple[Float[Tensor, "M D"], 
     """Mean of rows 0 to ``stop`` and their mean squared distance to it, in one pass and float64."""
     square = torch.zeros(len(source.models), dtype=torch.float64)
     total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
-    for rows in map(Tensor.double, in_order(source, 0, stop)):
-        total, square = total + rows.sum(0), square + rows.square().sum((0, 2))
+    for rows in in_order(source, 0, stop):
+        part, part_square = _sums(rows)
+        total, square = total + part, square + part_square
     mean = total / stop
     # E‖x − mean‖² = E‖x‖² − ‖mean‖². The difference loses digits where the mean is large; float64 has them to lose.
     return mean, square / stop - mean.square().sum(1)
 
 
+def _sums(rows_NMD: Tensor) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
+    """Σ x and Σ ‖x‖² in float64.
+
+    They are added up as one thread of PyTorch adds up ``READ_ROWS`` rows of several models, to the last bit: sixteen rows,
+    sixteen such sums and sixteen of those, and the squares row by row. But only a few rows at a time are in float64, which a
+    cache holds; all of them at once take many times as long."""
+    rest, sums, squares = torch.zeros(rows_NMD.shape[1:], dtype=torch.float64), [], []
+    for rows in map(Tensor.double, rows_NMD.split(SUM_ROWS)):
+        whole = len(rows) // 16
+        sums.append(rows[: 16 * whole].unflatten(0, (whole, 16)).sum(1))
+        rest = rows[16 * whole :].sum(0)  # none but in the last piece
+        squares.append(rows.square_().sum(2))
+    level = torch.cat(sums)
+    for _ in range(2):
+        whole = len(level) // 16
+        rest += level[16 * whole :].sum(0)
+        level = level[: 16 * whole].unflatten(0, (whole, 16)).sum(1)
+    return rest + level.sum(0), torch.cat(squares).cumsum(0)[-1]
+
+
+class _Part(Protocol):
+    """One series of one model."""
+
+    rows: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its rows come."""
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows ``start`` to ``stop`` [n, D] in stretches in any order, each with its place after ``start``."""
+
+
+def _part(folder: Path, index: Mapping[str, Any], series: str) -> _Part:
+    if "streamed" not in index:
+        return _Shards(folder, index, series)
+    from featdiff.activations.stream import Runs  # with transformers, which takes seconds
+
+    return Runs(folder, index, series)
+
+
+class _Shards:
+    """The ``series`` of one model that lies in the shards of ``folder``."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any], series: str) -> None:
+        self._folder, self._shards = folder, index["shards"][series]
+        self._ends = list(accumulate(shard["rows"] for shard in self._shards))
+        self.rows = sum(shard["rows"] for shard in self._shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(acts.dtype for _, acts in self.stretches(0, 1))
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        # Mapped and not copied; what is mapped is let go with the tensor.
+        for i, low, high in overlaps(self._ends, start, stop):
+            first = self._ends[i] - self._shards[i]["rows"]
+            with safe_open(self._folder / self._shards[i]["file"], framework="pt") as handle:
+                yield low - start, handle.get_slice("acts")[low - first : high - first]
+
+
 class ActivationStore:
-    """Stores of several models on disk as one :class:`ActivationSource`.
+    """Stores of several models as one :class:`ActivationSource`: rows that lie on disk, or models that are run for them, as
+    the index of each says.
 
     ``folders`` are the stores by model; ``series`` is ``acts`` (the final model) or ``checkpoint<i>``. Raises ContractError
     unless all stores hold the same tokens, layer, width, tokenizer and first-token policy, and at least one row."""
@@ -95,8 +146,10 @@ class ActivationStore:
                     folder / "tokens.safetensors", "token_id", f"the tokens of {self._folders[0]}", "others", "rerun: dvc repro"
                 )
         self.layer, self.d_model = int(first["layer"]), int(first["d_model"])
-        self._shards = [index["shards"][series] for index in indexes]
-        self.rows = sum(shard["rows"] for shard in self._shards[0])
+        # A model that is compared with itself is read once.
+        read = {folder: _part(folder, index, series) for folder, index in zip(self._folders, indexes, strict=True)}
+        self._parts = [(part, [m for m, one in enumerate(self._folders) if one == folder]) for folder, part in read.items()]
+        self.rows = self._parts[0][0].rows
         if self.rows == 0:
             raise ContractError(self._folders[0], "rows", "at least one token", 0, "raise activations.tokens")
 
@@ -106,41 +159,21 @@ class ActivationStore:
         return load_file(folder / "tokens.safetensors")["token_id"]
 
     def read(self, start: int, stop: int) -> Tensor:
-        return torch.stack([self._read_model(m, start, stop) for m in range(len(self.models))], dim=1)
+        rows_NMD = torch.empty(stop - start, len(self.models), self.d_model)
+        for part, slots in self._parts:
+            for at, acts in part.stretches(start, stop):
+                for m in slots:
+                    rows_NMD[at : at + len(acts), m] = acts
+        return rows_NMD
 
-    def _read_model(self, m: int, start: int, stop: int) -> Tensor:
-        parts, offset = [], 0
-        for shard in self._shards[m]:
-            low, high = max(start - offset, 0), min(stop - offset, shard["rows"])
-            if low < high:
-                with safe_open(self._folders[m] / shard["file"], framework="pt") as handle:
-                    parts.append(handle.get_slice("acts")[low:high].float())
-            offset += shard["rows"]
-        return torch.cat(parts)
+    def _load(self, start: int, stop: int, rows_CMD: Tensor, places: Tensor) -> None:
+        for part, slots in self._parts:
+            for at, acts in part.stretches(start, stop):
+                for m in slots:
+                    put(rows_CMD, places[at : at + len(acts)], m, acts)
 
-    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        """Endless batches [B, M, D] over rows ``start`` to ``stop``, every row once per pass. Raises ContractError where
-        there are fewer rows than one batch.
-
-        Blocks of rows are read in random order into a buffer, and the buffer is permuted as a whole: reads are sequential and
-        rows are shuffled. Two rows of one block always come in the same buffer; a store that fits into the buffer is one
-        buffer, and all its orders are equally likely."""
-        require_batch(batch, stop - start)
-        blocks = [(low, min(low + BLOCK_ROWS, stop)) for low in range(start, stop, BLOCK_ROWS)]
-        per_buffer = max(1, BUFFER_ROWS // BLOCK_ROWS)
-        resident = self.read(start, stop) if stop - start <= BUFFER_ROWS else None
-        left = torch.empty(0, len(self.models), self.d_model)
-        while True:
-            order = torch.randperm(len(blocks), generator=generator).tolist()
-            for group in range(0, len(blocks), per_buffer):
-                chosen = [blocks[i] for i in order[group : group + per_buffer]]
-                buffer = resident if resident is not None else torch.cat([self.read(low, high) for low, high in chosen])
-                rows = torch.randperm(len(buffer), generator=generator)
-                # The first rows complete the batch that the last buffer left unfinished, so that none is dropped between
-                # buffers or passes. A last batch that is short stays in `left`.
-                head = batch - len(left)
-                for part in (rows[:head], *torch.split(rows[head:], batch)):
-                    left = torch.cat([left, buffer[part]]) if len(left) else buffer[part]
-                    if len(left) == batch:
-                        yield left
-                        left = left[:0]
+    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
+        """Mixed by :func:`~featdiff.activations.mixing.mixed`, which says what memory it takes."""
+        dtypes = {part.dtype for part, _ in self._parts}
+        kept = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return mixed(self._load, len(self.models), self.d_model, kept, batch, generator, start, stop, skip)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featdiff.activations.store import require_batch
+from featdiff.activations.mixing import require_batch
 
 
 class ActivationTensor:
@@ -24,11 +24,14 @@ class ActivationTensor:
     def read(self, start: int, stop: int) -> Tensor:
         return self.acts_NMD[start:stop]
 
-    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-        """Endless batches [B, M, D] over rows ``start`` to ``stop``, shuffled anew in every pass. What a pass leaves over after
-        its last full batch is dropped. Raises ContractError where there are fewer rows than one batch."""
+    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
+        """Endless batches [B, M, D] over rows ``start`` to ``stop``, shuffled anew in every pass, without the first ``skip``.
+        What a pass leaves over after its last full batch is dropped. Raises ContractError where there are fewer rows than one
+        batch."""
         require_batch(batch, stop - start)
         while True:
             order = start + torch.randperm(stop - start, generator=generator)
-            for chosen in order[: len(order) // batch * batch].split(batch):
-                yield self.acts_NMD[chosen]
+            chosen = order[: len(order) // batch * batch].split(batch)
+            for each in chosen[skip:]:
+                yield self.acts_NMD[each]
+            skip = max(0, skip - len(chosen))

@@ -10,6 +10,9 @@ from featdiff.config.values import Fraction, Length, LossName, Many, Name, Param
 
 
 class ActivationsParams(Params):
+    source: Literal["activations", "models"]
+    """Folder out of which crosscoders read their rows: ``activations``, where every row is kept, or ``models``, which run again
+    for every pass over the rows, and nothing is kept. The rows are the same to the bit."""
     layer: int | Literal["middle"]
     """Residual stream after this many blocks; ``middle`` is half of them, rounded down."""
     tokens: Tokens
@@ -23,6 +26,8 @@ class ActivationsParams(Params):
     batch_size: Positive
     dtype: Literal["float32", "bfloat16"]
     shard_rows: Many
+    """Rows of a file. With ``source: models`` nothing is written, but batches are made up within so many rows: little beside
+    4096, of which rows are read together when they are shuffled, else most of what a model computes is not used."""
 
 
 AGAIN = "again"

@@ -84,13 +84,11 @@ def fit(
     warmup, decay = (round(share * params.steps) for share in (params.warmup_share, params.decay_share))
     # Up, level, down to 0. transformers has such a schedule, and takes three seconds to import.
     schedule = LambdaLR(optimizer, lambda step: min(step / max(1, warmup), 1.0, (params.steps - step) / max(1, decay)))
-    batches = source.shuffled(params.batch_tokens, torch.Generator().manual_seed(seed + 1), 0, train_rows)
     done, idle_F = 0, torch.zeros(crosscoder.n_features, device=accelerator.device)  # tokens since each feature fired
     if checkpoint := scratch.load():
         restore(crosscoder, optimizer, schedule, checkpoint)
         done, idle_F = checkpoint.step, checkpoint.tensors["idle"].to(accelerator.device)
-    for _ in range(done):  # the same rows in the same order; reading is cheap beside a step
-        next(batches)
+    batches = source.shuffled(params.batch_tokens, torch.Generator().manual_seed(seed + 1), 0, train_rows, skip=done)
     bar = tqdm(
         total=params.steps,
         initial=done,

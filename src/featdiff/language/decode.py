@@ -19,19 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from featdiff.language.models import block
+from featdiff.language.models import block, left_pad
 from featdiff.language.session import Edit, PromptCache, Session, Stream
 
 OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
 
 
-def left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and position ids [B, T] of prompts of unequal length."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def batches(lengths: list[int], size: int) -> list[list[int]]:

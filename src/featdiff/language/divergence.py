@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.models import CheckpointsParams
-from featdiff.language.decode import batches, generate, left_pad
-from featdiff.language.models import encode_prompts, end_tokens
+from featdiff.language.decode import batches, generate
+from featdiff.language.models import encode_prompts, end_tokens, left_pad
 from featdiff.tasks.task import Sample, TaskInfo
 
 MOST_LOGITS = 2**26

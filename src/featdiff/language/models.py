@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -351,6 +352,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, samples: list[Sample], *,
     conversations = [[{"role": "user", "content": sample.prompt}] for sample in samples]
     encoded: Any = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
     return encoded["input_ids"]
+
+
+def left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and position ids [B, T] of prompts of unequal length."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def trl_row(sample: Sample, *, chat: bool, solution: bool) -> dict[str, Any]:

@@ -29,6 +29,8 @@ TRAINING, REMADE = 3, 4
 """Passes of a training step: forward, twice as much backward, and one more where the way back makes again what it needs."""
 TRAINED = 4
 """Numbers in float32 of a weight that is trained: itself, its gradient and Adam's two moments."""
+BUFFER = 2**18
+"""Rows of activations that are shuffled together."""
 ROLES: tuple[str, ...] = get_args(Role)
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
@@ -266,14 +268,32 @@ class _Plan:
         tokens = p.tokens
         if model in self.study.arms:
             tokens += (self._checkpoints(model) - 1) * p.checkpoint_tokens
-        row = size.d_model * (2 if p.dtype == "bfloat16" else FLOAT)
+        if p.source == "models":  # which run where rows are read
+            return Work(f"activations {model}", "activations", p.tokens, 16.0 * p.tokens, LIBRARIES + FLOAT * size.weights)
         fixed = LIBRARIES + self.number * size.weights + p.shard_rows * size.d_model * FLOAT
-        each = self.number * p.max_length * (8 * size.d_model + 2 * size.d_mlp)
-        operations = size.forward(tokens, p.max_length / 2, self.depth)
+        operations, row = size.forward(tokens, p.max_length / 2, self.depth), size.d_model * self._row_number
+        each = self._batch(1)
         return Work(
             f"activations {model}", "activations", operations, tokens * row, fixed, each, "activations.batch_size",
             p.batch_size, "forward",
         )  # fmt: skip
+
+    @property
+    def _row_number(self) -> int:
+        """Bytes of a number of the activations."""
+        return HALF if self.study.activations.dtype == "bfloat16" else FLOAT
+
+    def _batch(self, texts: int) -> float:
+        """Bytes of what a model that reads ``texts`` together holds at once."""
+        return self.number * self.study.activations.max_length * texts * (8 * self.size.d_model + 2 * self.size.d_mlp)
+
+    def _again(self, models: int, rows: float) -> tuple[float, float]:
+        """Operations and bytes of memory for ``rows`` of activations of ``models`` that run again where they are read."""
+        p, size = self.study.activations, self.size
+        if p.source == "activations":
+            return 0.0, 0.0
+        held = models * (self.number * size.weights + p.shard_rows * size.d_model * self._row_number) + self._batch(p.batch_size)
+        return models * size.forward(rows, p.max_length / 2, self.depth), held
 
     def _step(self, models: int, steps: float) -> float:
         """Operations of ``steps`` of a crosscoder: the encoder's product, and sums over active entries alone."""
@@ -284,12 +304,16 @@ class _Plan:
         p, models = self.study.crosscoder.training, len(fit.slots)
         weights = 2 * p.n_features * models * self.size.d_model
         operations = self._step(models, p.steps) if fit.source is None else 0.0
-        measured = 4 * self.study.activations.tokens * models * self.size.d_model * p.n_features
-        buffer = min(self.study.activations.tokens, 2**18) * models * self.size.d_model
-        fixed = LIBRARIES + FLOAT * (TRAINED * weights + buffer)
+        tokens = self.study.activations.tokens
+        measured = 4 * tokens * models * self.size.d_model * p.n_features
+        buffer = min(tokens, BUFFER) * models * self.size.d_model * self._row_number
+        # Read for their mean, to be fitted on and to be measured on; what fits into the buffer is read for it once.
+        read = 2 * tokens + (tokens if tokens <= BUFFER else p.steps * p.batch_tokens)
+        again, held = self._again(len(set(fit.models)), read)
+        fixed = LIBRARIES + TRAINED * FLOAT * weights + buffer + held
         each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
         return Work(
-            f"crosscoder {name}", "crosscoder", operations + measured, weights * FLOAT, fixed, each,
+            f"crosscoder {name}", "crosscoder", operations + measured + again, weights * FLOAT, fixed, each,
             "crosscoder.training.batch_tokens", p.batch_tokens, "fit",
         )  # fmt: skip
 
@@ -298,7 +322,9 @@ class _Plan:
         rows = min(study.attribution.scaling_tokens, study.activations.tokens)
         features = study.crosscoder.training.n_features
         operations = sum(8.0 * rows * len(fit.slots) * d_model * features for fit in study.fits.values())
-        held = LIBRARIES + 8 * FLOAT * rows * d_model
+        again = [self._again(len(set(fit.models)), 2 * rows) for fit in study.fits.values()]
+        operations += sum(each for each, _ in again)
+        held = LIBRARIES + 8 * FLOAT * rows * d_model + max(running for _, running in again)
         return Work("attribution", "attribution", operations, 200.0 * features * len(study.fits), held, way="fit")
 
     def _dynamics(self, name: str) -> Work:
@@ -308,7 +334,8 @@ class _Plan:
         reads = kept * 8.0 * study.activations.checkpoint_tokens * self.size.d_model * p.n_features
         # Base and checkpoint, as they are and in normalised units.
         held = 4 * FLOAT * study.activations.checkpoint_tokens * self.size.d_model
-        return Work(f"dynamics {name}", "dynamics", refits + reads, 1e6, LIBRARIES + held, way="fit")
+        again, running = self._again(2, (kept + 1) / 2 * study.activations.checkpoint_tokens)
+        return Work(f"dynamics {name}", "dynamics", refits + reads + again, 1e6, LIBRARIES + held + running, way="fit")
 
     def _about_the_set(self) -> Iterator[Work]:
         study, size, split = self.study, self.size, self.study.prepare.samples
