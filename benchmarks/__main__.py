@@ -130,7 +130,11 @@ class Process:
         self.label, script = label, str(HERE / contestant.script)
         given = json.dumps(dict(numbers) | dict(contestant.changes))
         command = [python_of(contestant.peer), script, given, *contestant.arguments]
-        environment = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
+        environment = os.environ | {
+            "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT / 'src'}",
+            "TQDM_DISABLE": "1",
+            "WANDB_MODE": "disabled",
+        }
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process; a pipe that nobody reads would fill)
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True

@@ -10,8 +10,8 @@ from torch import Tensor
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses.batchtopk import batch_top_k
-from featdiff.crosscoder.losses.loss import rebuild
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.selection import above, places
 from featdiff.pipeline.checkpoint import Scratch
 from pace import Paced, case, explained, planted_rows, say
 
@@ -62,11 +62,11 @@ crosscoder, _, train_rows = fit(
 assert source.paced is not None
 source.paced.finish()
 x_BMD = crosscoder.normalise(source.read(train_rows, source.rows))
-f_BF = crosscoder.preactivations(x_BMD)
+f_BF = crosscoder.linear(x_BMD)
 if LOSS == "l1":
-    kept_E = f_BF.flatten().nonzero().squeeze(1)
+    kept_E = places(above(f_BF, 0.0))
 else:  # as the others select: after so few steps the threshold for inference still runs after the cutoffs
-    _, kept_E = batch_top_k(f_BF * crosscoder.decoder_norms().sum(1), params.k * len(f_BF))
-error_BMD, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_E)
-fve = explained(x_BMD.flatten(1), (x_BMD - error_BMD).flatten(1))
-say({"fve": fve, "l0": float((code_BF > 0).sum(1).float().mean()), "dead": curves[-1]["dead"]})
+    _, kept_E = batch_top_k(f_BF, crosscoder.decoder_norms().sum(1), params.k * len(f_BF))
+code_BF = torch.zeros_like(f_BF).flatten().index_copy(0, kept_E, f_BF.flatten()[kept_E]).view_as(f_BF)
+fve = explained(x_BMD.flatten(1), crosscoder.decode(code_BF).flatten(1))
+say({"fve": fve, "l0": len(kept_E) / len(f_BF), "dead": curves[-1]["dead"]})
