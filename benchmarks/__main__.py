@@ -81,6 +81,11 @@ CASES = {
         WIDE | {"dead_after": NEVER},
         {OURS: steps(l1=3.0), "sae-lens Standard": SAELENS._replace(changes={"l1": 3.0}), LIMIT: GEMM},
     ),
+    "l1_sparse_step": Case(
+        "ReLU+L1 step as above, from weights under which 64 features fire on a row",
+        WIDE | {"dead_after": NEVER, "active": 64, "lr": 1e-5},
+        {OURS: steps(l1=3.0), "sae-lens Standard": SAELENS._replace(changes={"l1": 3.0}), LIMIT: GEMM},
+    ),
     "dead": Case(
         "BatchTopK step as in the first row, a tenth of the features dead, against none",
         WIDE | {"dead_after": 4096, "lr": 1e-9},

@@ -13,7 +13,7 @@ from featdiff.crosscoder.losses.batchtopk import batch_top_k
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.selection import above, places
 from featdiff.pipeline.checkpoint import Scratch
-from pace import Paced, case, explained, planted_rows, say
+from pace import Paced, case, explained, planted_rows, say, sparse_bias
 
 given = case()
 M, D = int(given["models"]), int(given["width"])
@@ -38,12 +38,15 @@ class Rows:
         return (rows.view(-1, M, D) for rows in self.paced)
 
 
-def dead(source: Rows, share: float) -> Crosscoder:
-    """A crosscoder in which ``share`` of the features is too weakly decoded to be chosen, as dead ones are."""
+def begun(source: Rows) -> Crosscoder:
+    """A crosscoder in which a share ``dead`` of the features is too weakly decoded to be chosen, as dead ones are, or in which
+    ``active`` features fire on a row, as in one that was trained for long."""
     crosscoder = Crosscoder(source.models, D, int(given["features"]), LOSS)
     crosscoder.initialise(0.1, torch.Generator().manual_seed(0), tied=True)
     with torch.no_grad():
-        crosscoder.W_dec[: int(share * crosscoder.n_features)] *= 1e-3
+        crosscoder.W_dec[: int(given.get("dead", 0) * crosscoder.n_features)] *= 1e-3
+        if "active" in given:
+            crosscoder.b_enc.fill_(sparse_bias(source.held[:512], crosscoder.W_enc.flatten(0, 1), given["active"]))
     return crosscoder
 
 
@@ -55,7 +58,7 @@ params = CrosscoderTraining(
     heldout_share=0.1, log_every=int(given["steps"]),
 )  # fmt: skip
 curves: list[dict[str, float]] = []
-warm = dead(source, given["dead"]) if "dead" in given else None
+warm = begun(source) if {"dead", "active"} & given.keys() else None
 crosscoder, _, train_rows = fit(
     source, LOSS, params, 0, lambda _, point: curves.append(point), "benchmark", scratch=Scratch(), warm=warm
 )

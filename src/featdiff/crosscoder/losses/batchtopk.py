@@ -7,6 +7,7 @@ B batch, M models, D residual width, F features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,11 @@ from featdiff.crosscoder.sparse import Columns
 
 THRESHOLD_MEMORY = 0.99
 """Weight of the past in the running mean of cutoffs: it looks back over about 100 batches."""
-GUESS = 0.9
-"""Share of the last cutoff, or of one of a sample, that serves as guess of the next. A guess above the cutoff costs a second
-search over all entries, one far below it spares little: this leaves room for what cutoffs vary by from batch to batch."""
+GUESS = 0.95
+"""Share of the last cutoff, or of a sample's, that serves as guess of the next. A guess above the cutoff costs a second search,
+one far below it spares little: this leaves room for what cutoffs vary by from batch to batch."""
 SAMPLE = 16
-"""One row in so many gives a guess where there is no last cutoff."""
+"""One row in so many gives a guess where the last cutoff gave none, or one that is too high."""
 
 
 def batch_top_k(
@@ -34,13 +35,10 @@ def batch_top_k(
     so that a zero is never kept; and the ascending places, in the flattened tensor, of all entries from there on.
 
     ``guess`` is any number; the result does not depend on it. A guess a little below the cutoff makes the search fast."""
-    # Exact: where at least `count` values reach the guess, the `count` largest of all are among these, and so is the smallest
-    # of them. Where fewer do, the guess was too high, and the search goes over everything that may be kept.
+    # Exact: where at least `count` values reach the floor, the `count` largest of all are among these, and so is the smallest
+    # of them. Where fewer do, the floor was too high; from the least floor on, everything is found that may be kept.
     least = norms_F.new_tensor(torch.finfo(f_BF.dtype).tiny)
-    if guess is None and len(f_BF) > SAMPLE:
-        some = (f_BF[::SAMPLE] * norms_F).flatten()
-        guess = GUESS * some.topk(min(len(some), -(-count // SAMPLE)), sorted=False).values.amin()
-    for floor in (least,) if guess is None else (guess.clamp(min=least), least):
+    for floor in _floors(f_BF, norms_F, count, guess, least):
         # One division per feature in place of a product per entry, with a margin for how both round: all entries that reach
         # the floor are near it, and few others.
         near = places(above(f_BF, floor * (1 - 1e-5) / norms_F - least))
@@ -48,6 +46,19 @@ def batch_top_k(
         if len(near) >= count and (cutoff := value_E.topk(count, sorted=False).values.amin()) >= floor:
             return cutoff, near[value_E >= cutoff]
     return least, near[value_E >= least]  # fewer are positive than might be kept: all of them are
+
+
+def _floors(
+    f_BF: Float[Tensor, "B F"], norms_F: Float[Tensor, " F"], count: int, guess: Tensor | None, least: Tensor
+) -> Iterator[Float[Tensor, ""]]:
+    """Floors to search from: the guess, one by a sample of the rows, and the least of all."""
+    if guess is not None:
+        yield guess.clamp(min=least)
+    if len(f_BF) > SAMPLE:
+        some = (f_BF[::SAMPLE] * norms_F).flatten()
+        sampled = some.topk(min(len(some), -(-count // SAMPLE)), sorted=False).values.amin()
+        yield (GUESS * sampled).clamp(min=least)
+    yield least
 
 
 class Kept(NamedTuple):
@@ -85,11 +96,12 @@ def batchtopk_loss(
     dead = _of_the_dead(kept.f_BF, dead_F, aux_k)
     _, (rebuilt, *of_the_dead) = rebuild(crosscoder, x_BMD, *(each for each in (part, dead) if each is not None))
     rebuilt = rebuilt + crosscoder.b_dec
-    total, error = squared(x_BMD, rebuilt) / variance, x_BMD - rebuilt.detach()
+    left, error = squared(x_BMD, rebuilt), x_BMD - rebuilt.detach()
+    total = left / variance
     for rebuilt_error in of_the_dead:
         # The error is detached: living features must not learn to leave errors that dead ones can explain. Each process divides
         # by the error of its own rows, so with several processes the ratio is the mean of theirs (the one approximation).
-        total = total + aux_weight * squared(error, rebuilt_error) / squared(error, torch.zeros_like(error))
+        total = total + aux_weight * squared(error, rebuilt_error) / left.detach()
     return Step(total, error, part.counts())
 
 
