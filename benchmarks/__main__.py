@@ -81,6 +81,11 @@ CASES = {
         WIDE | {"dead_after": NEVER},
         {OURS: steps(l1=3.0), "sae-lens Standard": SAELENS._replace(changes={"l1": 3.0}), LIMIT: GEMM},
     ),
+    "l1_sparse_step": Case(
+        "ReLU+L1 step as above, from weights under which 64 features fire on a row",
+        WIDE | {"dead_after": NEVER, "active": 64, "lr": 1e-5},
+        {OURS: steps(l1=3.0), "sae-lens Standard": SAELENS._replace(changes={"l1": 3.0}), LIMIT: GEMM},
+    ),
     "dead": Case(
         "BatchTopK step as in the first row, a tenth of the features dead, against none",
         WIDE | {"dead_after": 4096, "lr": 1e-9},
@@ -130,7 +135,11 @@ class Process:
         self.label, script = label, str(HERE / contestant.script)
         given = json.dumps(dict(numbers) | dict(contestant.changes))
         command = [python_of(contestant.peer), script, given, *contestant.arguments]
-        environment = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
+        environment = os.environ | {
+            "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT / 'src'}",
+            "TQDM_DISABLE": "1",
+            "WANDB_MODE": "disabled",
+        }
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process; a pipe that nobody reads would fill)
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True

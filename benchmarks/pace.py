@@ -86,6 +86,12 @@ def timed(step: Callable[[], object], block: int, found: Callable[[], object] = 
     say(found())
 
 
+def sparse_bias(x_BI: Tensor, W_IF: Tensor, active: float) -> float:
+    """Encoder bias, one for all features, under which ``active`` of them fire on a row, on average."""
+    f_BF = x_BI @ W_IF
+    return -float(f_BF.flatten().kthvalue(f_BF.numel() - int(active * len(x_BI))).values)
+
+
 def explained(x_BI: Tensor, rebuilt_BI: Tensor) -> float:
     """Fraction of variance explained."""
     return 1 - float((x_BI - rebuilt_BI).square().sum() / (x_BI - x_BI.mean(0)).square().sum())

@@ -10,10 +10,10 @@ from torch import Tensor
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses.batchtopk import batch_top_k
-from featdiff.crosscoder.losses.loss import rebuild
 from featdiff.crosscoder.model import Crosscoder
+from featdiff.crosscoder.selection import above, places
 from featdiff.pipeline.checkpoint import Scratch
-from pace import Paced, case, explained, planted_rows, say
+from pace import Paced, case, explained, planted_rows, say, sparse_bias
 
 given = case()
 M, D = int(given["models"]), int(given["width"])
@@ -38,12 +38,15 @@ class Rows:
         return (rows.view(-1, M, D) for rows in self.paced)
 
 
-def dead(source: Rows, share: float) -> Crosscoder:
-    """A crosscoder in which ``share`` of the features is too weakly decoded to be chosen, as dead ones are."""
+def begun(source: Rows) -> Crosscoder:
+    """A crosscoder in which a share ``dead`` of the features is too weakly decoded to be chosen, as dead ones are, or in which
+    ``active`` features fire on a row, as in one that was trained for long."""
     crosscoder = Crosscoder(source.models, D, int(given["features"]), LOSS)
     crosscoder.initialise(0.1, torch.Generator().manual_seed(0), tied=True)
     with torch.no_grad():
-        crosscoder.W_dec[: int(share * crosscoder.n_features)] *= 1e-3
+        crosscoder.W_dec[: int(given.get("dead", 0) * crosscoder.n_features)] *= 1e-3
+        if "active" in given:
+            crosscoder.b_enc.fill_(sparse_bias(source.held[:512], crosscoder.W_enc.flatten(0, 1), given["active"]))
     return crosscoder
 
 
@@ -55,18 +58,18 @@ params = CrosscoderTraining(
     heldout_share=0.1, log_every=int(given["steps"]),
 )  # fmt: skip
 curves: list[dict[str, float]] = []
-warm = dead(source, given["dead"]) if "dead" in given else None
+warm = begun(source) if {"dead", "active"} & given.keys() else None
 crosscoder, _, train_rows = fit(
     source, LOSS, params, 0, lambda _, point: curves.append(point), "benchmark", scratch=Scratch(), warm=warm
 )
 assert source.paced is not None
 source.paced.finish()
 x_BMD = crosscoder.normalise(source.read(train_rows, source.rows))
-f_BF = crosscoder.preactivations(x_BMD)
+f_BF = crosscoder.linear(x_BMD)
 if LOSS == "l1":
-    kept_E = f_BF.flatten().nonzero().squeeze(1)
+    kept_E = places(above(f_BF, 0.0))
 else:  # as the others select: after so few steps the threshold for inference still runs after the cutoffs
-    _, kept_E = batch_top_k(f_BF * crosscoder.decoder_norms().sum(1), params.k * len(f_BF))
-error_BMD, _, code_BF = rebuild(crosscoder, x_BMD, f_BF, kept_E)
-fve = explained(x_BMD.flatten(1), (x_BMD - error_BMD).flatten(1))
-say({"fve": fve, "l0": float((code_BF > 0).sum(1).float().mean()), "dead": curves[-1]["dead"]})
+    _, kept_E = batch_top_k(f_BF, crosscoder.decoder_norms().sum(1), params.k * len(f_BF))
+code_BF = torch.zeros_like(f_BF).flatten().index_copy(0, kept_E, f_BF.flatten()[kept_E]).view_as(f_BF)
+fve = explained(x_BMD.flatten(1), crosscoder.decode(code_BF).flatten(1))
+say({"fve": fve, "l0": len(kept_E) / len(f_BF), "dead": curves[-1]["dead"]})

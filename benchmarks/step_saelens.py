@@ -8,7 +8,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from pace import Paced, case, explained, planted_rows, say
+from pace import Paced, case, explained, planted_rows, say, sparse_bias
 
 given = case()
 inputs, features, batch = int(given["models"] * given["width"]), int(given["features"]), int(given["batch"])
@@ -18,6 +18,9 @@ torch.manual_seed(0)
 sae: StandardTrainingSAE | BatchTopKTrainingSAE
 if given.get("l1"):
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=inputs, d_sae=features, l1_coefficient=given["l1"]))
+    if "active" in given:
+        with torch.no_grad():
+            sae.b_enc.fill_(sparse_bias(rows[:512], sae.W_enc, given["active"]))
 else:
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=inputs, d_sae=features, k=given["k"]))
 paced = Paced(rows[:-held], batch, int(given["block"]))

@@ -136,8 +136,8 @@ class Scripted(Loss):
 
     def __call__(self, x_BMD: Tensor, step: int, dead_F: Tensor) -> Step:
         self.told.append(dead_F.nonzero().flatten().tolist())
-        fired = torch.ones(len(x_BMD), self.crosscoder.n_features)
-        fired[:, 4] = step == 4
+        fired = torch.full((self.crosscoder.n_features,), len(x_BMD))
+        fired[4] = len(x_BMD) if step == 4 else 0
         error = x_BMD - self.crosscoder.decode(self.crosscoder.preactivations(x_BMD))
         return Step(error.square().mean(), error.detach(), fired)
 

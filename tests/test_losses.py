@@ -22,7 +22,7 @@ from featdiff.crosscoder.fit import fit
 from featdiff.crosscoder.losses import batchtopk, loss
 from featdiff.crosscoder.losses.batchtopk import BatchTopK, Kept, batch_top_k, batchtopk_loss
 from featdiff.crosscoder.losses.dedicated import Dedicated, foreign
-from featdiff.crosscoder.losses.delta import Delta, delta_loss
+from featdiff.crosscoder.losses.delta import Delta
 from featdiff.crosscoder.losses.l1 import L1, l1_loss
 from featdiff.crosscoder.losses.loss import Loss, Step
 from featdiff.crosscoder.losses.table import LOSSES
@@ -44,6 +44,16 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def loss_at(crosscoder: Crosscoder, x: Tensor, cutoff: Tensor, *how: Any) -> Step:
     return batchtopk_loss(crosscoder, x, Kept.at(crosscoder, x, cutoff), *how)
+
+
+def cutoff_of(crosscoder: Crosscoder, x: Tensor, count: int) -> Tensor:
+    return batch_top_k(crosscoder.linear(x), crosscoder.decoder_norms().sum(1).detach(), count)[0]
+
+
+def code_at(crosscoder: Crosscoder, x: Tensor, cutoff: Tensor) -> Tensor:
+    """Feature values that are kept [B, F]."""
+    f = crosscoder.preactivations(x)
+    return f * (f * crosscoder.decoder_norms().sum(1) >= cutoff)
 
 
 def inputs(rows: int = 9, seed: int = 1) -> Tensor:
@@ -77,7 +87,8 @@ def test_l1_is_the_formula_sample_by_sample(weight: float) -> None:
     by_sample = [squared_error(crosscoder, x[b], f[b]) + weight * value[b].sum().item() for b in range(len(x))]
     found = l1_loss(crosscoder, x, weight)
     assert found.total.item() == pytest.approx(np.mean(by_sample), rel=1e-4)
-    torch.testing.assert_close(found.fired, f)
+    assert found.count_F.tolist() == (f > 0).sum(0).tolist()
+    torch.testing.assert_close(x - found.error, crosscoder.decode(f).detach())
 
 
 def test_batch_size_does_not_change_the_scale_of_l1() -> None:
@@ -87,14 +98,20 @@ def test_batch_size_does_not_change_the_scale_of_l1() -> None:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.floats(0, 50, width=32)),
+    arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 8)), elements=st.floats(0, 50, width=32)),
     st.integers(1, 60),
     st.one_of(st.none(), st.floats(-1, 60, width=32)),
+    arrays(np.float32, 8, elements=st.one_of(st.just(0.0), st.just(1.0), st.floats(2**-100, 9, width=32))),
 )
 def test_the_cutoff_is_the_count_th_largest_value_whatever_the_guess(
-    value: np.ndarray, count: int, guess: float | None
+    value: np.ndarray, count: int, guess: float | None, weight: np.ndarray
 ) -> None:
-    found, places = batch_top_k(torch.from_numpy(value), count, None if guess is None else torch.tensor(guess))
+    norms = torch.from_numpy(weight[: value.shape[1]])
+    unweighted, value = (
+        torch.from_numpy(value - 5),
+        (value - 5) * weight[: value.shape[1]],
+    )  # some are negative, as before a ReLU
+    found, places = batch_top_k(unweighted, norms, count, None if guess is None else torch.tensor(guess))
     cutoff = found.item()
     assert places.tolist() == np.flatnonzero(value >= cutoff).tolist()
     ordered = sorted(value.flatten().tolist(), reverse=True)
@@ -116,10 +133,12 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
     value = values(crosscoder, x)
     count = k * len(x)
     largest = value.flatten().topk(count)
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), count)[0]
+    cutoff = cutoff_of(crosscoder, x, count)
     found = loss_at(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
-    kept = (found.fired > 0).flatten()
+    kept = torch.zeros_like(value, dtype=torch.bool).flatten()
+    kept[Kept.at(crosscoder, x, cutoff).places_E] = True
     assert kept.sum() == count
+    assert torch.equal(found.count_F, kept.view_as(value).sum(0))
     assert set(kept.nonzero().squeeze(1).tolist()) == set(largest.indices.tolist())
     assert cutoff.item() <= value.flatten()[kept].min().item() * (1 + 1e-5)
     assert cutoff.item() == pytest.approx(largest.values.min().item(), rel=1e-5)
@@ -130,10 +149,10 @@ def test_batchtopk_keeps_exactly_the_k_times_b_largest(k: int) -> None:
 
 def test_gradients_reach_only_the_kept_features() -> None:
     crosscoder, x = random_crosscoder(MODELS), inputs(rows=4)
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 4)[0]
+    cutoff = cutoff_of(crosscoder, x, 4)
     found = loss_at(crosscoder, x, cutoff, NO_DEAD, 4, 1.0, 1.0)
     found.total.backward()
-    kept = (found.fired > 0).any(0)
+    kept = found.count_F > 0
     assert 0 < kept.sum() < 12
     for gradient in (
         crosscoder.W_enc.grad.abs().sum((0, 1)),
@@ -145,11 +164,11 @@ def test_gradients_reach_only_the_kept_features() -> None:
 
 def dead_setup() -> tuple[Crosscoder, Tensor, Tensor, Tensor]:
     crosscoder, x = random_crosscoder(MODELS), inputs(rows=6)
-    value = crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1)
+    value = (crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1)).detach()
     dead = torch.zeros(12, dtype=torch.bool)
     dead[value.amax(0).argsort()[:4]] = True
     value[:, dead] = 0
-    return crosscoder, x, batch_top_k(value, 12)[0], dead
+    return crosscoder, x, batch_top_k(value, torch.ones(12), 12)[0], dead
 
 
 def test_the_auxiliary_loss_rebuilds_the_error_from_the_most_active_dead_features() -> None:
@@ -193,7 +212,7 @@ def test_the_auxiliary_gradient_reaches_only_dead_features() -> None:
 
 def test_permuting_features_changes_neither_loss() -> None:
     crosscoder, x = random_crosscoder(MODELS), inputs()
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 18)[0]
+    cutoff = cutoff_of(crosscoder, x, 18)
     dead = torch.arange(12) < 4
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     other = random_crosscoder(MODELS)
@@ -206,7 +225,7 @@ def test_permuting_features_changes_neither_loss() -> None:
     first = loss_at(crosscoder, x, cutoff * 0.9999, dead, 2, 1.0, 1.0)
     second = loss_at(other, x, cutoff * 0.9999, dead[order], 2, 1.0, 1.0)
     torch.testing.assert_close(second.total, first.total)
-    torch.testing.assert_close(second.fired, first.fired[:, order])
+    assert torch.equal(second.count_F, first.count_F[order])
 
 
 def gradients(objective: Callable[[Crosscoder], Tensor]) -> tuple[float, Gradients]:
@@ -251,16 +270,16 @@ def test_the_threshold_is_a_running_mean_of_the_cutoffs_from_the_first_one_on(mo
     wanted = None
     for step in (1, 2, 3):
         x = inputs(rows=10, seed=step)
-        cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)[0].item()
+        cutoff = cutoff_of(crosscoder, x, 20).item()
         wanted = cutoff if wanted is None else 0.75 * wanted + 0.25 * cutoff
-        assert (take(x, step, NO_DEAD).fired > 0).sum() == 20
+        assert take(x, step, NO_DEAD).count_F.sum() == 20
     assert crosscoder.threshold.item() == pytest.approx(wanted)
 
 
 def test_batchtopk_trains_the_dead_with_the_numbers_of_params() -> None:
     crosscoder, x, dead = random_crosscoder(MODELS), inputs(rows=10), torch.arange(12) < 4
     take = running(BatchTopK, crosscoder, batch_tokens=10, k=2, aux_k=3, aux_weight=0.5)
-    cutoff = batch_top_k(crosscoder.preactivations(x) * crosscoder.decoder_norms().sum(1), 20)[0]
+    cutoff = cutoff_of(crosscoder, x, 20)
     wanted = loss_at(crosscoder, x, cutoff, dead, 3, 0.5, 1.0).total
     torch.testing.assert_close(take(x, 1, dead).total, wanted)
 
@@ -327,8 +346,8 @@ def test_dedicated_selects_and_weighs_as_batchtopk_does() -> None:
     masked.W_enc.data.permute(2, 0, 1)[mask] = 0
     plain = running(BatchTopK, masked, batch_tokens=10, k=6)(x, 1, dead)
     assert torch.equal(dedicated.total, plain.total)
-    assert torch.equal(dedicated.fired, plain.fired)
-    assert (dedicated.fired[:, :6] > 0).any()
+    assert torch.equal(dedicated.count_F, plain.count_F)
+    assert dedicated.count_F[:6].any()
 
 
 def test_the_delta_term_is_its_formula_sample_by_sample() -> None:
@@ -336,35 +355,67 @@ def test_the_delta_term_is_its_formula_sample_by_sample() -> None:
     changes = {"batch_tokens": 10, "k": 2, "delta_share": 0.5, "delta_weight": 0.7}
     plain = running(BatchTopK, crosscoder, **changes)(x, 1, dead)
     found = running(Delta, crosscoder, **changes)(x, 1, dead)
-    assert torch.equal(found.fired, plain.fired)
+    assert torch.equal(found.count_F, plain.count_F)
+    code = code_at(crosscoder, x, cutoff_of(crosscoder, x, 20))
     total = 0.0
     for b in range(10):
         for m in (1, 2):
             rebuilt = crosscoder.b_dec[m] - crosscoder.b_dec[0]
             for k in range(6):  # of the delta features those that the batch kept
-                rebuilt = rebuilt + found.fired[b, k] * (crosscoder.W_dec[k, m] - crosscoder.W_dec[k, 0])
+                rebuilt = rebuilt + code[b, k] * (crosscoder.W_dec[k, m] - crosscoder.W_dec[k, 0])
             total += (x[b, m] - x[b, 0] - rebuilt).square().sum().item()
-    assert 0 < (found.fired[:, :6] > 0).sum() < 20
+    assert 0 < found.count_F[:6].sum() < 20
     assert found.total.item() == pytest.approx(plain.total.item() + 0.7 * total / 10, rel=1e-5)
 
 
-def test_the_gradient_of_the_delta_term_is_that_of_finite_differences_and_spares_the_shared_features() -> None:
-    crosscoder, x = random_crosscoder(MODELS).double(), inputs(rows=4).double()
-    code = torch.rand(4, 5, dtype=torch.double, requires_grad=True)
+def dense_total(kind: str, crosscoder: Crosscoder, x: Tensor, dead: Tensor, take: Loss) -> Tensor:
+    """The formulas by dense products, whose gradient is autograd's: the reference of every loss. Losses are at their first
+    step, after a warm-up of λ."""
+    params, norms = take.params, crosscoder.decoder_norms().sum(1)
+    f = crosscoder.preactivations(x)
+    if kind == "l1":
+        return (x - crosscoder.decode(f)).square().sum((1, 2)).mean() + params.l1_weight * (f * norms).sum() / len(x)
+    value = (f * norms).detach()
+    code = torch.where((value >= value.flatten().topk(params.k * len(x)).values[-1]) & (value > 0), f, 0.0)
+    error = x - crosscoder.decode(code)
+    total = error.square().sum((1, 2)).mean() / take.variance
+    if dead.any():
+        error = error.detach()
+        top = f[:, dead].topk(min(params.aux_k, int(dead.sum())), dim=1)
+        sparse = torch.zeros_like(f[:, dead]).scatter(1, top.indices, top.values)
+        left = error - (sparse @ crosscoder.W_dec[dead].flatten(1)).view_as(x)
+        total = total + params.aux_weight * left.square().sum() / error.square().sum()
+    if kind == "delta":
+        own = torch.where(torch.arange(crosscoder.n_features) < take.features, code, 0.0)
+        left = x - crosscoder.decode(own)
+        left = left[:, 1:] - left[:, :1]
+        total = total + params.delta_weight * left.square().sum((1, 2)).mean() / take.variance
+    return total
 
-    delta_loss(crosscoder, x, code).backward()
-    assert (crosscoder.W_dec.grad[5:] == 0).all()
-    for weight in (code, crosscoder.W_dec, crosscoder.b_dec):
-        numeric = torch.zeros_like(weight)
-        flat, slope = weight.data.view(-1), numeric.view(-1)
-        for i in range(len(flat)):
-            ends = []
-            for step in (1e-5, -2e-5):
-                flat[i] += step
-                ends.append(delta_loss(crosscoder, x, code).item())
-            flat[i] += 1e-5
-            slope[i] = (ends[0] - ends[1]) / 2e-5
-        torch.testing.assert_close(weight.grad, numeric, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("kind", LOSSES)
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 24), st.integers(1, 5), st.integers(1, 12), st.sets(st.integers(0, 19)))
+def test_every_loss_and_its_gradient_are_those_of_dense_products_in_double_precision(
+    kind: str, seed: int, rows: int, k: int, aux_k: int, dead: set[int]
+) -> None:
+    changes = {"n_features": 20, "batch_tokens": rows, "k": k, "aux_k": aux_k, "aux_weight": 0.7, "l1_warmup_share": 0.0}
+    changes |= {"dedicated_share": 0.15, "delta_share": 0.3, "delta_weight": 0.8}
+    x, dead_F = inputs(rows, seed).double(), torch.zeros(20, dtype=torch.bool)
+    dead_F[list(dead)] = True
+    totals, found = [], []
+    for dense in (False, True):
+        crosscoder = random_crosscoder(MODELS, n_features=20).double()
+        crosscoder.b_enc.data[[4, 19]] = -100.0  # features without any entry, inside and at the end
+        crosscoder.W_dec.data[7] = 0.0
+        take = running(LOSSES[kind], crosscoder, **changes)
+        total = dense_total(kind, crosscoder, x, dead_F, take) if dense else take(x, 1, dead_F).total
+        total.backward()
+        totals.append(total.detach())
+        found.append({name: weight.grad for name, weight in crosscoder.named_parameters()})
+    torch.testing.assert_close(*totals)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_delta_gradient_reaches_the_encoder_of_delta_features_alone() -> None:

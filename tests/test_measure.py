@@ -43,8 +43,8 @@ def test_measures_against_a_loop_over_rows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_curves_of_a_batch() -> None:
     x, mean = activations(), torch.full((2, 6), 0.5)
     error = x * torch.tensor([0.1, 0.2])[:, None]
-    fired = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
-    found = batch_quality(list(MODELS), Step(torch.zeros(()), error, fired), x, mean, torch.tensor([False, True, False]))
+    counts = torch.tensor([len(x), 0, len(x) // 2])
+    found = batch_quality(list(MODELS), Step(torch.zeros(()), error, counts), x, mean, torch.tensor([False, True, False]))
     spread = (x - mean).square().sum((0, 2))
     wanted = {f"fve/{model}": 1 - (error[:, m].square().sum() / spread[m]).item() for m, model in enumerate(MODELS)}
     assert found == pytest.approx({"l0": 1.5, "dead": 1 / 3} | wanted)

@@ -171,6 +171,8 @@ def test_grpo_learns_from_the_end_token_that_was_drawn(two_ends: Path, tmp_path:
     ]
     assert first[0][:, 1].exp().mean() > 0.3
     assert (first[1][:, 1] < first[0][:, 1] - 0.5).all(), "an end that earned nothing is drawn less"
+
+
 def test_reinforcement_counts_the_tokens_of_its_completions(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

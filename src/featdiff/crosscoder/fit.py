@@ -17,10 +17,12 @@ from tqdm import tqdm
 from featdiff.activations.store import ActivationSource, moments
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.dictionary import CrosscoderTraining
+from featdiff.crosscoder.descent import Descent
 from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.measure import batch_quality
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
+from featdiff.processes.memory import keep_freed
 from featdiff.processes.ranks import replicated
 
 Log = Callable[[int, dict[str, float]], None]
@@ -67,6 +69,7 @@ def fit(
     normalised units. ``log`` gets the curves every ``log_every`` steps; ``label`` names the fit in messages.
     The last ``heldout_share`` of the rows is not read. Raises ContractError for rows or batches that cannot be shared out,
     FloatingPointError at NaN or infinity."""
+    keep_freed()
     accelerator = replicated()
     train_rows = _train_rows(source.rows, params, accelerator.num_processes)
     mean_MD, variance_M = moments(source, train_rows)
@@ -80,7 +83,8 @@ def fit(
     variance = float((variance_M * crosscoder.scale.square()).sum())
     crosscoder.to(accelerator.device)
     objective = LOSSES[loss](crosscoder, params, variance, accelerator)
-    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=params.lr, fused=True)
+    descent = Descent(crosscoder, params.lr, accelerator)
+    optimizer = descent.optimizer
     warmup, decay = (round(share * params.steps) for share in (params.warmup_share, params.decay_share))
     # Up, level, down to 0. transformers has such a schedule, and takes three seconds to import.
     schedule = LambdaLR(optimizer, lambda step: min(step / max(1, warmup), 1.0, (params.steps - step) / max(1, decay)))
@@ -104,27 +108,22 @@ def fit(
             x_BMD = crosscoder.normalise(rows_BMD.to(accelerator.device))
             result = objective(x_BMD, step, idle_F >= params.dead_after_tokens)
             # Counted after the loss: a feature that was dead when the step began is trained as dead in it, even if it fires.
-            fired_F = accelerator.reduce((result.fired > 0).any(0).float(), "sum") > 0
+            fired_F = accelerator.reduce(result.count_F, "sum") > 0
             idle_F = torch.where(fired_F, 0, idle_F + params.batch_tokens)
             result.total.backward()
-            # Reduced before the clip: all processes clip by the norm of one gradient and stay equal.
-            if accelerator.num_processes > 1:
-                for weight in crosscoder.parameters():
-                    weight.grad = accelerator.reduce(weight.grad, "mean")
-            norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
-            point = {"loss": result.total.item(), "grad_norm": norm.item(), "learning_rate": float(schedule.get_last_lr()[0])}
-            # Asked before the optimizer's step: no checkpoint can hold what came of a NaN.
-            require_finite(point, step, log, "lower crosscoder.training.lr", label)
-            optimizer.step()
+            descent.step(step, result.total)
             schedule.step()
-            optimizer.zero_grad()
             bar.update(1)
-            if step % params.log_every == 0 or step == 1:
+            logs, saves = step % params.log_every == 0 or step == 1, scratch.due()
+            if logs or saves or step == params.steps:
+                number, point = descent.told()
+                require_finite(point, number, log, "lower crosscoder.training.lr", label)
+            if logs:
                 dead_F = idle_F >= params.dead_after_tokens
                 point = batch_quality(source.models, result, x_BMD, centre_MD.to(x_BMD.device), dead_F) | point
                 log(step, point)
                 bar.set_postfix(l0=f"{point['l0']:.1f}", fve=f"{point[f'fve/{source.models[0]}']:.3f}", refresh=False)
             # Last: a checkpoint is the state between two steps, with its curve logged, from which the next step follows.
-            if scratch.due():
+            if saves:
                 scratch.save(step, snapshot(crosscoder, optimizer) | {"idle": idle_F}, rates=schedule.get_last_lr())
     return Fitted(crosscoder.eval().requires_grad_(False), centre_MD, train_rows)

@@ -31,7 +31,7 @@ def batch_quality(
 ) -> dict[str, float]:
     """L0, share of dead features and FVE per model of one training batch, for the curves."""
     fve = _fve(models, result.error.square().sum((0, 2)), (x_BMD - mean_MD).square().sum((0, 2)))
-    l0 = (result.fired > 0).float().sum(1).mean().item()
+    l0 = result.count_F.sum().item() / len(x_BMD)
     return {"l0": l0, "dead": dead_F.float().mean().item()} | {f"fve/{model}": value for model, value in fve.items()}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,13 +70,18 @@ class Crosscoder(nn.Module):
         """Raw residual streams in normalised units."""
         return resid_BMD * self.scale[:, None] - self.mean
 
-    def preactivations(self, x_BMD: Float[Tensor, "B M D"], features: Int[Tensor, " C"] | None = None) -> Float[Tensor, "B F"]:
-        """ReLU of the encoder, before any selection, of all features or of ``features`` alone [B, C]. Σ_m x^m W_enc^m is one
-        product of [B, M·D] and [M·D, F]."""
-        W_FI, b_F = self.W_enc.flatten(0, 1).T, self.b_enc  # as it lies in memory
-        if features is not None:
-            W_FI, b_F = W_FI.index_select(0, features), b_F.index_select(0, features)
-        return torch.relu(torch.addmm(b_F, x_BMD.flatten(1), W_FI.T))
+    def preactivations(self, x_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B F"]:
+        """ReLU of the encoder, before any selection."""
+        return torch.relu(self._linear(x_BMD))
+
+    @torch.no_grad()
+    def linear(self, x_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B F"]:
+        """Σ_m x^m W_enc^m + b_enc, whose ReLU is the preactivations, without a graph."""
+        return self._linear(x_BMD)
+
+    def _linear(self, x_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, "B F"]:
+        # One product of [B, M·D] and [M·D, F], whose second factor is the transpose of what lies in memory.
+        return torch.addmm(self.b_enc, x_BMD.flatten(1), self.W_enc.flatten(0, 1))
 
     def select(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
         """Feature values at inference: the preactivations ``f_BF`` where f_k Σ_m‖d_k^m‖₂ is above the threshold, else 0."""

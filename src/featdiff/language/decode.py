@@ -26,8 +26,6 @@ OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
 
 
-
-
 def batches(lengths: list[int], size: int) -> list[list[int]]:
     """Row numbers in batches of similar length, longest first, so that memory is known from the start."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))

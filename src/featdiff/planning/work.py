@@ -292,7 +292,9 @@ class _Plan:
         p, size = self.study.activations, self.size
         if p.source == "activations":
             return 0.0, 0.0
-        held = models * (self.number * size.weights + p.shard_rows * size.d_model * self._row_number) + self._batch(p.batch_size)
+        held = models * (self.number * size.weights + p.shard_rows * size.d_model * self._row_number) + self._batch(
+            p.batch_size
+        )
         return models * size.forward(rows, p.max_length / 2, self.depth), held
 
     def _step(self, models: int, steps: float) -> float:

@@ -3,7 +3,7 @@
 After Delta-Crosscoder (arXiv 2603.04426), from its abstract and public descriptions: BatchTopK, delta features beside shared
 ones, and a loss on the difference between the models. Ours: one k for both parts, where the source gives each its own (one
 threshold says what is active at inference); the difference in the units of the reconstruction; no contrastive pairs of texts.
-B batch, M models, the first of which is the original, D residual width, F features, C delta features.
+B batch, M models, the first of which is the original, D residual width, F features, E kept entries.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ from torch import Tensor
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.losses.batchtopk import BatchTopK, Kept
-from featdiff.crosscoder.losses.loss import Step
+from featdiff.crosscoder.losses.loss import Step, part_of, rebuild, squared
 from featdiff.crosscoder.model import Crosscoder
 
 
-def delta_loss(crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], code_BC: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
-    """Mean over tokens of Σ_{m>0} ‖(x^m − x^0) − (x̂^m − x̂^0)‖², where x̂ is rebuilt from ``code_BC``, the values of the
-    dictionary's first C features, and the decoder's bias."""
-    W_CMD = crosscoder.W_dec[: code_BC.shape[1]]
-    rebuilt = (code_BC @ (W_CMD[:, 1:] - W_CMD[:, :1]).flatten(1)).unflatten(1, (-1, crosscoder.d_model))
-    rebuilt = rebuilt + crosscoder.b_dec[1:] - crosscoder.b_dec[:1]
-    return (x_BMD[:, 1:] - x_BMD[:, :1] - rebuilt).square().sum((1, 2)).mean()
+def delta_loss(x_BMD: Float[Tensor, "B M D"], rebuilt_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, ""]:
+    """Mean over tokens of Σ_{m>0} ‖(x^m − x^0) − (x̂^m − x̂^0)‖², where x̂ is ``rebuilt_BMD``."""
+    return squared(x_BMD[:, 1:] - x_BMD[:, :1], rebuilt_BMD[:, 1:] - rebuilt_BMD[:, :1])
 
 
 class Delta(BatchTopK):
@@ -43,6 +39,7 @@ class Delta(BatchTopK):
 
     def _step(self, x_BMD: Float[Tensor, "B M D"], kept: Kept, dead_F: Bool[Tensor, " F"]) -> Step:
         step = super()._step(x_BMD, kept, dead_F)
-        code_BC = kept.f_BF[:, : self.features] * (step.fired[:, : self.features] > 0)
-        difference = delta_loss(self.crosscoder, x_BMD, code_BC) / self.variance
+        delta_E = kept.places_E[kept.places_E % self.crosscoder.n_features < self.features]
+        _, (rebuilt_BMD,) = rebuild(self.crosscoder, x_BMD, part_of(kept.f_BF, delta_E))
+        difference = delta_loss(x_BMD, rebuilt_BMD + self.crosscoder.b_dec) / self.variance
         return step._replace(total=step.total + self.params.delta_weight * difference)

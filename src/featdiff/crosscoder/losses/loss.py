@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.model import Crosscoder
-from featdiff.crosscoder.sparse import Entries, autoencode
+from featdiff.crosscoder.sparse import Columns, Entries, Part, rebuild_parts
 
 SPARSE_BELOW = 0.05
 """Share of active entries below which sparse sums are faster than dense products (measured on CPUs, widths of 96 and 576)."""
@@ -28,8 +28,8 @@ class Step(NamedTuple):
     """The scalar to minimise, with its graph."""
     error: Float[Tensor, "B M D"]
     """x − x̂, detached."""
-    fired: Float[Tensor, "B F"]
-    """Feature values after selection, detached."""
+    count_F: Int[Tensor, " F"]
+    """On how many rows each feature is active after selection."""
 
 
 class Loss(ABC):
@@ -50,32 +50,31 @@ class Loss(ABC):
         for ``dead_after_tokens`` tokens in any process."""
 
 
-def rebuild(
-    crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], f_BF: Float[Tensor, "B F"], kept_E: Int[Tensor, " E"]
-) -> tuple[Float[Tensor, "B M D"], Float[Tensor, ""], Float[Tensor, "B F"]]:
-    """Reconstruct ``x_BMD`` from the positive entries of ``f_BF`` at ``kept_E``, ascending places in the flattened tensor, as a
-    differentiable function of all weights.
+def few(entries: int | Tensor, f_BF: Float[Tensor, "B F"]) -> bool:
+    """Whether a code of so many active entries is better rebuilt from them alone. Values and gradients are the same either way
+    (up to rounding)."""
+    return bool(entries < SPARSE_BELOW * f_BF.numel())
 
-    Returns the error x − x̂, the activity Σ_b Σ_k f_k Σ_m ‖d_k^m‖, and the code: what was kept of ``f_BF``, detached. ``f_BF``
-    are the preactivations of ``x_BMD``. The sum runs over active entries alone where few are active; values and gradients are
-    the same either way (up to rounding)."""
-    norms_F = crosscoder.decoder_norms().sum(1)
-    entries = Entries.of(f_BF, kept_E)
-    # Writing the few that are kept spares a pass of comparing and choosing over all of [B, F].
-    code_BF = torch.zeros_like(f_BF.detach()).flatten().index_copy(0, kept_E, entries.value_E).view_as(f_BF)
-    if len(kept_E) >= SPARSE_BELOW * f_BF.numel():
-        dense_BF = torch.where(code_BF > 0, f_BF, 0.0)
-        return x_BMD - crosscoder.decode(dense_BF), (dense_BF * norms_F).sum(), code_BF
-    # f_BF's own graph is not used here: autoencode's backward reaches the encoder from the active entries.
-    rebuilt_BI, value_E = autoencode(
-        x_BMD.flatten(1),
-        crosscoder.W_enc.flatten(0, 1),
-        crosscoder.b_enc,
-        crosscoder.W_dec.flatten(1),
-        crosscoder.b_dec.flatten(),
-        entries,
+
+def part_of(f_BF: Float[Tensor, "B F"], kept_E: Int[Tensor, " E"]) -> Part:
+    """The code that keeps the positive values of ``f_BF`` at ``kept_E``, ascending places in the flattened tensor."""
+    entries = Entries(f_BF, kept_E)
+    if few(len(kept_E), f_BF):
+        return entries
+    return Columns(torch.zeros_like(f_BF).flatten().index_copy_(0, kept_E, entries.value_E).view_as(f_BF), f_BF.shape[1])
+
+
+def rebuild(
+    crosscoder: Crosscoder, x_BMD: Float[Tensor, "B M D"], *parts: Part, norms_FM: Float[Tensor, "F M"] | None = None
+) -> tuple[Float[Tensor, ""], list[Float[Tensor, "B M D"]]]:
+    """What each of ``parts`` of a code of ``x_BMD`` decodes to, without the decoder's bias, and the activity
+    Σ_b Σ_k f_k Σ_m ‖d_k^m‖ of all together, if ``norms_FM`` says the norms; as differentiable functions of all weights."""
+    activity, rebuilt = rebuild_parts(
+        x_BMD.flatten(1), crosscoder.W_enc.flatten(0, 1), crosscoder.b_enc, crosscoder.W_dec, parts, norms_FM
     )
-    # Summed by feature before the norms come in: the gradient of norms_F[column_E] would add up the entries of a feature in
-    # whatever order the threads meet (from 32,768 entries on), and two fits would differ.
-    activity_F = torch.zeros_like(norms_F).index_add(0, entries.column_E, value_E)
-    return x_BMD - rebuilt_BI.view_as(x_BMD), (activity_F * norms_F).sum(), code_BF
+    return activity, [part_BI.view_as(x_BMD) for part_BI in rebuilt]
+
+
+def squared(x_BMD: Float[Tensor, "B M D"], rebuilt_BMD: Float[Tensor, "B M D"]) -> Float[Tensor, ""]:
+    """Mean over tokens of Σ_m ‖x^m − x̂^m‖²."""
+    return torch.nn.functional.mse_loss(rebuilt_BMD, x_BMD, reduction="sum") / len(x_BMD)
