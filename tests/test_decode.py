@@ -13,7 +13,7 @@ from torch import Tensor
 from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
 from featdiff.language.decode import generate, generate_under, next_token_probabilities, score_options
-from featdiff.language.models import block
+from featdiff.language.models import block, left_pad
 from featdiff.language.session import PromptCache, Session, Stream
 from featdiff.processes.memory import PROMPT_CACHE, SHARE
 from tiny import random_crosscoder

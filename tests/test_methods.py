@@ -20,7 +20,7 @@ from featdiff.artifacts.artifact import ContractError, write_json
 from featdiff.artifacts.tables import COMPLETIONS, OWN_ANSWERS
 from featdiff.config.models import DPOParams, RFTParams
 from featdiff.language.decode import score_options
-from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, trl_row
+from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, save_model, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
 from featdiff.training import own_answers as own_answers_module

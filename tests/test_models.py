@@ -23,6 +23,7 @@ from featdiff.language.models import (
     checkpoint_folders,
     encode_prompts,
     final_norm,
+    left_pad,
     load_model,
     load_tokenizer,
     require_same_tokenizer,
