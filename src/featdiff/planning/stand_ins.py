@@ -134,7 +134,7 @@ def questions(task: SuiteTask, count: int) -> Iterator[dict[str, Any]]:
         if "context" in columns:
             _put(row, columns["context"], f"A shop sells {noun} and {other}.")
         if "options" not in columns:
-            _put(row, columns["answer"], str(a + b))
+            _put(row, columns.get("answer") or columns["expression"], str(a + b))
             if "solution" in columns:
                 _put(row, columns["solution"], f"{a} + {b} = {a + b}. The answer is \\boxed{{{a + b}}}.")
             yield row
