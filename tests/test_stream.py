@@ -123,6 +123,41 @@ def test_a_fit_on_models_is_the_fit_on_their_store(both: dict[str, Folders]) -> 
     assert metrics == same_metrics
 
 
+def test_a_fit_that_was_stopped_goes_on_to_the_same_bits_and_reads_no_row_twice(
+    both: dict[str, Folders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(mixing, "BUFFER_ROWS", 128)
+    small = {"n_features": 32, "batch_tokens": 64, "steps": 60, "k": 4, "aux_k": 8, "log_every": 10}
+    training = params_of(CrosscoderTraining, "crosscoder", "training", **small)
+    read: list[int] = []
+    load = ActivationStore._load
+
+    def counted(source: ActivationStore, start: int, stop: int, *places: torch.Tensor) -> None:
+        read.append(stop - start)
+        load(source, start, stop, *places)
+
+    monkeypatch.setattr(ActivationStore, "_load", counted)
+
+    def stopped(step: int, point: dict[str, float]) -> None:
+        if step == 50:
+            raise KeyboardInterrupt
+
+    def fitted(source: str, log: Any, scratch: Scratch) -> dict[str, torch.Tensor]:
+        read.clear()
+        made = fit(ActivationStore(both[source]), "batchtopk", training, 0, log, source, scratch=scratch)
+        return made.crosscoder.state_dict()
+
+    for source in both:
+        whole = fitted(source, lambda step, point: None, Scratch())
+        assert sum(read) >= 60 * 64
+        with pytest.raises(KeyboardInterrupt):
+            fitted(source, stopped, Scratch(tmp_path / source, seconds=0.0))
+        rest = fitted(source, lambda step, point: None, Scratch(tmp_path / source, seconds=0.0))
+        assert sum(read) <= 11 * 64 + 2 * 128 + 64, "what is left of the steps, and what the buffer holds"
+        assert all(torch.equal(whole[name], rest[name]) for name in whole), source
+
+
 def test_other_weights_and_a_model_that_is_gone_are_one_line(both: dict[str, Folders], tmp_path: Path) -> None:
     shutil.copytree(Path(read_json(both["models"]["grpo"] / "index.json")["streamed"]["series"]["acts"][0]), tmp_path / "grpo")
     out = tmp_path / "out"

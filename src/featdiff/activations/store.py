@@ -40,36 +40,37 @@ class ActivationSource(Protocol):
         twice in a pass. Raises ContractError where there are fewer rows than one batch."""
 
 
-def in_order(source: ActivationSource, start: int, stop: int) -> Iterator[Tensor]:
-    """Rows ``start`` to ``stop`` in pieces [n, M, D] of at most ``READ_ROWS``."""
-    for low in range(start, stop, READ_ROWS):
-        yield source.read(low, min(low + READ_ROWS, stop))
+def in_order(source: ActivationSource, start: int, stop: int, most: int | None = None) -> Iterator[Tensor]:
+    """Rows ``start`` to ``stop`` in pieces [n, M, D] of at most ``most``, by default ``READ_ROWS``."""
+    for low in range(start, stop, most := most or READ_ROWS):
+        yield source.read(low, min(low + most, stop))
 
 
 def moments(source: ActivationSource, stop: int) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
     """Mean of rows 0 to ``stop`` and their mean squared distance to it, in one pass and float64."""
     square = torch.zeros(len(source.models), dtype=torch.float64)
     total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
-    for rows in in_order(source, 0, stop):
-        part, part_square = _sums(rows)
+    for low in range(0, stop, READ_ROWS):
+        part, part_square = _sums(source, low, min(low + READ_ROWS, stop))
         total, square = total + part, square + part_square
     mean = total / stop
     # E‖x − mean‖² = E‖x‖² − ‖mean‖². The difference loses digits where the mean is large; float64 has them to lose.
     return mean, square / stop - mean.square().sum(1)
 
 
-def _sums(rows_NMD: Tensor) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
-    """Σ x and Σ ‖x‖² in float64.
+def _sums(source: ActivationSource, start: int, stop: int) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
+    """Σ x and Σ ‖x‖² over rows ``start`` to ``stop`` in float64.
 
     They are added up as one thread of PyTorch adds up ``READ_ROWS`` rows of several models, to the last bit: sixteen rows,
     sixteen such sums and sixteen of those, and the squares row by row. But only a few rows at a time are in float64, which a
     cache holds; all of them at once take many times as long."""
-    rest, sums, squares = torch.zeros(rows_NMD.shape[1:], dtype=torch.float64), [], []
-    for rows in map(Tensor.double, rows_NMD.split(SUM_ROWS)):
-        whole = len(rows) // 16
-        sums.append(rows[: 16 * whole].unflatten(0, (whole, 16)).sum(1))
-        rest = rows[16 * whole :].sum(0)  # none but in the last piece
-        squares.append(rows.square_().sum(2))
+    rest, sums, squares = torch.zeros(len(source.models), source.d_model, dtype=torch.float64), [], []
+    for piece in in_order(source, start, stop, 8 * SUM_ROWS):
+        for rows in map(Tensor.double, piece.split(SUM_ROWS)):
+            whole = len(rows) // 16
+            sums.append(rows[: 16 * whole].unflatten(0, (whole, 16)).sum(1))
+            rest = rows[16 * whole :].sum(0)  # none but in the last of them
+            squares.append(rows.square().sum(2))
     level = torch.cat(sums)
     for _ in range(2):
         whole = len(level) // 16
