@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from featdiff.artifacts.artifact import ContractError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -45,6 +47,19 @@ def largest(value: int) -> int:
 
     state = process_state()
     return value if state.num_processes == 1 else int(gather(torch.tensor([value], device=state.device)).max())
+
+
+def shared_out(jobs: Sequence[Callable[[], T]], label: str) -> list[T]:
+    """What each of ``jobs`` gives, in their order, on every rank; of n ranks each does every n-th. ``label`` names the bar that
+    the first one shows."""
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    state = process_state()
+    mine = range(state.process_index, len(jobs), state.num_processes)
+    own = {i: jobs[i]() for i in tqdm(mine, desc=label, disable=not (mine and state.is_main_process))}
+    found = {i: done for part in (gather_object([own]) if state.num_processes > 1 else [own]) for i, done in part.items()}
+    return [found[i] for i in range(len(jobs))]
 
 
 def leave() -> None:
