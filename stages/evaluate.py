@@ -5,6 +5,7 @@ from featdiff.config.values import BASE
 from featdiff.language.evaluation import Evaluator, accuracy_table, evaluate
 from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
+from featdiff.processes.ranks import rank
 from featdiff.tasks.task import load_samples, load_tasks
 
 name = stage_key("--model", __doc__, lambda study: study.models)
@@ -22,7 +23,8 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
     )
     rows = evaluate(evaluator, load_samples(data, "eval"), run.params, run.seed, run.scratch())
     table = accuracy_table(rows, tasks, run.params, run.seed)
-    EVAL_SAMPLES.write(run.out, rows)
-    EVAL_ACCURACY.write(run.out, table)
+    if rank() == 0:
+        EVAL_SAMPLES.write(run.out, rows)
+        EVAL_ACCURACY.write(run.out, table)
     run.attach(EVAL_ACCURACY.file)
     run.metrics({row["task"]: row["accuracy"] for row in table if row["primary"] and row["split"] == "report"})

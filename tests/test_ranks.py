@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             _run(project, hardware, *command)
         folders.append(project.path)
     return folders[0], folders[1]
+
+
+@pytest.mark.graph
+def test_questions_that_are_shared_out_get_the_same_answers(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not within a tolerance: the same files, bit for bit."""
+    project, made = Project(pair[0]), {"evaluate.py": "evals/base", "checkpoints.py": "checkpoints/sft"}
+    for hardware in ("cpu", "cpu_2ranks"):
+        for script, option, key in (("evaluate.py", "--model", "base"), ("checkpoints.py", "--arm", "sft")):
+            _run(project, hardware, "--shared", f"stages/{script}", option, key)
+            shutil.copytree(project.path / made[script], tmp_path / hardware / script)
+    files = [path.relative_to(tmp_path / "cpu") for path in (tmp_path / "cpu").rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for file in files:
+        assert (tmp_path / "cpu" / file).read_bytes() == (tmp_path / "cpu_2ranks" / file).read_bytes(), file
 
 
 def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -14,7 +14,9 @@ Shapes: B batch, T token of an answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.models import CheckpointsParams
 from featdiff.language.decode import batches, generate
-from featdiff.language.models import encode_prompts, end_tokens, left_pad
+from featdiff.language.evaluation import Evaluator, Row
+from featdiff.language.models import encode_prompts, end_tokens, left_pad, load_model
 from featdiff.tasks.task import Sample, TaskInfo
 
 MOST_LOGITS = 2**26
@@ -78,7 +81,7 @@ class Divergence:
         params: CheckpointsParams,
         seed: int,
     ) -> None:
-        self.base, self.tokenizer, self.params, self.seed = base, tokenizer, params, seed
+        self.base, self.tokenizer, self.tasks, self.params, self.seed = base, tokenizer, dict(tasks), params, seed
         self.prompts = [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in samples]
 
     def answers(self, model: PreTrainedModel, number: int = 0) -> Answers:
@@ -104,6 +107,17 @@ class Divergence:
             "forward": token_divergence(self.base, model, self.prompts, base_answers, pad=pad, batch_size=size),
             "reverse": token_divergence(model, self.base, self.prompts, own, pad=pad, batch_size=size),
         }
+
+    def checkpoint(
+        self, path: Path, number: int, questions: list[Sample], base_answers: Answers, part: Callable[[str, Any], Any]
+    ) -> tuple[list[Row], dict[str, list[float]]]:
+        """Answers of the checkpoint in ``path`` to ``questions``, and :meth:`measure` of it, both where the base is. ``part``
+        computes a value under a name, or has it from before (:meth:`featdiff.pipeline.checkpoint.Scratch.part`)."""
+        model, params = load_model(path).to(self.base.device), self.params
+        sizes = {"batch_size": params.batch_size, "max_new_tokens": params.max_new_tokens}
+        asked = Evaluator(model, self.tokenizer, self.tasks, **sizes)
+        answers = part(f"answers {number}", partial(asked.answer, questions))
+        return answers, part(f"divergence {number}", partial(self.measure, model, number, base_answers))
 
 
 def divergence_table(

@@ -6,13 +6,12 @@ The same functions serve plain evaluation and every edit of the interventions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
@@ -21,6 +20,7 @@ from featdiff.language.decode import generate_under, score_options, score_tokens
 from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.language.session import Edit, Guesses, PromptCache
 from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.ranks import shared_out
 from featdiff.tasks.suites import listed_prompt
 from featdiff.tasks.task import ANSWER, GENERATION, LETTERS, SPLITS, Sample, TaskInfo
 from featdiff.tasks.verify import Grade, grade
@@ -240,25 +240,31 @@ def evaluate(evaluator: Evaluator, samples: list[Sample], params: EvaluateParams
     """Every answer of one model: greedy and sampled generations, likelihood under every rule where options exist.
 
     Questions are asked in groups of a few batches, each with a generator of its own, so that what was answered before a
-    kill need not be asked again."""
+    kill need not be asked again. Ranks share the groups; each has all the rows in the end, the same as one alone would."""
     by_generation = [sample for sample in samples if evaluator.tasks[sample.task].scoring == GENERATION]
     by_options = [sample for sample in samples if sample.options]
-    size, rows = GROUP_BATCHES * params.batch_size, []
+    size, parts = GROUP_BATCHES * params.batch_size, scratch.of_rank()
 
-    def groups(asked: list[Sample], name: str) -> Iterator[tuple[str, int, list[Sample]]]:
-        for number, low in enumerate(tqdm(range(0, len(asked), size), desc=name, unit="group", disable=not asked)):
-            yield f"{name} {number}", number, asked[low : low + size]
+    def groups(asked: list[Sample]) -> list[list[Sample]]:
+        return [asked[low : low + size] for low in range(0, len(asked), size)]
 
-    for name, _, group in groups(by_generation, "greedy"):
-        rows += scratch.part(name, partial(evaluator.generate, group))
+    def part(
+        name: str, number: int, answer: Callable[..., list[Row]], group: list[Sample], **how: Any
+    ) -> Callable[[], list[Row]]:
+        return partial(parts.part, f"{name} {number}", partial(answer, group, **how))
+
+    answered = shared_out(
+        [part("greedy", i, evaluator.generate, group) for i, group in enumerate(groups(by_generation))], "greedy"
+    )
     for draw in range(params.draws):
-        for name, number, group in groups(by_generation, f"sampled {draw + 1} of {params.draws}"):
-            generator = torch.Generator().manual_seed(stats.stream(seed, draw, number))
-            sample = partial(evaluator.generate, group, draw=draw, temperature=params.temperature, generator=generator)
-            rows += scratch.part(name, sample)
-    for name, _, group in groups(by_options, "likelihood"):
-        rows += scratch.part(name, partial(evaluator.choose, group))
-    return rows
+        name, drawn = f"sampled {draw + 1} of {params.draws}", []
+        for i, group in enumerate(groups(by_generation)):
+            generator = torch.Generator().manual_seed(stats.stream(seed, draw, i))
+            how = {"draw": draw, "temperature": params.temperature, "generator": generator}
+            drawn.append(part(name, i, evaluator.generate, group, **how))
+        answered += shared_out(drawn, name)
+    chosen = [part("likelihood", i, evaluator.choose, group) for i, group in enumerate(groups(by_options))]
+    return [row for rows in answered + shared_out(chosen, "likelihood") for row in rows]
 
 
 def accuracy_table(

@@ -63,6 +63,13 @@ class Scratch:
             for folder in sorted((root / "parts").glob("[0-9]*")):
                 self._parts |= self._whole(folder, _read) or {}
 
+    def of_rank(self) -> Scratch:
+        """For parts of which each rank computes others: two that write into one folder would clash."""
+        state = process_state()
+        if self.root is None or state.num_processes == 1:
+            return self
+        return Scratch(self.root / "ranks" / str(state.process_index), self.seconds, self.share)
+
     def _whole(self, folder: Path, read: Callable[[Path], T]) -> T | None:
         """What ``read`` makes of ``folder`` if it is as it was published; else None, and the folder is removed."""
         try:

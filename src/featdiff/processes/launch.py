@@ -1,8 +1,9 @@
 """Starts the processes of one stage and stays with them to the end:
-``python -m featdiff.processes.launch [--one] stages/<stage>.py …``
+``python -m featdiff.processes.launch [--one | --shared] stages/<stage>.py …``
 
 A stage is handed to ``accelerate launch`` under the hardware that ``$ACCELERATE_CONFIG`` names, so that hardware is never
-part of a stage's signature; ``--one`` runs it as a single process instead, without a launcher's start-up.
+part of a stage's signature; ``--one`` runs it as a single process instead, without a launcher's start-up, and ``--shared``
+does so where the hardware has no more than one.
 
 Signals go to the ranks and to nobody else: accelerate's launcher would die of one, and take its ranks along in the middle
 of a step. It and the ranks are therefore a process group of their own, which no key press reaches, and this process hands on
@@ -205,10 +206,11 @@ def _threads(ranks: int, on_cpu: bool) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run ``arguments`` (a stage script and its options) to the end; returns the exit status."""
-    one = arguments[:1] == ["--one"]
     hardware = Hardware.chosen()
     if hardware is None:
         return EXIT_BAD_INPUT
+    option = next((word for word in arguments[:1] if word in ("--one", "--shared")), None)
+    one = option == "--one" or (option == "--shared" and hardware.machines * hardware.ranks == 1)
     machines, ranks = (1, 1) if one else (hardware.machines, hardware.ranks)
     meeting = os.environ.get(MEETING)
     if machines > 1 and not (meeting or os.environ.get(NODES)):
@@ -226,7 +228,7 @@ def main(arguments: list[str]) -> int:
     if machines > 1 and not meeting:
         command = _on_every_machine(arguments, environment)
     else:
-        command = [sys.executable, *([] if one else accelerate), *arguments[one:]]
+        command = [sys.executable, *([] if one else accelerate), *arguments[option is not None :]]
     try:
         with tempfile.TemporaryDirectory(prefix="featdiff-") as folder:
             return Launch(Path(folder)).run(command, environment)

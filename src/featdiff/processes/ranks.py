@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featdiff.artifacts.artifact import ContractError
 
@@ -18,6 +18,8 @@ SHARDED = "ACCELERATE_USE_FSDP"
 """Environment variable, set by accelerate's launcher: whether its configuration has ranks share a model."""
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 """Environment variable, set by it as well: what arms compute in, ``no`` for what their weights are."""
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -70,6 +72,19 @@ def largest(value: int) -> int:
 
     state = process_state()
     return value if state.num_processes == 1 else int(gather(torch.tensor([value], device=state.device)).max())
+
+
+def shared_out(jobs: Sequence[Callable[[], T]], label: str) -> list[T]:
+    """What each of ``jobs`` gives, in their order, on every rank; of n ranks each does every n-th. ``label`` names the bar that
+    the first one shows."""
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    state = process_state()
+    mine = range(state.process_index, len(jobs), state.num_processes)
+    own = {i: jobs[i]() for i in tqdm(mine, desc=label, disable=not (mine and state.is_main_process))}
+    found = {i: done for part in (gather_object([own]) if state.num_processes > 1 else [own]) for i, done in part.items()}
+    return [found[i] for i in range(len(jobs))]
 
 
 def leave() -> None:
