@@ -259,10 +259,13 @@ LIVES = """
 import os, sys, time
 from featdiff.tasks import symbolic
 assert symbolic.WORKER.ask("x", "x") == "right"
-print(symbolic.WORKER.process.pid, flush=True)
 if sys.argv[1] == "killed":
+    os.dup(symbolic.WORKER.process.stdin.fileno())
     if os.fork() == 0:  # holds the line open
         time.sleep(60)
+        os._exit(0)
+print(symbolic.WORKER.process.pid, flush=True)
+if sys.argv[1] == "killed":
     time.sleep(60)
 """
 
