@@ -28,7 +28,7 @@ A = TypeVar("A", bound=TrainingArguments)
 RECOMPUTE = "FEATDIFF_RECOMPUTE"
 """Environment variable: ``true`` has activations computed again in the backward pass, which saves memory and takes about a
 third more time. ``fsdp_activation_checkpointing`` of an accelerate configuration says the same."""
-FIELD, HARDWARE = "mixed_precision", "$ACCELERATE_CONFIG"
+HARDWARE = "$ACCELERATE_CONFIG"
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 """What ``mixed_precision`` may say. Float16 would need its losses scaled."""
 
@@ -48,16 +48,15 @@ class Engine(NamedTuple):
         """That of this process. Raises ContractError for one that is not supported."""
         precision = os.environ.get(PRECISION, "no")
         if precision not in PRECISIONS:
-            raise ContractError(HARDWARE, FIELD, " or ".join(PRECISIONS), precision, "change it")
+            raise ContractError(HARDWARE, "mixed_precision", " or ".join(PRECISIONS), precision, "change it")
         sharded, ranks = parse_flag_from_env(SHARDED), process_state().num_processes
         if sharded:
             # Shards of a checkpoint would be described by a pickle, which nothing here reads.
             wanted = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
             for name, value in wanted.items():
                 if (found := os.environ.get(name, value)).lower() != value.lower():
-                    raise ContractError(
-                        HARDWARE, f"fsdp_config: {name.lower()}", value, found, "use a file of conf/accelerate/"
-                    )
+                    field, todo = f"fsdp_config: {name.lower()}", "use a file of conf/accelerate/"
+                    raise ContractError(HARDWARE, field, value, found, todo)
             if ranks < 2:
                 todo = "raise it, or take a configuration without FSDP"
                 raise ContractError(HARDWARE, "num_processes", "at least 2 that share a model", ranks, todo)
@@ -72,11 +71,7 @@ class Engine(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Those of a trainer that are its own."""
-        return {
-            "bf16": self.compute is torch.bfloat16,
-            "fp16": False,
-            "gradient_checkpointing": self.recompute,
-        }
+        return {"bf16": self.compute is torch.bfloat16, "fp16": False, "gradient_checkpointing": self.recompute}
 
     def ready(self, arguments: A) -> A:
         """``arguments``, with which the next trainer that is made in this process is of this engine."""
