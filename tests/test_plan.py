@@ -216,3 +216,16 @@ def test_what_does_not_fit_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(line.startswith("does not fit") for line in said)
     assert main(["smollm2", "--config", str(QWEN), "--gpus", "8", "--gpu", "h10"]) == 2
     assert "did you mean h100" in capsys.readouterr().err
+
+
+def test_what_every_rank_does_by_itself_is_not_shared_out() -> None:
+    stored = of_profile("qwen3_4b")
+    streamed = stored.model_copy(update={"activations": stored.activations.model_copy(update={"source": "models"})})
+    size, one = size_of(stored, QWEN), cluster(1, 1)
+    for gpus in (1, 8):
+        kept, again = (
+            next(each for each in work(study, size, GPU) if each.stage == "crosscoder joint_l1") for study in (stored, streamed)
+        )
+        more = (cluster(1, gpus).seconds(again, size) or 0) - (cluster(1, gpus).seconds(kept, size) or 0)
+        assert more == pytest.approx(again.repeated / (one.gpu.share.forward * one.gpu.tflops * 1e12))
+        assert again.repeated > 3 * size.forward(stored.activations.tokens, 500, size.layers // 2)

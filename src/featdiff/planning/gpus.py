@@ -94,10 +94,11 @@ class Cluster(NamedTuple):
         """Of a stage, traffic hidden behind computing as far as that reaches; None where little is computed."""
         if not work.way:
             return None
-        share, pace = self.gpu.share, self.gpu.tflops * 1e12 * self.ranks(work)
-        computing = work.sampled / share.sample + (work.amount - work.sampled) / getattr(share, work.way)
+        share, ranks = self.gpu.share, self.ranks(work)
+        shared = work.sampled / share.sample + (work.amount - work.sampled - work.repeated) / getattr(share, work.way)
+        computing = (shared / ranks + work.repeated / share.forward) / (self.gpu.tflops * 1e12)
         link = self.gpu.near_gb if self.nodes == 1 else self.gpu.far_gb
-        return max(computing / pace, self.traffic(work, size) / (link * 1e9))
+        return max(computing, self.traffic(work, size) / (link * 1e9))
 
 
 def lines(works: list[Work], size: Size, cluster: Cluster) -> Iterator[str]:

@@ -122,6 +122,8 @@ class Work:
     way: Way = ""
     sampled: float = 0.0
     """Operations among ``amount`` that draw the answers which are then trained on."""
+    repeated: float = 0.0
+    """Operations among ``amount`` that every rank does by itself: models that run again where their activations are read."""
     divided: float = 0.0
     """Bytes of memory that the ranks of a stage have together, each its share."""
     passes: float = 0.0
@@ -235,7 +237,7 @@ class _Plan:
         each = size.training(length, self.engine) + size.cache(length, self.number)
         return Work(
             f"arm {name}", method, operations, disk, fixed, each, f"{method}.micro_batch_size", p.micro_batch_size, "train",
-            drawn, divided, trained / p.micro_batch_size,
+            drawn, divided=divided, passes=trained / p.micro_batch_size,
         )  # fmt: skip
 
     def _lengths(self, p: Any, roles: tuple[str, ...] = ROLES) -> list[tuple[int, bool]]:
@@ -316,7 +318,7 @@ class _Plan:
         each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
         return Work(
             f"crosscoder {name}", "crosscoder", operations + measured + again, weights * FLOAT, fixed, each,
-            "crosscoder.training.batch_tokens", p.batch_tokens, "fit",
+            "crosscoder.training.batch_tokens", p.batch_tokens, "fit", repeated=again,
         )  # fmt: skip
 
     def _attribution(self) -> Work:
