@@ -229,3 +229,10 @@ def test_what_every_rank_does_by_itself_is_not_shared_out() -> None:
         more = (cluster(1, gpus).seconds(again, size) or 0) - (cluster(1, gpus).seconds(kept, size) or 0)
         assert more == pytest.approx(again.repeated / (one.gpu.share.forward * one.gpu.tflops * 1e12))
         assert again.repeated > 3 * size.forward(stored.activations.tokens, 500, size.layers // 2)
+
+
+@pytest.mark.parametrize("profile", ["qwen3_4b", "qwen2_5_7b", "llama3_1_8b"])
+def test_the_papers_models_fit_on_a_node(profile: str) -> None:
+    study = of_profile(profile)
+    size = size_of(study)
+    assert [line for line in gpu_lines(work(study, size, GPU), size, cluster(1, 8)) if line.startswith("does not fit")] == []
