@@ -8,6 +8,7 @@ What it shows means nothing; that it ends shows that nothing in the profile stop
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import shutil
 import subprocess
@@ -27,13 +28,13 @@ from featdiff.config.reading import PARAMS, ConfigError, parse_yaml, read_yaml
 from featdiff.config.values import Params
 from featdiff.pipeline.studies import clone, shell
 from featdiff.planning import stand_ins
-from featdiff.planning.plan import configuration, kept_of
+from featdiff.planning.plan import configuration, kept_of, of_profile
 from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware
 from featdiff.processes.signals import EXIT_STOPPED, say
 from featdiff.tasks.external import SUITE
 from featdiff.tracking.record import finished
 
-RULE, PLACE = Path("conf/rehearsal.yaml"), Path(".featdiff/rehearsals")
+RULE, PLACE, STAND_INS, HUB = Path("conf/rehearsal.yaml"), Path(".featdiff/rehearsals"), Path("stand_ins"), "hub:"
 SPARE = 2.5
 """Rows written for each one that is asked for: some are left out as too long, or belong to another split."""
 OPEN = [
@@ -55,28 +56,24 @@ class Rule(Params):
     params: dict[str, Any]
 
 
-def rehearsal(profile: str, rule: Rule) -> tuple[Study, dict[str, Any]]:
-    """The small study of ``profile``, and its params with stand-ins in place of what is not on this machine."""
-    text = render_profile(profile, over=rule.params)
-    params = parse_yaml(text, f"profile {profile}")
-    prepare = params["prepare"]
-    for name, task in prepare["tasks"].items():
-        if str(task.get("path", "")).startswith("hub:"):
-            task["path"] = f"stand_ins/{name}.jsonl"
-    if prepare["corpus"]["general"].startswith("hub:"):
-        prepare["corpus"]["general"] = "stand_ins/general.jsonl"
-    prepare["suites"] = "stand_ins"
-    params["base"]["source"] = "stand_ins/model"
-    return parse(Study, params, f"profile {profile}"), params
+def rehearsal(profile: str, rule: Rule) -> str:
+    """Text of params.yaml: ``profile`` by the rule, with stand-ins in place of what is not on this machine."""
+    over = copy.deepcopy(rule.params)
+    prepare = of_profile(profile).prepare
+    tasks = {name: task for name, task in prepare.tasks.items() if isinstance(task, SuiteTask) and task.path.startswith(HUB)}
+    over["prepare"] |= {"suites": str(STAND_INS), "tasks": {name: {"path": f"{STAND_INS}/{name}.jsonl"} for name in tasks}}
+    if prepare.corpus.general.startswith(HUB):
+        over["prepare"]["corpus"] |= {"general": f"{STAND_INS}/general.jsonl"}
+    return render_profile(profile, over=over | {"base": {"source": f"{STAND_INS}/model"}})
 
 
 def _file(path: str) -> Path:
     found = SUITE.fullmatch(path)
-    return Path("stand_ins", *found.group("kind", "name"), f"{found['split']}.jsonl") if found else Path(path)
+    return STAND_INS.joinpath(*found.group("kind", "name"), f"{found['split']}.jsonl") if found else Path(path)
 
 
 def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    """Files that the small study reads, and what stands in for their rows."""
+    """Files that the small study reads, and rows for them."""
     prepare = study.prepare
     asked = sum(prepare.samples.model_dump().values())
     for task in prepare.tasks.values():
@@ -88,19 +85,16 @@ def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
 
 def furnish(folder: Path, profile: str, rule: Rule) -> Study:
     """Put params, model, questions and texts of the small study into ``folder``."""
-    source = parse(Study, parse_yaml(render_profile(profile), profile), profile).base.source
-    study, params = rehearsal(profile, rule)
-    shutil.rmtree(folder / "stand_ins", ignore_errors=True)
+    text = rehearsal(profile, rule)
+    study = parse(Study, parse_yaml(text, f"profile {profile}"), f"profile {profile}")
+    shutil.rmtree(folder / STAND_INS, ignore_errors=True)
     written = list(rows(study))
     for path, found in written:
         stand_ins.write_rows(found, folder / path)
     said = [" ".join(map(str, row.values())) for row in chain.from_iterable(found for _, found in written)]
-    like = kept_of(source)
-    stand_ins.model_like(like, rule.model, rule.vocabulary, said, study.base.dtype, folder / "stand_ins/model")
-    from ruamel.yaml import YAML
-
-    with (folder / PARAMS).open("w", encoding="utf-8") as stream:
-        YAML().dump(params, stream)
+    like = kept_of(of_profile(profile).base.source)
+    stand_ins.model_like(like, rule.model, rule.vocabulary, said, study.base.dtype, folder / STAND_INS / "model")
+    (folder / PARAMS).write_text(text, encoding="utf-8")
     return study
 
 
