@@ -22,7 +22,7 @@ from featdiff.config.reading import read_yaml
 from featdiff.config.values import Params
 from featdiff.language.models import save_model
 from featdiff.planning.plan import configuration
-from featdiff.tasks.suites import ADAPTERS
+from featdiff.tasks.suites import ADAPTERS, HARNESS_CONTEXT
 from featdiff.tasks.task import LETTERS
 
 NOUNS = (
@@ -131,8 +131,8 @@ def questions(task: SuiteTask, count: int) -> Iterator[dict[str, Any]]:
         a, b = (int(value) for value in rng.integers(2, 50, 2))
         row: dict[str, Any] = {}
         _put(row, columns["question"], f"{number + 1}. There are {a} {noun} and {b} {other}. How many things are there?")
-        if "context" in columns:
-            _put(row, columns["context"], f"A shop sells {noun} and {other}.")
+        if context := columns.get("context") or HARNESS_CONTEXT.get(task.adapter):
+            _put(row, context, f"A shop sells {noun} and {other}.")
         if "options" not in columns:
             _put(row, columns.get("answer") or columns["expression"], str(a + b))
             if "solution" in columns:
