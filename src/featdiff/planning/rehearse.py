@@ -76,10 +76,10 @@ def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """Files that the small study reads, and rows for them."""
     prepare = study.prepare
     asked = sum(prepare.samples.model_dump().values())
-    for task in prepare.tasks.values():
+    for name, task in prepare.tasks.items():
         if isinstance(task, SuiteTask):
             count = asked + (prepare.train_problems + prepare.corpus.texts) * (task.role in prepare.trained_on)
-            yield _file(task.path), list(stand_ins.questions(task, int(SPARE * count)))
+            yield _file(task.path), list(stand_ins.questions(name, task, int(SPARE * count)))
     yield _file(prepare.corpus.general), list(stand_ins.texts(int(SPARE * prepare.corpus.texts)))
 
 

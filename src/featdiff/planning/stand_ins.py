@@ -123,14 +123,18 @@ def _put(row: dict[str, Any], column: str, value: Any) -> None:
     row[last] = value
 
 
-def questions(task: SuiteTask, count: int) -> Iterator[dict[str, Any]]:
-    """``count`` different rows in the columns that ``task`` reads."""
+def questions(name: str, task: SuiteTask, count: int) -> Iterator[dict[str, Any]]:
+    """``count`` rows in the columns that ``task`` reads, all different, also from those of a task of another ``name``."""
     columns, rng = task.columns or ADAPTERS[task.adapter], np.random.default_rng(0)
     for number in range(count):
         noun, other = (NOUNS[i] for i in rng.choice(len(NOUNS), 2, replace=False))
         a, b = (int(value) for value in rng.integers(2, 50, 2))
         row: dict[str, Any] = {}
-        _put(row, columns["question"], f"{number + 1}. There are {a} {noun} and {b} {other}. How many things are there?")
+        _put(
+            row,
+            columns["question"],
+            f"Box {number + 1} of {name} has {a} {noun} and {b} {other} in it. How many things are there?",
+        )
         if context := columns.get("context") or HARNESS_CONTEXT.get(task.adapter):
             _put(row, context, f"A shop sells {noun} and {other}.")
         if "options" not in columns:
