@@ -117,6 +117,7 @@ def main(words: list[str]) -> int:
     folder = PLACE / asked.profile
     try:
         rule = parse(Rule, read_yaml(RULE), str(RULE))
+        kept_of(of_profile(asked.profile).base.source)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
         clone(folder, commit)
         study = furnish(folder, asked.profile, rule)
