@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifacts.artifact import ContractError
+from featdiff.artifacts.artifact import ContractError, read_json
 from featdiff.artifacts.documents import markdown
 from featdiff.config.data import SuiteTask
 from featdiff.config.params import Study
@@ -29,7 +29,7 @@ from featdiff.config.values import Params
 from featdiff.pipeline.studies import clone, shell
 from featdiff.planning import stand_ins
 from featdiff.planning.plan import configuration, kept_of, of_profile
-from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware
+from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import EXIT_STOPPED, say
 from featdiff.tasks.external import SUITE
 from featdiff.tracking.record import finished
@@ -99,12 +99,15 @@ def furnish(folder: Path, profile: str, rule: Rule) -> Study:
 
 
 def table(study: Study) -> str:
-    """What the records of the rehearsal say was run, beside what it leaves open."""
-    done, hardware = {each["label"] for each in finished(study.profile)}, Hardware.chosen()
+    """What the records and the audits of the rehearsal here say was run, beside what it leaves open."""
+    done = {each["label"] for each in finished(study.profile)}
+    audits = [read_json(path) for path in sorted(Path("models").glob("*/audit.json"))]
     run = [
         ["graph", f"{len(done)} stages, to the report"],
-        ["architecture", f"{configuration(Path(study.base.source)).model_type}, {study.base.dtype}, narrow and shallow"],
-        ["processes of a stage", str(hardware.ranks if hardware else 1)],
+        ["architecture", f"{configuration(Path(study.base.source)).model_type}, narrow and shallow"],
+        ["engine of arms", "; ".join(sorted({audit["engine"] for audit in audits}))],
+        ["precision of arms", "; ".join(sorted({audit["precision"] for audit in audits}))],
+        ["activations", "kept" if study.activations.source == "activations" else "of models that run again"],
     ]
     return "\n\n".join([markdown(["rehearsed", "how"], run), markdown(["open", "what shows it"], OPEN)])
 
