@@ -33,7 +33,7 @@ class Rows:
     def read(self, start: int, stop: int) -> Tensor:
         return self.held[start:stop].view(-1, M, D)
 
-    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
+    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
         self.paced = Paced(self.held[start:stop], batch, int(given["block"]))
         return (rows.view(-1, M, D) for rows in self.paced)
 

@@ -8,11 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifacts.artifact import begin, sha256_file, write_json
+from featdiff.artifacts.artifact import begin, sha256_file, staging_path, write_json
 from featdiff.artifacts.tables import TRAIN
 from featdiff.config.models import METHODS, Pretraining
 from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.ranks import process_state, rank
 from featdiff.tasks.task import Sample, TaskInfo, Text
 from featdiff.training.pretrain import pretrain
 from tiny import params_of
@@ -64,7 +65,10 @@ def trained(
     **changes: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder that a method leaves, and its audit."""
-    out = begin(target)
+    if rank() == 0:
+        begin(target)
+    process_state().wait_for_everyone()
+    out = staging_path(target)
     train = import_module(f"featdiff.training.{method}").train
     audit = train(world / "base", world / data, out, scratch or Scratch(), numbers(method, **changes), seed, log)
     return out, audit
