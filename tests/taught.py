@@ -13,7 +13,7 @@ from featdiff.artifacts.tables import TRAIN
 from featdiff.config.models import METHODS, Pretraining
 from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.processes.ranks import process_state, rank
+from featdiff.processes.ranks import process_state, rank, world_size
 from featdiff.tasks.task import Sample, TaskInfo, Text
 from featdiff.training.pretrain import pretrain
 from tiny import params_of
@@ -67,7 +67,8 @@ def trained(
     """The folder that a method leaves, and its audit."""
     if rank() == 0:
         begin(target)
-    process_state().wait_for_everyone()
+    if world_size() > 1:
+        process_state().wait_for_everyone()
     out = staging_path(target)
     train = import_module(f"featdiff.training.{method}").train
     audit = train(world / "base", world / data, out, scratch or Scratch(), numbers(method, **changes), seed, log)
