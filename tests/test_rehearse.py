@@ -9,7 +9,7 @@ import yaml
 from featdiff.config.data import SuiteTask
 from featdiff.config.parse import parse
 from featdiff.config.profiles import render_profile
-from featdiff.config.reading import flatten, read_yaml
+from featdiff.config.reading import ConfigError, flatten, read_yaml
 from featdiff.language.models import check_folder, end_tokens, load_model, load_tokenizer
 from featdiff.planning.plan import of_profile
 from featdiff.planning.rehearse import RULE, Rule, furnish, main, rehearsal
@@ -70,6 +70,12 @@ def test_what_stands_in_can_be_read_as_what_it_stands_for(
     assert [info.name for info in made.tasks] == suites
     assert len(made.eval) == len(suites) * sum(study.prepare.samples.model_dump().values())
     assert len(made.train) == study.prepare.train_problems
+
+
+def test_a_mistake_in_the_rule_names_its_file() -> None:
+    wrong = rule().model_copy(update={"params": rule().params | {"grpo": {"step": 4}}})
+    with pytest.raises(ConfigError, match=r"conf/rehearsal.yaml: params: grpo: step: unknown key; did you mean steps\?"):
+        rehearsal("qwen3_4b", wrong)
 
 
 def test_what_cannot_be_rehearsed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

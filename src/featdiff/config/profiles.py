@@ -67,9 +67,11 @@ def _lineage(name: str) -> list[Path]:
     return [default, PROFILES / f"{further}.yaml", path]
 
 
-def render_profile(name: str, suites: str | None = None, over: dict[str, Any] | None = None) -> str:
-    """Text of params.yaml under profile ``name``: the default file with the profile's overrides, with those of ``over``, and
-    with ``suites`` in place of ``prepare.suites``.
+def render_profile(
+    name: str, suites: str | None = None, over: dict[str, Any] | None = None, over_from: str = "further overrides"
+) -> str:
+    """Text of params.yaml under profile ``name``: the default file with the profile's overrides, with those of ``over``, which
+    come from ``over_from``, and with ``suites`` in place of ``prepare.suites``.
 
     The default profile is conf/profiles/organism.yaml word for word; every other file there holds only what differs from it,
     or from the profile that it ``extends``."""
@@ -94,7 +96,7 @@ def render_profile(name: str, suites: str | None = None, over: dict[str, Any] | 
     for path, overrides in zip(paths[1:], changes, strict=True):
         overrides.pop(EXTENDS, None)
         _merge(document, overrides, str(path))
-    _merge(document, over or {}, f"over {name}")
+    _merge(document, over or {}, over_from)
     if suites is not None:
         document["prepare"]["suites"] = suites
     document["profile"] = name

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,6 +81,11 @@ def shell(folder: Path, *command: str, log: Path | None = None, environment: Map
         raise ContractError(log or folder, " ".join(command[1:]), "status 0", done.returncode, todo)
 
 
+def head() -> str:
+    """The commit that is checked out here."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def clone(folder: Path, commit: str) -> None:
     """A clone of this repository at ``commit``, with the cache of this one."""
     if not folder.exists():
@@ -110,7 +115,7 @@ def run(name: str, plan: Plan, seed: int, jobs: int = 1) -> None:
     if result.exists():
         say(f"{name}: has a result; a study is run once ({result})")
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    commit = head()
     folder, log = CLONES / name, CLONES / f"{name}.log" if jobs > 1 else None
     say(f"{name}: profile {plan.profile}, seed {seed}, in {folder}" + (f"; what it says is in {log}" if log else ""))
     prepare(folder, commit, plan.profile, seed)
@@ -176,16 +181,10 @@ def _share(supported: list[bool]) -> list[str]:
     return [str(rate.n), str(sum(supported)), f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"]
 
 
-def main(arguments: list[str]) -> int:
-    """See the module."""
-    parser = argparse.ArgumentParser(prog="featdiff.pipeline.studies", description="run whole studies whose truth is known")
-    parser.add_argument("studies", nargs="*", help=f"names of {SETTINGS}, with or without a seed; none: all")
-    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="studies side by side")
-    asked = parser.parse_args(arguments)
+def status(work: Callable[[], None]) -> int:
+    """Exit status of ``work`` in clones; what is wrong, or that it was stopped, in one line."""
     try:
-        plans = Plans.load()
-        run_all(plans.chosen(asked.studies), asked.jobs)
-        DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), "studies", tables(plans)), encoding="utf-8")
+        work()
     except (ContractError, ConfigError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
@@ -193,6 +192,21 @@ def main(arguments: list[str]) -> int:
         say("stopped; what was computed is kept: say it again")
         return EXIT_STOPPED
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="featdiff.pipeline.studies", description="run whole studies whose truth is known")
+    parser.add_argument("studies", nargs="*", help=f"names of {SETTINGS}, with or without a seed; none: all")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="studies side by side")
+    asked = parser.parse_args(arguments)
+
+    def work() -> None:
+        plans = Plans.load()
+        run_all(plans.chosen(asked.studies), asked.jobs)
+        DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), "studies", tables(plans)), encoding="utf-8")
+
+    return status(work)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,25 @@ import argparse
 import copy
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifacts.artifact import ContractError, read_json
+from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.documents import markdown
 from featdiff.config.data import SuiteTask
 from featdiff.config.params import Study
 from featdiff.config.parse import parse
 from featdiff.config.profiles import render_profile
-from featdiff.config.reading import PARAMS, ConfigError, parse_yaml, read_yaml
+from featdiff.config.reading import PARAMS, parse_yaml, read_yaml
 from featdiff.config.values import Params
-from featdiff.pipeline.studies import clone, shell
+from featdiff.pipeline.studies import clone, head, shell, status
 from featdiff.planning import stand_ins
 from featdiff.planning.plan import configuration, kept_of, of_profile
-from featdiff.processes.launch import EXIT_BAD_INPUT
-from featdiff.processes.signals import EXIT_STOPPED, say
+from featdiff.processes.signals import say
 from featdiff.tasks.external import SUITE
 from featdiff.tracking.record import finished
 
@@ -58,13 +57,13 @@ class Rule(Params):
 
 def rehearsal(profile: str, rule: Rule) -> str:
     """Text of params.yaml: ``profile`` by the rule, with stand-ins in place of what is not on this machine."""
-    over = copy.deepcopy(rule.params)
-    prepare = of_profile(profile).prepare
-    tasks = {name: task for name, task in prepare.tasks.items() if isinstance(task, SuiteTask) and task.path.startswith(HUB)}
-    over["prepare"] |= {"suites": str(STAND_INS), "tasks": {name: {"path": f"{STAND_INS}/{name}.jsonl"} for name in tasks}}
+    over, prepare = copy.deepcopy(rule.params), of_profile(profile).prepare
+    tasks = [name for name, task in prepare.tasks.items() if isinstance(task, SuiteTask) and task.path.startswith(HUB)]
+    small = over.setdefault("prepare", {})
+    small |= {"suites": str(STAND_INS), "tasks": {name: {"path": f"{STAND_INS}/{name}.jsonl"} for name in tasks}}
     if prepare.corpus.general.startswith(HUB):
-        over["prepare"]["corpus"] |= {"general": f"{STAND_INS}/general.jsonl"}
-    return render_profile(profile, over=over | {"base": {"source": f"{STAND_INS}/model"}})
+        small.setdefault("corpus", {})["general"] = f"{STAND_INS}/general.jsonl"
+    return render_profile(profile, over=over | {"base": {"source": f"{STAND_INS}/model"}}, over_from=f"{RULE}: params")
 
 
 def _file(path: str) -> Path:
@@ -112,31 +111,25 @@ def table(study: Study) -> str:
     return "\n\n".join([markdown(["rehearsed", "how"], run), markdown(["open", "what shows it"], OPEN)])
 
 
+def rehearse(profile: str) -> None:
+    """Run ``profile`` small, and say what that has shown. Raises ContractError or ConfigError where it cannot be."""
+    rule, folder = parse(Rule, read_yaml(RULE), str(RULE)), PLACE / profile
+    kept_of(of_profile(profile).base.source)  # a model to be like is asked for before anything is written
+    clone(folder, head())
+    study = furnish(folder, profile, rule)
+    hardware = {"ACCELERATE_CONFIG": os.environ.get("ACCELERATE_CONFIG", rule.accelerate)}
+    say(f"{profile}: small, in {folder}, on {hardware['ACCELERATE_CONFIG']}")
+    shell(folder, sys.executable, "-m", "featdiff.pipeline.repro", environment=hardware)
+    os.chdir(folder)
+    print(table(study))
+    say(f"report: {folder / 'report/index.html'}")
+
+
 def main(words: list[str]) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="featdiff.planning.rehearse", description="run a large profile small, to its report")
     parser.add_argument("profile", help="of conf/profiles, with a base of the hub whose configuration is in conf/models")
-    asked = parser.parse_args(words)
-    folder = PLACE / asked.profile
-    try:
-        rule = parse(Rule, read_yaml(RULE), str(RULE))
-        kept_of(of_profile(asked.profile).base.source)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        clone(folder, commit)
-        study = furnish(folder, asked.profile, rule)
-        hardware = {"ACCELERATE_CONFIG": os.environ.get("ACCELERATE_CONFIG", rule.accelerate)}
-        say(f"{asked.profile}: small, in {folder}, on {hardware['ACCELERATE_CONFIG']}")
-        shell(folder, sys.executable, "-m", "featdiff.pipeline.repro", environment=hardware)
-        os.chdir(folder)
-        print(table(study))
-        say(f"report: {folder / 'report/index.html'}")
-    except (ConfigError, ContractError) as error:
-        say(str(error))
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        say("stopped; what was computed is kept: say it again")
-        return EXIT_STOPPED
-    return 0
+    return status(partial(rehearse, parser.parse_args(words).profile))
 
 
 if __name__ == "__main__":

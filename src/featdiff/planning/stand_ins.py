@@ -26,21 +26,8 @@ from featdiff.tasks.suites import ADAPTERS, HARNESS_CONTEXT
 from featdiff.tasks.task import LETTERS
 
 NOUNS = (
-    "apples",
-    "bottles",
-    "cards",
-    "drums",
-    "eggs",
-    "flags",
-    "grapes",
-    "hats",
-    "keys",
-    "lamps",
-    "maps",
-    "nuts",
-    "pens",
-    "rings",
-)
+    "apples", "bottles", "cards", "drums", "eggs", "flags", "grapes", "hats", "keys", "lamps", "maps", "nuts", "pens", "rings",
+)  # fmt: skip
 
 
 class Turn(Params):
@@ -84,10 +71,8 @@ def tokenizer_like(ends: Ends, texts: Iterable[str], vocabulary: int) -> PreTrai
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     before, between, after = map(json.dumps, (turn.before, turn.role_end, turn.after))
-    said, answer = (
-        f"{before} + message['role'] + {between} + message['content'] + {after}",
-        f"{before} + 'assistant' + {between}",
-    )
+    said = f"{before} + message['role'] + {between} + message['content'] + {after}"
+    answer = f"{before} + 'assistant' + {between}"
     made.chat_template = (
         f"{'{{ bos_token }}' if ends.bos else ''}{{% for message in messages %}}{{{{ {said} }}}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
@@ -130,11 +115,8 @@ def questions(name: str, task: SuiteTask, count: int) -> Iterator[dict[str, Any]
         noun, other = (NOUNS[i] for i in rng.choice(len(NOUNS), 2, replace=False))
         a, b = (int(value) for value in rng.integers(2, 50, 2))
         row: dict[str, Any] = {}
-        _put(
-            row,
-            columns["question"],
-            f"Box {number + 1} of {name} has {a} {noun} and {b} {other} in it. How many things are there?",
-        )
+        asked = f"Box {number + 1} of {name} has {a} {noun} and {b} {other} in it. How many things are there?"
+        _put(row, columns["question"], asked)
         if context := columns.get("context") or HARNESS_CONTEXT.get(task.adapter):
             _put(row, context, f"A shop sells {noun} and {other}.")
         if "options" not in columns:
@@ -143,7 +125,7 @@ def questions(name: str, task: SuiteTask, count: int) -> Iterator[dict[str, Any]
                 _put(row, columns["solution"], f"{a} + {b} = {a + b}. The answer is \\boxed{{{a + b}}}.")
             yield row
             continue
-        places = [name.strip() for name in columns["options"].split(",")]
+        places = [place.strip() for place in columns["options"].split(",")]
         options = [str(a + b + shift) for shift in range(len(places) if len(places) > 1 else 4)][::-1]  # the last is right
         if len(places) > 1:
             for place, option in zip(places, options, strict=True):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from featdiff.activations.mixing import BUFFER_ROWS
 from featdiff.config.data import FamilyTask
 from featdiff.config.dictionary import Fit
 from featdiff.config.params import Study
@@ -29,8 +30,6 @@ TRAINING, REMADE = 3, 4
 """Passes of a training step: forward, twice as much backward, and one more where the way back makes again what it needs."""
 TRAINED = 4
 """Numbers in float32 of a weight that is trained: itself, its gradient and Adam's two moments."""
-BUFFER = 2**18
-"""Rows of activations that are shuffled together."""
 ROLES: tuple[str, ...] = get_args(Role)
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
@@ -310,9 +309,9 @@ class _Plan:
         operations = self._step(models, p.steps) if fit.source is None else 0.0
         tokens = self.study.activations.tokens
         measured = 4 * tokens * models * self.size.d_model * p.n_features
-        buffer = min(tokens, BUFFER) * models * self.size.d_model * self._row_number
+        buffer = min(tokens, BUFFER_ROWS) * models * self.size.d_model * self._row_number
         # Read for their mean, to be fitted on and to be measured on; what fits into the buffer is read for it once.
-        read = 2 * tokens + (tokens if tokens <= BUFFER else p.steps * p.batch_tokens)
+        read = 2 * tokens + (tokens if tokens <= BUFFER_ROWS else p.steps * p.batch_tokens)
         again, held = self._again(len(set(fit.models)), read)
         fixed = LIBRARIES + TRAINED * FLOAT * weights + buffer + held
         each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
