@@ -16,6 +16,7 @@ from featdiff.crosscoder.edits import Change
 from featdiff.language.decode import batches, generate_under
 from featdiff.language.models import block, encode_prompts, end_tokens, left_pad, load_model, load_tokenizer, resolve_layer
 from featdiff.language.session import PromptCache
+from featdiff.processes.memory import keep_freed
 from featdiff.tasks.task import first_of_each, load_samples
 from pace import case, timed
 
@@ -74,4 +75,6 @@ def naive() -> None:
         answers.append(under)
 
 
+if way == "featdiff":
+    keep_freed()  # as in every stage
 timed({"featdiff": ours, "generate with a hook": naive}[way], int(given["block"]), lambda: {"answers": answers})

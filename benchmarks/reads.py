@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from featdiff.activations.store import ActivationStore
 from featdiff.artifacts.artifact import write_json
+from featdiff.processes.memory import keep_freed
 from pace import case, timed
 
 given = case()
+keep_freed()  # as in every stage
 ROWS, WIDTH, SHARD, BATCH, MODELS = int(given["rows"]), int(given["width"]), 32_768, int(given["batch"]), int(given["models"])
 
 

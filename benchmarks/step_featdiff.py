@@ -13,9 +13,11 @@ from featdiff.crosscoder.losses.batchtopk import batch_top_k
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.crosscoder.selection import above, places
 from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.memory import keep_freed
 from pace import Paced, case, explained, planted_rows, say, sparse_bias
 
 given = case()
+keep_freed()  # as in every stage
 M, D = int(given["models"]), int(given["width"])
 LOSS = "l1" if given.get("l1") else "batchtopk"
 

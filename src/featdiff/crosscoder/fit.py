@@ -22,7 +22,6 @@ from featdiff.crosscoder.losses.table import LOSSES
 from featdiff.crosscoder.measure import batch_quality
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.pipeline.checkpoint import Scratch, require_finite, restore, snapshot
-from featdiff.processes.memory import keep_freed
 from featdiff.processes.ranks import replicated
 
 Log = Callable[[int, dict[str, float]], None]
@@ -69,7 +68,6 @@ def fit(
     normalised units. ``log`` gets the curves every ``log_every`` steps; ``label`` names the fit in messages.
     The last ``heldout_share`` of the rows is not read. Raises ContractError for rows or batches that cannot be shared out,
     FloatingPointError at NaN or infinity."""
-    keep_freed()
     accelerator = replicated()
     train_rows = _train_rows(source.rows, params, accelerator.num_processes)
     mean_MD, variance_M = moments(source, train_rows)

@@ -103,7 +103,8 @@ def generate_under(
             ids, mask, positions = session.start(shared, *padded)
             texts = [under[row] for under in answers[first : first + together] for row in rows]
             likely = [guesses.get(tuple(prompts[row]), ()) for row in rows] * len(session.edits)
-            going = _Unfinished(session, texts, likely, mask, positions, ends, max_new_tokens, keep_end=keep_end)
+            how = {"keep_end": keep_end, "in_order": temperature > 0}
+            going = _Unfinished(session, texts, likely, mask, positions, ends, max_new_tokens, **how)
             with session.hooked():
                 logits = session.feed(ids, mask, positions, prompt=True)[:, -1].float()
                 going.take(_choose(logits, temperature, generator))
@@ -128,8 +129,9 @@ class _Unfinished:
         limit: int,
         *,
         keep_end: bool,
+        in_order: bool,
     ) -> None:
-        self.session, self.ends, self.limit, self.keep_end = session, ends, limit, keep_end
+        self.session, self.ends, self.limit, self.keep_end, self.in_order = session, ends, limit, keep_end, in_order
         self.texts, self.guesses = texts, guesses
         """What each row has answered so far, at most ``limit`` tokens, filled in place; and what it is guessed to answer."""
         self.mask_BT, self.place_B1 = mask_BT, positions_BT[:, -1:] + 1
@@ -148,8 +150,8 @@ class _Unfinished:
                 going.append(row)
         self.chosen_B = chosen_B
         if len(going) < len(self.texts):
-            rows = torch.tensor(going, dtype=torch.long, device=chosen_B.device)
-            self._keep(rows)
+            rows = going if self.in_order else _closed_up(going)
+            self._keep(torch.tensor(rows, dtype=torch.long, device=chosen_B.device))
 
     def _keep(self, rows: Tensor) -> None:
         self.session.select(rows)
@@ -200,9 +202,20 @@ class _Unfinished:
         right_B = (choices_BL == drafts_BL).cumprod(1).sum(1)
         for text, draft, right in zip(self.texts, drafts, right_B.tolist(), strict=True):
             text.extend(draft[:right])
+        read = 1 + int(right_B.max())
+        longest -= self.session.forget(longest - read)
         self.mask_BT = torch.cat([self.mask_BT, (torch.arange(longest, device=device) <= right_B[:, None]).long()], dim=1)
         self.place_B1 = self.place_B1 + 1 + right_B[:, None]
         self.take(choices_BL.gather(1, right_B[:, None])[:, 0])
+
+
+def _closed_up(going: list[int]) -> list[int]:
+    """``going``, ascending row numbers, in an order in which as few rows as can be change their place: the last ones take the
+    places of those that left. What is drawn for a row would depend on it, so sampled rows stay in order."""
+    staying = [row for row in going if row < len(going)]
+    moving = iter(going[len(staying) :])
+    taken = set(staying)
+    return [row if row in taken else next(moving) for row in range(len(going))]
 
 
 def _draft(text: list[int], guesses: Sequence[list[int]]) -> list[int]:

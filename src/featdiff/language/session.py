@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from hashlib import sha256
 from typing import Protocol
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from featdiff.language.cache import branch, croppable, new_cache, size
 from featdiff.language.models import block
 from featdiff.processes.memory import prompt_cache_bytes
 
@@ -45,7 +45,7 @@ class Stream:
     """One model with its key-value cache, fed the same tokens step by step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.model, self.cache = model, new_cache(model)
 
     def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
@@ -111,7 +111,7 @@ class PromptCache:
                 stream.feed(ids_BT[:, :-1], mask_BT[:, :-1], positions_BT[:, :-1], 1)
                 self._keep(prompts, stream.cache, before, ids_BT.device)
             self._at_hand[model] = prompts, stream.cache
-        stream.cache = _branch(self._at_hand[model][1])
+        stream.cache = branch(self._at_hand[model][1])
 
     def _keep(self, prompts: _Prompts, cache: DynamicCache, before: int, device: torch.device) -> None:
         """Keep ``cache`` if there is room for it, or the least recently used can make room; ``before``: when its prompts were
@@ -121,36 +121,23 @@ class PromptCache:
         # asked for since it was itself: as many as fit stay, and what no pass asks for any longer goes.
         if self.budget is None:
             self.budget = prompt_cache_bytes(device)
-        size = _bytes(cache)
-        while size <= self.budget < self._taken + size and self._asked[next(iter(self._kept))] < before:
+        taken = size(cache)
+        while taken <= self.budget < self._taken + taken and self._asked[next(iter(self._kept))] < before:
             self._taken -= self._kept.popitem(last=False)[1][1]
-        if self._taken + size <= self.budget:
-            self._kept[prompts] = cache, size
-            self._taken += size
+        if self._taken + taken <= self.budget:
+            self._kept[prompts] = cache, taken
+            self._taken += taken
 
 
 _Prompts = tuple[int, tuple[int, ...], bytes]
 """A batch of prompts for a model: the model's identity, shape and hash of the ids."""
 
 
-def _bytes(cache: DynamicCache) -> int:
-    return sum(value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
-
-
-def _branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes its own way from here."""
-    # A shallow copy of each layer is enough. DynamicCache appends by torch.cat and selects rows by indexing: both put new
-    # tensors into the layer object and leave the old ones, which other branches hold, as they were. A cache that writes in
-    # place (StaticCache) would need its tensors copied.
-    branch = copy(cache)
-    branch.layers = [copy(layer) for layer in cache.layers]
-    return branch
-
-
 class Session:
     """A model that answers under several edits at once, perhaps with a donor in lockstep.
 
-    The rows of a batch are all questions under the first edit, then all under the second, and so on."""
+    The rows of a batch are at first all questions under the first edit, then all under the second, and so on; which edit a row
+    is under stays known whatever rows are selected."""
 
     def __init__(self, model: PreTrainedModel, edits: Sequence[Edit | None]) -> None:
         self.main, self.edits = Stream(model), edits
@@ -162,7 +149,7 @@ class Session:
         self.donor = Stream(donor) if (donor := next(iter(donors.values()), None)) is not None else None
         self.followed = any(edit.after_prompt for edit in made)
         self.arms = torch.zeros(0, dtype=torch.long)
-        """Number of the edit of each row, ascending."""
+        """Number of the edit of each row."""
         self.donor_BTD: Tensor | None = None
         self.prompt = True
 
@@ -215,12 +202,20 @@ class Session:
             return
 
         def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            if not self.prompt and not self.followed:
+                return output
+            counts = torch.bincount(self.arms, minlength=len(self.edits)).tolist()
+            # An edit sees its rows together. They lie apart where others have taken the places of rows that left.
+            order = None if bool((self.arms.diff() >= 0).all()) else self.arms.argsort(stable=True).to(output.device)
+            resid_BTD = output if order is None else output[order]
+            donor_BTD = self.donor_BTD if order is None or self.donor_BTD is None else self.donor_BTD[order]
             parts, low = [], 0
-            for edit, count in zip(self.edits, torch.bincount(self.arms, minlength=len(self.edits)).tolist(), strict=True):
+            for edit, count in zip(self.edits, counts, strict=True):
                 rows = slice(low, low := low + count)
-                donor_BTD = None if self.donor_BTD is None else self.donor_BTD[rows]
-                parts.append(output[rows] if edit is None or not count else edit(output[rows], donor_BTD, prompt=self.prompt))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+                part, given = resid_BTD[rows], None if donor_BTD is None else donor_BTD[rows]
+                parts.append(part if edit is None or not count else edit(part, given, prompt=self.prompt))
+            changed_BTD = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return changed_BTD if order is None else torch.empty_like(changed_BTD).index_copy_(0, order, changed_BTD)
 
         handle = block(self.main.model, self.layer).register_forward_hook(change)
         try:
@@ -240,6 +235,16 @@ class Session:
         for stream in self._streams():
             stream.select(rows)
 
+    def forget(self, tokens: int) -> int:
+        """Drop the last ``tokens`` that were read, and say how many: none where a cache cannot, so that a mask has to hide
+        them."""
+        read = [self.main.cache] if self.donor is None or not self.followed else [self.main.cache, self.donor.cache]
+        if not all(map(croppable, read)):
+            return 0
+        for cache in read:
+            cache.crop(-tokens)
+        return tokens
+
     def branches(self) -> tuple[Tensor, list[DynamicCache]]:
         """The state to :meth:`resume` from, any number of times."""
         return self.arms, [stream.cache for stream in self._streams()]
@@ -247,7 +252,7 @@ class Session:
     def resume(self, state: tuple[Tensor, list[DynamicCache]]) -> None:
         self.arms, branches = state
         for stream, cache in zip(self._streams(), branches, strict=True):
-            stream.cache = _branch(cache)
+            stream.cache = branch(cache)
 
     def _streams(self) -> list[Stream]:
         return [self.main] if self.donor is None else [self.main, self.donor]

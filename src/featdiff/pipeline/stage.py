@@ -27,6 +27,7 @@ from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError, closest
 from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
+from featdiff.processes.memory import keep_freed
 from featdiff.processes.ranks import alive, hardware, leave, process_start, process_state, rank, starters
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
 from featdiff.tracking.record import Record
@@ -128,6 +129,7 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
         signals.outlive_terminal()
         _report("")
         signals.die_with_parent()
+        keep_freed()
         if (launcher := os.environ.get(LAUNCHER)) and not alive(*map(int, launcher.split(":"))):
             raise Stopped("the end of its launcher")
         study, params, signature = _signature(name, key, numbers)
