@@ -14,7 +14,8 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
 from featdiff.language.decode import generate, generate_under, next_token_probabilities, score_options
 from featdiff.language.models import block, left_pad
-from featdiff.language.session import PromptCache, Session, Stream
+from featdiff.language.session import PromptCache, Session
+from featdiff.language.stream import Stream
 from featdiff.processes.memory import PROMPT_CACHE, SHARE
 from tiny import random_crosscoder
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from featdiff.language.models import block, left_pad
-from featdiff.language.session import Edit, PromptCache, Session, Stream
+from featdiff.language.session import Edit, PromptCache, Session
+from featdiff.language.stream import Stream
 
 OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
@@ -189,10 +190,11 @@ class _Unfinished:
         """Read in one pass what each row is guessed to answer, and take over what it would have chosen itself, with the token
         that it chooses instead of the first wrong one (greedy speculative decoding; Leviathan et al. 2023)."""
         drafts = self._drafts()
-        if not any(drafts):
+        if not any(drafts) or not self.session.forgets:
             return
         # Row b is fed its chosen token and its draft d_1 … d_n; L is 1 + n for the longest. What it chooses after the token at
-        # place j is right as long as the tokens up to j are its own. Those that are not stay in the cache; the mask hides them.
+        # place j is right as long as the tokens up to j are its own. Others are forgotten as far as every row has them wrong,
+        # and hidden by the mask in the rest.
         longest, device = 1 + max(map(len, drafts)), self.mask_BT.device
         drafts_BL = torch.tensor([[*draft, *[-1] * (longest - len(draft))] for draft in drafts], device=device)
         ids_BL = torch.cat([self.chosen_B[:, None], drafts_BL[:, :-1].clamp(min=0)], dim=1)
@@ -203,8 +205,8 @@ class _Unfinished:
         for text, draft, right in zip(self.texts, drafts, right_B.tolist(), strict=True):
             text.extend(draft[:right])
         read = 1 + int(right_B.max())
-        longest -= self.session.forget(longest - read)
-        self.mask_BT = torch.cat([self.mask_BT, (torch.arange(longest, device=device) <= right_B[:, None]).long()], dim=1)
+        self.session.forget(longest - read)
+        self.mask_BT = torch.cat([self.mask_BT, (torch.arange(read, device=device) <= right_B[:, None]).long()], dim=1)
         self.place_B1 = self.place_B1 + 1 + right_B[:, None]
         self.take(choices_BL.gather(1, right_B[:, None])[:, 0])
 

@@ -10,14 +10,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from featdiff.language.cache import branch, croppable, new_cache, size
+from featdiff.language.cache import branch, croppable, size
 from featdiff.language.models import block
+from featdiff.language.stream import Stream, halves, trunk
 from featdiff.processes.memory import prompt_cache_bytes
 
 
@@ -39,29 +40,6 @@ class Edit(Protocol):
     def __call__(self, resid_BTD: Tensor, donor_BTD: Tensor | None, *, prompt: bool) -> Tensor:
         """The edited residual stream; ``prompt`` tells the pass over the prompt (left-padded, so that its
         last token is at index -1) from the passes over later tokens."""
-
-
-class Stream:
-    """One model with its key-value cache, fed the same tokens step by step."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, new_cache(model)
-
-    def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
-        """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
-        output = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: Tensor = output.logits
-        return logits
-
-    def select(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
 
 
 Guesses = Mapping[tuple[int, ...], Sequence[list[int]]]
@@ -133,11 +111,21 @@ _Prompts = tuple[int, tuple[int, ...], bytes]
 """A batch of prompts for a model: the model's identity, shape and hash of the ids."""
 
 
+class Lent(NamedTuple):
+    """A donor, of which nothing is read above the layer of the edits."""
+
+    stream: Stream
+    trunk: torch.nn.Module
+
+
 class Session:
     """A model that answers under several edits at once, perhaps with a donor in lockstep.
 
     The rows of a batch are at first all questions under the first edit, then all under the second, and so on; which edit a row
-    is under stays known whatever rows are selected."""
+    is under stays known whatever rows are selected.
+
+    Up to the layer of the edits nothing depends on them but the tokens that were chosen: rows that have the same text so far
+    share what the model reads there, and what the donor reads."""
 
     def __init__(self, model: PreTrainedModel, edits: Sequence[Edit | None]) -> None:
         self.main, self.edits = Stream(model), edits
@@ -146,19 +134,25 @@ class Session:
         if len(donors) > 1 or len({edit.layer for edit in made}) > 1:
             raise ValueError("edits that are answered under at once have one layer and one donor")
         self.layer = made[0].layer if made else None
-        self.donor = Stream(donor) if (donor := next(iter(donors.values()), None)) is not None else None
+        donor = next(iter(donors.values()), None)
+        self.donor = None if donor is None or self.layer is None else Lent(Stream(donor), trunk(donor, self.layer))
+        self.halves = halves(model, self.layer) if self.layer is not None and len(edits) > 1 else None
+        """The model in two parts; None where it reads every row whole."""
         self.followed = any(edit.after_prompt for edit in made)
         self.arms = torch.zeros(0, dtype=torch.long)
         """Number of the edit of each row."""
+        self.text_B = torch.zeros(0, dtype=torch.long)
+        """Number of the text of each row."""
+        self.resid_BTD: Tensor | None = None
         self.donor_BTD: Tensor | None = None
+        """Residual streams after ``layer`` blocks of what is being read: the model's, where it was read by texts, and the
+        donor's."""
         self.prompt = True
 
     def start(
         self, prompts: PromptCache | None, ids_QT: Tensor, mask_QT: Tensor, positions_QT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, mask and position ids [B, T] of what is still to be read of the prompts, each question once per edit.
-
-        The donor reads them here: its residual stream is the same under every edit."""
+        """Token ids, mask and position ids [B, T] of what is still to be read of the prompts, each question once per edit."""
         left = slice(None)
         if prompts is not None and prompts.reads_once and ids_QT.shape[1] > 1:
             if any(edit is not None and edit.whole_prompt for edit in self.edits):
@@ -166,42 +160,21 @@ class Session:
             for stream in self._streams():
                 prompts.start(stream, ids_QT, mask_QT, positions_QT)
             left = slice(-1, None)
-        ids_QT, positions_QT = ids_QT[:, left], positions_QT[:, left]
         self.arms = torch.arange(len(self.edits)).repeat_interleave(len(ids_QT))
-        if self.donor is not None:
-            with self._watching():
-                self.donor.feed(ids_QT, mask_QT, positions_QT, 1)
-        if len(self.edits) == 1:
-            return ids_QT, mask_QT, positions_QT
         rows = torch.arange(len(ids_QT), device=ids_QT.device).repeat(len(self.edits))
-        for stream in self._streams():
-            if stream is self.donor or left.start is not None:  # else it has read nothing yet
-                stream.select(rows)
-        if self.donor_BTD is not None:
-            self.donor_BTD = self.donor_BTD[rows]
-        return ids_QT[rows], mask_QT[rows], positions_QT[rows]
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        assert self.donor is not None
-        assert self.layer is not None
-
-        def watch(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
-            self.donor_BTD = output
-
-        handle = block(self.donor.model, self.layer).register_forward_hook(watch)
-        try:
-            yield
-        finally:
-            handle.remove()
+        self.text_B = torch.arange(len(ids_QT), device=ids_QT.device)
+        self._select(rows)
+        return ids_QT[rows][:, left], mask_QT[rows], positions_QT[rows][:, left]
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        """The edits take place meanwhile."""
         if self.layer is None:
             yield
             return
 
         def change(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            output = output if self.resid_BTD is None else self.resid_BTD
             if not self.prompt and not self.followed:
                 return output
             counts = torch.bincount(self.arms, minlength=len(self.edits)).tolist()
@@ -217,42 +190,76 @@ class Session:
             changed_BTD = parts[0] if len(parts) == 1 else torch.cat(parts)
             return changed_BTD if order is None else torch.empty_like(changed_BTD).index_copy_(0, order, changed_BTD)
 
-        handle = block(self.main.model, self.layer).register_forward_hook(change)
+        handle = block(self.halves.upper if self.halves else self.main.model, self.layer).register_forward_hook(change)
         try:
             yield
         finally:
             handle.remove()
 
     def feed(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, *, prompt: bool, keep: int = 1) -> Tensor:
+        """Logits [B, keep, V] of the last ``keep`` positions (0 keeps all)."""
         self.prompt = prompt
-        if self.donor is not None and self.followed and not prompt:
-            with self._watching():
-                self.donor.feed(ids_BT, mask_BT, positions_BT, 1)
+        lends = self.donor is not None and (prompt or self.followed)
+        if self.halves or lends:
+            first_U = self._tell_apart(ids_BT, mask_BT)
+            texts = ids_BT[first_U], mask_BT[first_U], positions_BT[first_U]
+            if self.donor is not None and lends:
+                self.donor_BTD = self.donor.stream.below(self.donor.trunk, *texts)[self.text_B]
+            if self.halves and self.layer is not None:
+                self.resid_BTD = self.main.below(self.halves.trunk, *texts)[self.text_B]
+                return self.main.above(self.halves.upper, self.layer, ids_BT, mask_BT, positions_BT, keep)
         return self.main.feed(ids_BT, mask_BT, positions_BT, keep)
 
+    def _tell_apart(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Number the texts anew, now that these tokens come next; what was read of a text goes over to those that begin with
+        it. A row of each text [U]."""
+        # Two rows have the same text as long as the same tokens were fed to both and the mask hides the same of them.
+        told = torch.cat([self.text_B[:, None], mask_BT, ids_BT], dim=1).cpu().numpy()
+        numbers: dict[bytes, int] = {}
+        found_B = [numbers.setdefault(row.tobytes(), len(numbers)) for row in told]
+        firsts = dict(zip(reversed(found_B), range(len(found_B) - 1, -1, -1), strict=True))
+        # In the order of the texts that they go on from, so that most stay where they are.
+        order = sorted(firsts, key=lambda number: (told[firsts[number], 0], number))
+        place = {number: i for i, number in enumerate(order)}
+        first_U = torch.tensor([firsts[number] for number in order], device=ids_BT.device)
+        parent_U = self.text_B[first_U]
+        self.text_B = torch.tensor([place[number] for number in found_B], device=ids_BT.device)
+        if self.halves:
+            self.main.select(parent_U, slice(self.layer))
+        if self.donor is not None:
+            self.donor.stream.select(parent_U)
+        return first_U
+
     def select(self, rows: Tensor) -> None:
+        """Keep ``rows``, in their order."""
         self.arms = self.arms[rows.cpu()]
+        self._select(rows)
+
+    def _select(self, rows: Tensor) -> None:
+        self.text_B = self.text_B[rows]
+        self.main.select(rows, slice(self.layer if self.halves else 0, None))
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the last tokens that were read can be dropped. Where a layer has a window they cannot, and what a mask hides
+        would still take up room in it."""
+        return all(croppable(stream.cache) for stream in self._streams())
+
+    def forget(self, tokens: int) -> None:
+        """Drop the last ``tokens`` that were read."""
         for stream in self._streams():
-            stream.select(rows)
+            if stream is self.main or self.followed:
+                stream.cache.crop(-tokens)
 
-    def forget(self, tokens: int) -> int:
-        """Drop the last ``tokens`` that were read, and say how many: none where a cache cannot, so that a mask has to hide
-        them."""
-        read = [self.main.cache] if self.donor is None or not self.followed else [self.main.cache, self.donor.cache]
-        if not all(map(croppable, read)):
-            return 0
-        for cache in read:
-            cache.crop(-tokens)
-        return tokens
-
-    def branches(self) -> tuple[Tensor, list[DynamicCache]]:
+    def branches(self) -> tuple[Tensor, Tensor, list[DynamicCache]]:
         """The state to :meth:`resume` from, any number of times."""
-        return self.arms, [stream.cache for stream in self._streams()]
+        return self.arms, self.text_B, [stream.cache for stream in self._streams()]
 
-    def resume(self, state: tuple[Tensor, list[DynamicCache]]) -> None:
-        self.arms, branches = state
+    def resume(self, state: tuple[Tensor, Tensor, list[DynamicCache]]) -> None:
+        """Go back to ``state``."""
+        self.arms, self.text_B, branches = state
         for stream, cache in zip(self._streams(), branches, strict=True):
             stream.cache = branch(cache)
 
     def _streams(self) -> list[Stream]:
-        return [self.main] if self.donor is None else [self.main, self.donor]
+        return [self.main] if self.donor is None else [self.main, self.donor.stream]
