@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from featdiff.processes import signals, warm
 
+HOST = "127.0.0.1"
 LIBRARIES = ("accelerate", "transformers.generation")
 """What any such stage imports that takes long."""
 
@@ -24,9 +25,9 @@ def main(ranks: int, command: list[str]) -> int:
     """Exit status of the first rank that failed, negative where a signal killed it, else 0. In a rank it does not return."""
     warm.load(LIBRARIES)
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    pids = []
+        free.bind((HOST, 0))
+        meeting = {"MASTER_ADDR": HOST, "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    pids: list[int] = []
     for number in range(ranks):
         if not (pid := os.fork()):
             signals.follow()
@@ -35,16 +36,21 @@ def main(ranks: int, command: list[str]) -> int:
             runpy.run_path(command[0], run_name="__main__")
             sys.exit()
         pids.append(pid)
+    signals.handle(lambda *_: _stop(pids))  # whoever asks this process; a launcher asks the ranks themselves
     first = 0
     while pids:
         pid, status = os.wait()
         pids.remove(pid)
         if status and not first:
             first = os.waitstatus_to_exitcode(status)
-            for other in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(other, signals.PARENT_ENDED)  # a request that is never a second one
+            _stop(pids)
     return first
+
+
+def _stop(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signals.PARENT_ENDED)  # which is never a second request
 
 
 if __name__ == "__main__":
