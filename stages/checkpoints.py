@@ -16,7 +16,7 @@ name = stage_key("--arm", __doc__, lambda study: study.arms)
 with stage("checkpoints", key=name, out=f"checkpoints/{name}") as run:
     data, base, folder = run.read("data", "tasks.json", "eval.parquet"), run.read("models/base"), run.read(f"models/{name}")
     require_same_tokenizer(folder, base)
-    tasks, tokenizer, part = load_tasks(data), load_tokenizer(base), run.scratch().of_rank().part
+    tasks, tokenizer, part = load_tasks(data), load_tokenizer(base), run.shared_scratch().part
     questions = first_of_each([each for each in load_samples(data, "eval") if each.split == "report"], run.params.questions)
     prompts = first_of_each(questions, run.params.prompts)
     divergence = Divergence(load_model(base).to(run.device), tokenizer, prompts, tasks, run.params, run.seed)

@@ -21,7 +21,7 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
         batch_size=run.params.batch_size,
         max_new_tokens=run.params.max_new_tokens,
     )
-    rows = evaluate(evaluator, load_samples(data, "eval"), run.params, run.seed, run.scratch())
+    rows = evaluate(evaluator, load_samples(data, "eval"), run.params, run.seed, run.shared_scratch())
     table = accuracy_table(rows, tasks, run.params, run.seed)
     if rank() == 0:
         EVAL_SAMPLES.write(run.out, rows)

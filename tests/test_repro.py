@@ -20,12 +20,13 @@ from featdiff.config.params import load_study
 from featdiff.pipeline.repro import Output, affected, order, side_by_side
 
 STAGE = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 name, seconds, *inputs = sys.argv[1:]
 def note(what):
     with open("times.txt", "a") as times:
         times.write(f"{name} {what} {time.time()}\\n")
 note("begins")
+pathlib.Path(f"{name}.share").write_text(os.environ.get("FEATDIFF_SHARE", "none"))
 print(f"{name} speaks", flush=True)
 print("10%", end="\\r", file=sys.stderr)
 if pathlib.Path(f"{name}.fails").exists():
@@ -68,7 +69,7 @@ class Toy:
 
     def run(self) -> tuple[int, str]:
         process = self.start()
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
         return process.returncode, said
 
     def times(self) -> dict[tuple[str, str], float]:
@@ -112,6 +113,29 @@ def test_stages_that_do_not_wait_for_each_other_run_side_by_side_and_dvc_has_not
     status, said = toy.run()
     assert (status, toy.times()) == (0, {}), said
     assert said.splitlines() == ["featdiff: every stage is up to date"]
+
+
+def test_a_stage_to_be_spread_begins_when_nothing_else_could_and_has_all_cores(toy: Toy) -> None:
+    path, spread = toy.root / "dvc.yaml", ("right", "aside")
+    plain = path.read_text(encoding="utf-8")
+    graph = yaml.safe_load(plain)
+    for name in spread:
+        graph["stages"][name]["meta"] = {"spread": True}
+    path.write_text(yaml.safe_dump(graph), encoding="utf-8")
+    status, said = toy.run()
+    assert status == 0, said
+    times = toy.times()
+    begun = [name for name, what in sorted(times, key=times.__getitem__) if what == "begins"]
+    assert begun[:3] == ["first", "left", "right"], "although there is room for right beside left"
+    for name in spread:
+        others = [other for other in begun if other != name]
+        assert all(
+            times[other, "ends"] < times[name, "begins"] or times[other, "begins"] > times[name, "ends"] for other in others
+        )
+    shares = {name: (toy.root / f"{name}.share").read_text(encoding="utf-8") for name in begun}
+    assert shares == {name: "2" if name in spread else "none" for name in begun}
+    path.write_text(plain, encoding="utf-8")
+    assert toy.run() == (0, "featdiff: every stage is up to date\n"), "how a stage is started is no part of what it is"
 
 
 def test_only_what_waits_for_a_change_runs_again(toy: Toy) -> None:

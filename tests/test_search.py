@@ -16,6 +16,7 @@ from featdiff.intervention.models import EditableModel
 from featdiff.intervention.purposes import DIRECTIONS, RIVALS, purposes
 from featdiff.intervention.search import (
     FARTHEST,
+    Job,
     Searched,
     by_task,
     gentlest,
@@ -94,10 +95,11 @@ def searched(curve: Curve, once: Any = None, *, up: bool = True, **changes: Any)
     editor = Editor(crosscoder, purpose.model, 1, torch.device("cpu"), torch.full((24,), 0.3), donor_name=purpose.toward)
     names: set[str] = set()
 
-    def strict(name: str, compute: Callable[[], T], /) -> T:
-        assert name not in names, f"{name} names two parts"
-        names.add(name)
-        return compute() if once is None else once(name, compute)
+    def strict(jobs: Sequence[Job[T]], _done: object = None, /) -> list[T]:
+        for name, _ in jobs:
+            assert name not in names, f"{name} names two parts"
+            names.add(name)
+        return [compute() if once is None else once(name, compute) for name, compute in jobs]
 
     p = params(**changes)
     return search(EditableModel(purpose, evaluator, editor), draws(p), FOUND, SAMPLES, p, strict), evaluator

@@ -1,7 +1,7 @@
 """The intervention study on real models, one of which has a planted direction that makes it work step by step."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,12 +20,13 @@ from featdiff.intervention import study
 from featdiff.intervention.controls import Control, Draws, Setting
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, SIDES, ZERO_TUNED, purposes
-from featdiff.intervention.search import Searched
+from featdiff.intervention.search import Job, Searched
 from featdiff.intervention.sensitivity import DRAWS, Otherwise, cases, sensitivity
 from featdiff.intervention.study import FEW, InterventionResult, Questions, answer, chunks, collateral, edits, fewer, intervene
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import save_model
 from featdiff.language.session import PromptCache
+from featdiff.pipeline.checkpoint import Scratch
 from featdiff.report import evidence
 from featdiff.report.selectivity import curves, selectivity
 from featdiff.tasks.task import Sample, TaskInfo, Text, first_of_each
@@ -50,8 +51,7 @@ GAIN, NOISE = 1, slice(7, 16)
 """Coordinates of the residual stream: what the tuned model has more, and what differs from question to question."""
 
 
-def once(_name: str, compute: Callable[[], T], /) -> T:
-    return compute()
+once = Scratch().parts
 
 
 def params(**changes: Any) -> InterveneParams:
@@ -137,7 +137,10 @@ class Parts:
         self.earlier, self.kept = earlier or {}, dict[str, str]()
         self.computed = list[str]()
 
-    def __call__(self, name: str, compute: Callable[[], T], /) -> Any:
+    def __call__(self, jobs: Sequence[Job[T]], done: Callable[[str], object] = lambda _: None, /) -> list[Any]:
+        return [self._one(*job) for job in jobs]
+
+    def _one(self, name: str, compute: Callable[[], T]) -> Any:
         assert name not in self.kept, f"{name} names two parts"
         if name in self.earlier:
             self.kept[name] = self.earlier[name]
@@ -420,7 +423,7 @@ def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
     toward = {row["sample_id"]: row for row in model.evaluator.answer(asked)}
     made = edits(model, [3, 5], outcome(Setting("add", "prompt_last", 2.0), Setting("add", "generated", 1.0)), CONTROLS)
     p = params(draw_questions=2)
-    found = answer(model, made, asked, toward, p, lambda name, compute: names.append(name) or compute())
+    found = answer(model, made, asked, toward, p, lambda jobs: once(jobs, names.append))
     assert len(set(names)) == len(names)
     assert found.marks.keys() == made.keys()
     few = first_of_each(asked, 2)
@@ -428,7 +431,7 @@ def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
     for (control, _), each in found.marks.items():
         n = len(few if control in ("random", "random_direction") else asked)
         assert {len(values) for values in each.values()} == {n}, control
-    drawn = answer(model, {("random", 0): made["random", 0]}, few, toward, p, lambda _, compute: compute())
+    drawn = answer(model, {("random", 0): made["random", 0]}, few, toward, p, once)
     assert found.marks["random", 0] == drawn.marks["random", 0]
     assert found.marks["none", 0]["alike"] == [True] * len(asked)
     assert found.marks["noop", 0] == found.marks["none", 0]

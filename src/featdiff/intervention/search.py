@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from featdiff.intervention.models import EditableModel
 from featdiff.intervention.purposes import RIVALS, SET, SINGLE, Purpose
 from featdiff.language.evaluation import Row
 from featdiff.language.session import PromptCache
+from featdiff.processes.ranks import rank
 from featdiff.tasks.task import Sample, TaskInfo, first_of_each
 
 WIDENINGS = 8
@@ -39,22 +40,29 @@ T = TypeVar("T")
 Line = dict[str, Any]
 
 
-class Once(Protocol):
-    """Computes a JSON value, or takes it from a run that was killed: the name says all that tells it from other values."""
+Job = tuple[str, Callable[[], T]]
+"""A JSON value to be computed: its name, which says all that tells it from others, and how."""
 
-    def __call__(self, name: str, compute: Callable[[], T], /) -> T: ...
+
+class Once(Protocol):
+    """Computes JSON values that do not depend on each other, or takes them from a run that was killed. Ranks share the work;
+    every one has all values, in the order of the jobs. ``done`` hears the name of each."""
+
+    def __call__(self, jobs: Sequence[Job[T]], done: Callable[[str], object] = ..., /) -> list[T]: ...
 
 
 @contextmanager
 def on_a_bar(once: Once, desc: str, total: int | None = None) -> Iterator[Once]:
-    """``once`` with a progress bar."""
-    with tqdm(total=total, desc=desc, unit="part") as bar:
+    """``once`` with a progress bar, which the first rank shows."""
+    with tqdm(total=total, desc=desc, unit="part", disable=rank() > 0) as bar:
 
-        def counted(name: str, compute: Callable[[], T], /) -> T:
-            value = once(name, compute)
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(1)
-            return value
+        def counted(jobs: Sequence[Job[T]], done: Callable[[str], object] = lambda _: None, /) -> list[T]:
+            def tell(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update(1)
+                done(name)
+
+            return once(jobs, tell)
 
         yield counted
 
@@ -155,6 +163,18 @@ def search(
     return _Search(model, draws, found, samples, params, once).run()
 
 
+class Try(NamedTuple):
+    """A control under several settings."""
+
+    control: Control
+    settings: list[Setting]
+    before: Sequence[Line]
+    """What the same questions were answered without an edit."""
+    ask: Callable[[Sequence[Change | None]], list[list[Line]]]
+    what: str = ""
+    """Tells it from another of the same control."""
+
+
 class _Search:
     def __init__(
         self,
@@ -174,32 +194,33 @@ class _Search:
         found = Control(SET, 0, tuple(self.found))
         few = first_of_each(self.samples, self.params.control_questions)
         prompts, fewer = self.model.prompts(self.samples), self.model.prompts(few)
-        unedited, unedited_few = (
-            self.once(f"{self.name} {which} unedited", partial(self._ask, [None], group, cache))[0]
-            for which, group, cache in (("tune", self.samples, prompts), ("few", few, fewer))
+        ask, ask_few = (
+            partial(self._ask, samples=group, prompts=cache) for group, cache in ((self.samples, prompts), (few, fewer))
         )
-        effects, setting = self._setting(found, unedited, partial(self._ask, samples=self.samples, prompts=prompts))
+        (unedited,), (unedited_few,) = self.once(
+            [
+                (f"{self.name} tune unedited", partial(ask, [None])),
+                (f"{self.name} few unedited", partial(ask_few, [None])),
+            ]
+        )
+        effects, setting = self._setting(found, unedited, ask)
         doses = sorted({each.dose for each in effects if each.edit == setting.edit})
         controls = self.draws.controls(self.found, self.sign, lengths(self.model.editor, setting.edit, *self.streams))
         grid = [Setting(setting.edit, positions, dose) for positions in self.params.positions for dose in doses]
         beyond = self._beyond(found, setting, max(doses))
-        chosen = {found.label: setting}
-        for control in controls:
-            whole = control.name == SET
-            if control.name in SINGLE:  # parts of the set are edited as the set is
-                chosen[control.label] = setting
-                continue
-            ask = partial(self._ask, samples=self.samples if whole else few, prompts=prompts if whole else fewer)
-            before = unedited if whole else unedited_few
-            self._note(control, setting._replace(dose=0.0), Reach(0.0, 0.0, 0.0), before)
-            tried, far = self._try(control, beyond if whole else grid + beyond, before, ask)
-            if not whole:
-                positions = self.params.positions
-                chosen[control.label] = (
-                    gentlest(tried, {setting.edit: far.norm}, self.params.most_of_effect, positions)
-                    if control.name in RIVALS
-                    else strongest(tried, setting.dose, positions)
+        tries = [
+            Try(each, beyond, unedited, ask) if each.name == SET else Try(each, grid + beyond, unedited_few, ask_few)
+            for each in controls
+            if each.name not in SINGLE  # parts of the set are edited as the set is
+        ]
+        chosen = {each.label: setting for each in controls}
+        for control, (tried, far) in zip((each.control for each in tries), self._all(tries, setting), strict=True):
+            if control.name in RIVALS:
+                chosen[control.label] = gentlest(
+                    tried, {setting.edit: far.norm}, self.params.most_of_effect, self.params.positions
                 )
+            elif control.name != SET:
+                chosen[control.label] = strongest(tried, setting.dose, self.params.positions)
         for row in self.rows:
             row["chosen"] = chosen[f"{row['control']} {row['set_draw']}"] == (row["edit"], row["positions"], row["dose"])
         return Searched(controls, chosen, effects, self.rows)
@@ -219,11 +240,14 @@ class _Search:
             for positions in self.params.positions
         }
         for round_ in range(1 + WIDENINGS):
-            for (edit, positions), doses in tried.items():
-                if new := [Setting(edit, positions, dose) for dose in doses]:
-                    effects, far = self._try(found, new, before, ask, f"{edit} {positions} {round_} ")
-                    values |= effects
-                    norms[edit] = far.norm
+            tries = [
+                Try(found, [Setting(*way, dose) for dose in doses], before, ask, f"{' '.join(way)} {round_} ")
+                for way, doses in tried.items()
+                if doses
+            ]
+            for each, (effects, far) in zip(tries, self._all(tries), strict=True):
+                values |= effects
+                norms[each.settings[0].edit] = far.norm
             tried = {
                 chosen: wider(
                     {s.dose: value for s, value in values.items() if s[:2] == chosen}, self.sign, self.params.tolerance
@@ -241,24 +265,28 @@ class _Search:
             dose *= 2
         return further
 
-    def _try(
-        self,
-        control: Control,
-        settings: list[Setting],
-        before: Sequence[Line],
-        ask: Callable[[Sequence[Change | None]], list[list[Line]]],
-        what: str = "",
-    ) -> tuple[dict[Setting, float], Reach]:
-        """Effect under every setting, in the direction of the claim, and the reach of the edit."""
-        changes = [control.change(self.model.editor, self.found, setting) for setting in settings]
-        if not changes:
-            return {}, Reach(0.0, 0.0, 0.0)
-        far = reach(changes[0], *self.streams)
-        lines = self.once(f"{self.name} tune {what}{control.label}", partial(ask, changes))
-        start = mean_accuracy(before)
-        for setting, group in zip(settings, lines, strict=True):
-            self._note(control, setting, far, group)
-        return {s: self.sign * (mean_accuracy(group) - start) for s, group in zip(settings, lines, strict=True)}, far
+    def _all(self, tries: Sequence[Try], unedited: Setting | None = None) -> list[tuple[dict[Setting, float], Reach]]:
+        """Of each the effect under every setting, in the direction of the claim, and the reach of the edit. The answers without
+        an edit are noted as those of ``unedited`` at dose 0."""
+        asked = [each for each in tries if each.settings]
+        jobs = [(f"{self.name} tune {each.what}{each.control.label}", partial(self._answers, each)) for each in asked]
+        answered = dict(zip(map(id, asked), self.once(jobs), strict=True))
+        found = []
+        for each in tries:
+            start, effects, far = mean_accuracy(each.before), dict[Setting, float](), Reach(0.0, 0.0, 0.0)
+            if unedited:
+                self._note(each.control, unedited._replace(dose=0.0), far, each.before)
+            if each.settings:
+                change = each.control.change(self.model.editor, self.found, each.settings[0])
+                far = reach(change, *self.streams)
+            for setting, lines in zip(each.settings, answered.get(id(each), []), strict=True):
+                self._note(each.control, setting, far, lines)
+                effects[setting] = self.sign * (mean_accuracy(lines) - start)
+            found.append((effects, far))
+        return found
+
+    def _answers(self, each: Try) -> list[list[Line]]:
+        return each.ask([each.control.change(self.model.editor, self.found, setting) for setting in each.settings])
 
     def _note(self, control: Control, setting: Setting, far: Reach, lines: Sequence[Line]) -> None:
         facts = {"purpose": self.name, "control": control.name, "set_draw": control.number}

@@ -13,8 +13,9 @@ from featdiff.crosscoder.edits import Editor
 from featdiff.intervention.controls import Control, Setting, lengths, random_sets
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import RANDOM, SET
-from featdiff.intervention.search import Once, asked, mean_accuracy, on_a_bar
+from featdiff.intervention.search import Job, Line, Once, asked, mean_accuracy, on_a_bar
 from featdiff.intervention.study import InterventionResult
+from featdiff.language.session import PromptCache
 from featdiff.tasks.task import Sample
 
 DRAWS = 5
@@ -73,35 +74,37 @@ def sensitivity(
     opened = [models.open(models.named(name)) for name in result.searched]
     edited = {model.purpose.name: (model, model.prompts(samples)) for model in opened}
     planned, rows = cases(result, otherwise), []
-    with on_a_bar(once, "sensitivity", len(planned) + len(edited)) as once:
-        before = {}
-        for name, (model, prompts) in edited.items():
-            ((unedited,)) = once(f"sensitivity {name} unedited", partial(asked, model, [None], samples, prompts))
-            before[name] = mean_accuracy(unedited)
-        for case in planned:
+    jobs: list[Job[list[list[Line]]]] = [
+        (f"sensitivity {name} unedited", partial(asked, model, [None], samples, prompts))
+        for name, (model, prompts) in edited.items()
+    ]
+    for case in planned:
+        if case.features:
             model, prompts = edited[case.purpose]
             if case.fit:
                 model = replace(model, editor=otherwise.editors[case.fit].like(model.editor))
-            changes: list[float] = []
-            if case.features:
-                drawn = _with_draws(model, case, samples, seed)
-                made = [control.change(model.editor, case.features, case.setting) for control in drawn]
-                name = f"sensitivity {case.purpose} {case.varied} {case.choice}"
-                answered = once(name, partial(asked, model, made, samples, prompts))
-                changes = [mean_accuracy(lines) - before[case.purpose] for lines in answered]
-            sign = model.purpose.sign
-            facts = {"purpose": case.purpose, "varied": case.varied, "choice": case.choice, "size": len(case.features)}
-            chance = sorted(changes[1:], key=lambda change: sign * change)
-            found = {
-                "effect": changes[0] if changes else None,
-                "random": chance[-1] if chance else None,
-                "median": chance[len(chance) // 2] if chance else None,
-            }
-            rows.append(facts | case.setting._asdict() | found)
+            name = f"sensitivity {case.purpose} {case.varied} {case.choice}"
+            jobs.append((name, partial(_answers, model, case, samples, prompts, seed)))
+    with on_a_bar(once, "sensitivity", len(jobs)) as once:
+        answered = iter(once(jobs))
+    before = {name: mean_accuracy(*next(answered)) for name in edited}
+    for case in planned:
+        changes = [mean_accuracy(lines) - before[case.purpose] for lines in next(answered)] if case.features else []
+        sign = edited[case.purpose][0].purpose.sign
+        facts = {"purpose": case.purpose, "varied": case.varied, "choice": case.choice, "size": len(case.features)}
+        chance = sorted(changes[1:], key=lambda change: sign * change)
+        found = {
+            "effect": changes[0] if changes else None,
+            "random": chance[-1] if chance else None,
+            "median": chance[len(chance) // 2] if chance else None,
+        }
+        rows.append(facts | case.setting._asdict() | found)
     return rows
 
 
-def _with_draws(model: EditableModel, case: Case, samples: list[Sample], seed: int) -> list[Control]:
+def _answers(model: EditableModel, case: Case, samples: list[Sample], prompts: PromptCache, seed: int) -> list[list[Line]]:
+    """Under the set of ``case`` and under its random sets."""
     length_QF = lengths(model.editor, case.setting.edit, *model.streams(samples))
     drawn = random_sets(case.features, length_QF, DRAWS, stats.stream(seed, 2))
-    return [Control(SET, 0, tuple(case.features)), *(Control(RANDOM, i, members) for i, members in enumerate(drawn))]
+    controls = [Control(SET, 0, tuple(case.features)), *(Control(RANDOM, i, members) for i, members in enumerate(drawn))]
+    return asked(model, [each.change(model.editor, case.features, case.setting) for each in controls], samples, prompts)

@@ -24,7 +24,7 @@ from featdiff.intervention.controls import Control, Draws
 from featdiff.intervention.effects import Marks, effects, marks, questions_under
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE
-from featdiff.intervention.search import Once, Searched, on_a_bar, search
+from featdiff.intervention.search import Job, Once, Searched, on_a_bar, search
 from featdiff.language.decode import text_nats
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts
@@ -125,21 +125,33 @@ def answer(
         ]
         return [[marks(rows, toward) for rows in answered], whole]
 
-    for drawn in (False, True):
-        for label, part in chunks({key: edit for key, edit in made.items() if (key[0] in DRAWN) is drawn}):
-            questions = questions_under(next(iter(part))[0], samples, params)
-            marked, whole = once(f"{name} {label}", partial(compute, part, questions))
-            for (control, number), each, rows in zip(part, marked, whole, strict=True):
-                found[control, number] = each
-                facts = {"purpose": name, "model": model.purpose.model, "control": control, "set_draw": number}
-                kept += [facts | row for row in rows or []]
-    nats = {}
-    for (control, number), edit in fewer(made, FEW).items():
-        shared = None if edit is not None and edit.whole_prompt else prompts
-        read = partial(model.evaluator.likelihood, questions_under(control, samples, params), edit=edit, shared=shared)
-        nats[control, number] = {
-            key: list(value) for key, value in once(f"{name} {control} {number}, likelihood", read).items()
-        }
+    parts = [
+        (label, part, questions_under(next(iter(part))[0], samples, params))
+        for drawn in (False, True)
+        for label, part in chunks({key: edit for key, edit in made.items() if (key[0] in DRAWN) is drawn})
+    ]
+    few = fewer(made, FEW)
+    read = [
+        partial(
+            model.evaluator.likelihood,
+            questions_under(control, samples, params),
+            edit=edit,
+            shared=None if edit is not None and edit.whole_prompt else prompts,
+        )
+        for (control, _), edit in few.items()
+    ]
+    jobs: list[Job[Any]] = [(f"{name} {label}", partial(compute, part, asked)) for label, part, asked in parts]
+    jobs += [(f"{name} {control} {number}, likelihood", job) for (control, number), job in zip(few, read, strict=True)]
+    answered = once(jobs)
+    for (_, part, _), (marked, whole) in zip(parts, answered, strict=False):
+        for (control, number), each, rows in zip(part, marked, whole, strict=True):
+            found[control, number] = each
+            facts = {"purpose": name, "model": model.purpose.model, "control": control, "set_draw": number}
+            kept += [facts | row for row in rows or []]
+    nats = {
+        key: {sample_id: list(value) for sample_id, value in each.items()}
+        for key, each in zip(few, answered[len(parts) :], strict=True)
+    }
     return Answered(found, kept, nats)
 
 
@@ -153,10 +165,16 @@ def collateral(
     written = [text.prompt + text.completion for text in texts]
     ids = evaluator.tokenizer(written, truncation=True, max_length=params.collateral_tokens)["input_ids"]
     ids = [text for text in ids if len(text) > 1]
+    jobs = [
+        (
+            f"{purpose.name} {control} {number}, free text",
+            partial(text_nats, evaluator.model, ids, pad=pad, batch_size=size, edit=edit),
+        )
+        for (control, number), edit in made.items()
+    ]
     rows = []
-    for (control, number), edit in made.items():
-        read = partial(text_nats, evaluator.model, ids, pad=pad, batch_size=size, edit=edit)
-        nats = np.array(once(f"{purpose.name} {control} {number}, free text", read))
+    for (control, number), found_nats in zip(made, once(jobs), strict=True):
+        nats = np.array(found_nats)
         before = nats if control == "none" else before
         found = stats.paired_difference(nats, before, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
         facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
@@ -232,13 +250,9 @@ def intervene(
     with on_a_bar(once, f"intervene {side}") as once:
         chosen, *_ = models.asked(side)
         searched = search(models.open(chosen), draws, found, questions.tune, params, once)
-        unedited = {
-            each.purpose.model: {
-                row["sample_id"]: row
-                for row in once(f"{side}: {each.purpose.model} unedited", partial(each.evaluator.answer, samples))
-            }
-            for each in (models.tuned, models.original)
-        }
+        both = {each.purpose.model: each.evaluator for each in (models.tuned, models.original)}
+        plain = once([(f"{side}: {name} unedited", partial(asked.answer, samples)) for name, asked in both.items()])
+        unedited = {name: {row["sample_id"]: row for row in given} for name, given in zip(both, plain, strict=True)}
         right = {model: {key for key, row in rows.items() if row["correct"]} for model, rows in unedited.items()}
         flipped = right[models.tuned.purpose.model] - right[models.original.purpose.model]
         rows, table, spilled = list[Row](), list[dict[str, Any]](), list[dict[str, Any]]()

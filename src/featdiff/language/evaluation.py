@@ -243,7 +243,7 @@ def evaluate(evaluator: Evaluator, samples: list[Sample], params: EvaluateParams
     kill need not be asked again. Ranks share the groups; each has all the rows in the end, the same as one alone would."""
     by_generation = [sample for sample in samples if evaluator.tasks[sample.task].scoring == GENERATION]
     by_options = [sample for sample in samples if sample.options]
-    size, parts = GROUP_BATCHES * params.batch_size, scratch.of_rank()
+    size = GROUP_BATCHES * params.batch_size
 
     def groups(asked: list[Sample]) -> list[list[Sample]]:
         return [asked[low : low + size] for low in range(0, len(asked), size)]
@@ -251,7 +251,7 @@ def evaluate(evaluator: Evaluator, samples: list[Sample], params: EvaluateParams
     def part(
         name: str, number: int, answer: Callable[..., list[Row]], group: list[Sample], **how: Any
     ) -> Callable[[], list[Row]]:
-        return partial(parts.part, f"{name} {number}", partial(answer, group, **how))
+        return partial(scratch.part, f"{name} {number}", partial(answer, group, **how))
 
     answered = shared_out(
         [part("greedy", i, evaluator.generate, group) for i, group in enumerate(groups(by_generation))], "greedy"

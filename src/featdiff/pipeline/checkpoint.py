@@ -13,8 +13,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from featdiff.artifacts import artifact
 from featdiff.artifacts.artifact import ContractError
 from featdiff.processes import signals
-from featdiff.processes.ranks import largest, process_state, rank
+from featdiff.processes.ranks import largest, process_state, rank, shared_out
 from featdiff.tracking.record import Record
 
 T = TypeVar("T")
@@ -41,8 +42,8 @@ class Checkpoint(NamedTuple):
 
 
 class Scratch:
-    """Checkpoints (:meth:`save`, :meth:`load`), parts (:meth:`part`) and files (:meth:`folder`) of one stage. Without a
-    ``root`` nothing is kept.
+    """Checkpoints (:meth:`save`, :meth:`load`), parts (:meth:`part`, :meth:`parts`) and files (:meth:`folder`) of one stage.
+    Without a ``root`` nothing is kept.
 
     ``seconds`` is the interval between saves, and longer where a save takes more than ``share`` of it: the first rank
     times each one. 0 saves at every opportunity. Logged curves go with every checkpoint, so that what is logged after
@@ -60,15 +61,25 @@ class Scratch:
         self._asked: set[str] = set()
         self._said = False
         if root is not None:
-            for folder in sorted((root / "parts").glob("[0-9]*")):
-                self._parts |= self._whole(folder, _read) or {}
+            self._take_up(root)
+
+    def _take_up(self, root: Path) -> None:
+        for folder in sorted((root / "parts").glob("[0-9]*")):
+            self._parts |= self._whole(folder, _read) or {}
 
     def of_rank(self) -> Scratch:
-        """For parts of which each rank computes others: two that write into one folder would clash."""
-        state = process_state()
-        if self.root is None or state.num_processes == 1:
+        """For parts of which each rank computes others. It has what any rank finished before, of however many there were; each
+        writes into a folder of its own, since two that write into one would clash."""
+        if self.root is None:
             return self
-        return Scratch(self.root / "ranks" / str(state.process_index), self.seconds, self.share)
+        state, ranks = process_state(), self.root / "ranks"
+        own = self
+        if state.num_processes > 1:
+            own = Scratch(ranks / str(state.process_index), self.seconds, self.share)
+        for root in [self.root, *sorted(ranks.glob("*"))]:
+            if root != own.root:
+                own._take_up(root)
+        return own
 
     def _whole(self, folder: Path, read: Callable[[Path], T]) -> T | None:
         """What ``read`` makes of ``folder`` if it is as it was published; else None, and the folder is removed."""
@@ -127,6 +138,11 @@ class Scratch:
         if self._late():
             self.write_pending()
         return value
+
+    def parts(self, jobs: Sequence[tuple[str, Callable[[], T]]], done: Callable[[str], object] = lambda _: None, /) -> list[T]:
+        """The JSON values of ``jobs`` by name, in their order, each as :meth:`part` has it. Ranks share the work, and every one
+        has all values in the end; ``done`` hears each name."""
+        return shared_out([partial(self.part, *job) for job in jobs], done=lambda i: done(jobs[i][0]))
 
     def _late(self) -> bool:
         """Whether the interval is over, which starts the clock of a save."""

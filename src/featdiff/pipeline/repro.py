@@ -2,8 +2,9 @@
 
 DVC runs one stage after another, but lets several of it work in one repository, each on a stage of its own: it locks what
 stages read and write, and says itself that this is how to run them side by side. Here is decided which may begin, in an order
-by which what most waits for goes first. What each says goes to .featdiff/logs, and from there to the terminal. At the end DVC
-itself has the last word on whether anything is left to do.
+by which what most waits for goes first. A stage that dvc.yaml calls ``spread`` is long, and ranks share out its work
+(``--shared``): it begins when nothing else could, and has the cores of all. What each says goes to .featdiff/logs, and from
+there to the terminal. At the end DVC itself has the last word on whether anything is left to do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from featdiff.artifacts.artifact import one_line
 from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals, warm
-from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware, environment_of, share_of_cores
+from featdiff.processes.launch import EXIT_BAD_INPUT, SHARE, Hardware, environment_of, share_of_cores
 from featdiff.processes.signals import EXIT_STOPPED, say
 
 LOGS = Path(".featdiff/logs")
@@ -108,10 +109,11 @@ class Job:
 
 
 class Repro:
-    """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time."""
+    """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time, or one of ``spread``."""
 
-    def __init__(self, graph: Graph, changed: set[str], jobs: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, graph: Graph, changed: set[str], spread: set[str], jobs: int, environment: Mapping[str, str]) -> None:
         self._graph, self._jobs, self._requests = graph, jobs, signals.Requests()
+        self._spread = spread
         self._stale = set(changed)
         self._sorter = TopologicalSorter(graph)
         self._order = order(graph)
@@ -132,9 +134,7 @@ class Repro:
                 self._ready += self._sorter.get_ready()
                 self._begin()
                 if not self._running:
-                    if self._over:
-                        break
-                    continue  # what was passed over lets others begin
+                    break
                 time.sleep(POLL_SECONDS)
                 for job in list(self._running):
                     ended = job.process.poll()
@@ -150,17 +150,22 @@ class Repro:
 
     def _begin(self) -> None:
         """Pass over what has nothing to do, and start what there is room for."""
+        while passed := [stage for stage in self._ready if stage not in self._stale]:
+            self._sorter.done(*passed)
+            self._ready = [stage for stage in self._ready if stage in self._stale] + list(self._sorter.get_ready())
         for stage in sorted(self._ready, key=self._order.__getitem__):
-            if stage not in self._stale:
-                self._sorter.done(stage)
-            elif self._over or len(self._running) >= self._jobs:
-                continue
-            else:
-                self._running.append(job := Job(stage, self._environment))
+            if not self._over and self._has_room(stage):
+                share = {SHARE: str(self._jobs)} if stage in self._spread else {}
+                self._running.append(job := Job(stage, self._environment | share))
+                self._ready.remove(stage)
                 self._say(stage, "begins")
                 if self._requests.asked:  # while it was being started, so that it was not told
                     job.signal(signal.SIGINT)
-            self._ready.remove(stage)
+
+    def _has_room(self, stage: str) -> bool:
+        if stage in self._spread:
+            return not self._running and self._spread.issuperset(self._ready)
+        return len(self._running) < self._jobs and not any(job.stage in self._spread for job in self._running)
 
     def _end(self, job: Job, status: int) -> None:
         self._running.remove(job)
@@ -226,9 +231,9 @@ def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
     return {stage: (-below[stage], -len(above[stage]), stage) for stage in graph}
 
 
-def stages() -> tuple[Graph, set[str]]:
-    """What every stage of the repository waits for, and those of which anything is not as dvc.lock has it. Raises ConfigError
-    with what DVC says where it cannot tell."""
+def stages() -> tuple[Graph, set[str], set[str]]:
+    """What every stage of the repository waits for, those of which anything is not as dvc.lock has it, and those that are to be
+    spread. Raises ConfigError with what DVC says where it cannot tell."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -236,7 +241,8 @@ def stages() -> tuple[Graph, set[str]]:
         with Repo(_wait_for_lock=True) as repo:
             graph = repo.index.graph
             waits = {stage.addressing: {each.addressing for each in graph.successors(stage)} for stage in graph}
-            return waits, set(repo.status())
+            spread = {stage.addressing for stage in graph if (getattr(stage, "meta", None) or {}).get("spread")}
+            return waits, set(repo.status()), spread
     except DvcException as error:
         raise ConfigError(f"dvc: {one_line(str(error))}") from None
 
@@ -269,15 +275,15 @@ def main(arguments: list[str]) -> int:
     signals.outlive_terminal()
     try:
         jobs = asked.jobs or side_by_side(load_study())
-        graph, changed = stages()
+        graph, changed, spread = stages()
         if changed:
             with warm_process(len(affected(graph, changed))) as environment:
-                status = Repro(graph, changed, jobs, environment).run()
+                status = Repro(graph, changed, spread, jobs, environment).run()
             if status == EXIT_STOPPED:
                 say("stopped; what was computed is kept: say it again")
             if status:
                 return status
-            _, changed = stages()
+            _, changed, _ = stages()
     except ConfigError as error:
         say(str(error))
         return EXIT_BAD_INPUT

@@ -67,9 +67,18 @@ class Run:
     def scratch(self) -> Scratch:
         """Where this stage keeps what it can resume from; ask when all inputs are read. What an earlier run with other
         inputs, code, params or hardware left is removed."""
+        return self._scratch(hardware())
+
+    def shared_scratch(self) -> Scratch:
+        """:meth:`scratch` of a stage whose ranks share out its parts, for each rank its own: what was finished by some number
+        of ranks is taken up by any other."""
+        self.kept = self._scratch({"threads": hardware()["threads"], "device": self.device.type}).of_rank()
+        return self.kept
+
+    def _scratch(self, hardware: dict[str, Any]) -> Scratch:
         from featdiff.pipeline.checkpoint import Scratch
 
-        key = artifact.hash_json(self.signature | {"parents": self.parents} | hardware())[:16]
+        key = artifact.hash_json(self.signature | {"parents": self.parents} | hardware)[:16]
         place = scratch_folder(self.target)
         if rank() == 0:
             for other in place.glob("*"):
@@ -159,8 +168,8 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
                     record.observe(door_seconds=round(run.door_seconds + time.monotonic() - began, 3))
                     shutil.rmtree(scratch_folder(target), ignore_errors=True)
                 status = "FINISHED"
-            except Stopped:
-                status = "KILLED"
+            except (Stopped, RuntimeError) as error:  # the latter, too, where another rank has ended that this one waits for
+                status = "KILLED" if isinstance(error, Stopped) else status
                 if run.kept:
                     run.kept.write_pending()
                 raise

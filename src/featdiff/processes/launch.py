@@ -2,8 +2,10 @@
 ``python -m featdiff.processes.launch [--one | --shared] stages/<stage>.py …``
 
 A stage is handed to ``accelerate launch`` under the hardware that ``$ACCELERATE_CONFIG`` names, so that hardware is never
-part of a stage's signature; ``--one`` runs it as a single process instead, without a launcher's start-up, and ``--shared``
-does so where the hardware has no more than one.
+part of a stage's signature; ``--one`` runs it as a single process instead, without a launcher's start-up. ``--shared`` says
+that ranks share out the work of the stage, whose result does not depend on how many they are. Where the hardware has one only,
+that is a single process, too; on the CPUs of one machine there may be more of them (:data:`SHARE`), and they are forks of one
+process (featdiff.processes.forked).
 
 Signals go to the ranks and to nobody else: accelerate's launcher would die of one, and take its ranks along in the middle
 of a step. It and the ranks are therefore a process group of their own, which no key press reaches, and this process hands on
@@ -51,6 +53,9 @@ NODE = "SLURM_PROCID"
 """Environment variable: the number of this machine, from 0."""
 MEETING = "FEATDIFF_MEETING"
 """Environment variable of the launcher on each machine: host and port at which the ranks of all of them meet."""
+SHARE = "FEATDIFF_SHARE"
+"""Environment variable: how many times the ranks of its hardware a stage may have that is started with ``--shared`` on the CPUs
+of one machine. ``make repro`` sets it for a stage to which it leaves all cores."""
 POLL_SECONDS = 0.2
 GRACE = 2
 """Seconds that ranks have to end by themselves after a second request."""
@@ -210,8 +215,13 @@ def main(arguments: list[str]) -> int:
     if hardware is None:
         return EXIT_BAD_INPUT
     option = next((word for word in arguments[:1] if word in ("--one", "--shared")), None)
-    one = option == "--one" or (option == "--shared" and hardware.machines * hardware.ranks == 1)
-    machines, ranks = (1, 1) if one else (hardware.machines, hardware.ranks)
+    machines, ranks = (1, 1) if option == "--one" else (hardware.machines, hardware.ranks)
+    forked = option == "--shared" and hardware.on_cpu and machines == 1
+    if forked:
+        if not (share := os.environ.get(SHARE, "1")).isdecimal() or int(share) < 1:
+            say(f"{SHARE}: {share!r}: a number from 1 on is expected; unset it")
+            return EXIT_BAD_INPUT
+        ranks *= int(share)
     meeting = os.environ.get(MEETING)
     if machines > 1 and not (meeting or os.environ.get(NODES)):
         say(f"{hardware.path}: num_machines: {machines}: say in ${NODES} what starts a command on each of them, such as srun")
@@ -228,7 +238,9 @@ def main(arguments: list[str]) -> int:
     if machines > 1 and not meeting:
         command = _on_every_machine(arguments, environment)
     else:
-        command = [sys.executable, *([] if one else accelerate), *arguments[option is not None :]]
+        fork = ["-m", "featdiff.processes.forked", str(ranks)]
+        one = machines * ranks == 1 and option is not None
+        command = [sys.executable, *([] if one else fork if forked else accelerate), *arguments[option is not None :]]
     try:
         with tempfile.TemporaryDirectory(prefix="featdiff-") as folder:
             return Launch(Path(folder)).run(command, environment)

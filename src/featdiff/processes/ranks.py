@@ -3,9 +3,11 @@ needed."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +15,7 @@ from featdiff.artifacts.artifact import ContractError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 SHARDED = "ACCELERATE_USE_FSDP"
 """Environment variable, set by accelerate's launcher: whether its configuration has ranks share a model."""
@@ -74,17 +77,55 @@ def largest(value: int) -> int:
     return value if state.num_processes == 1 else int(gather(torch.tensor([value], device=state.device)).max())
 
 
-def shared_out(jobs: Sequence[Callable[[], T]], label: str) -> list[T]:
-    """What each of ``jobs`` gives, in their order, on every rank; of n ranks each does every n-th. ``label`` names the bar that
-    the first one shows."""
+def shared_out(jobs: Sequence[Callable[[], T]], label: str = "", done: Callable[[int], object] | None = None) -> list[T]:
+    """What each of ``jobs`` gives, in their order, on every rank. Each rank takes the next job as soon as it is free, so what a
+    job gives must not depend on who does it. ``label`` names a bar that the first rank shows; ``done`` hears the number of each
+    job, of this rank as it ends and of others when all have."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
     state = process_state()
-    mine = range(state.process_index, len(jobs), state.num_processes)
-    own = {i: jobs[i]() for i in tqdm(mine, desc=label, disable=not (mine and state.is_main_process))}
-    found = {i: done for part in (gather_object([own]) if state.num_processes > 1 else [own]) for i, done in part.items()}
+    with tqdm(desc=label, total=len(jobs), disable=not (label and jobs and state.is_main_process)) as bar:
+
+        def tell(i: int) -> None:
+            bar.update(1)
+            if done:
+                done(i)
+
+        found = {}
+        for i in range(len(jobs)) if state.num_processes == 1 else _taken(len(jobs)):
+            found[i] = jobs[i]()
+            tell(i)
+        if state.num_processes > 1:
+            for i, given in sorted(item for part in gather_object([found]) for item in part.items() if item[0] not in found):
+                found[i] = given
+                tell(i)
     return [found[i] for i in range(len(jobs))]
+
+
+def _taken(count: int) -> Iterator[int]:
+    """Numbers below ``count`` in ascending order, each on one rank alone: on the first that asks."""
+    # A counter that all ranks share deals better than turns do: jobs differ in what they cost, and so do ranks where a core has
+    # something else to do. Every rank comes here equally often, so that the counters' names agree.
+    counters = _counters()
+    name = str(next(_COUNTED))
+    while (number := counters.add(name, 1) - 1) < count:
+        yield number
+
+
+_COUNTED = itertools.count()
+
+
+@cache
+def _counters() -> TCPStore:
+    """Counters of all ranks, which the first one keeps; every rank must ask."""
+    from accelerate.utils import gather_object
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, first = os.environ["MASTER_ADDR"], process_state().is_main_process
+    own = TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
+    port = next(port for port in gather_object([own.port if own else 0]) if port)
+    return own or TCPStore(host, port, is_master=False)
 
 
 def leave() -> None:

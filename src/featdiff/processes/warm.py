@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -164,13 +164,18 @@ class _Server:
                     line.sendall(_NUMBER.pack(status))
 
 
-def main(path: str) -> None:
-    """Listen at ``path``; a child ends as the command that it runs."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    for library in LIBRARIES:
+def load(libraries: Iterable[str]) -> None:
+    """Import what processes that are forked from this one will need."""
+    for library in libraries:
         with suppress(Exception):
             importlib.import_module(library)
     gc.freeze()  # a child then neither looks through what is loaded here nor copies its pages
+
+
+def main(path: str) -> None:
+    """Listen at ``path``; a child ends as the command that it runs."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    load(LIBRARIES)
     listener.bind(path)
     listener.listen()
     server = _Server(listener)
