@@ -1,0 +1,206 @@
+"""Several crosscoders from one read of their rows: each as it is alone, to the byte, and no row read twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featdiff.activations import mixing, store
+from featdiff.activations.harvest import harvest
+from featdiff.activations.store import ActivationStore, SharedSource, SharedStore, moments
+from featdiff.activations.turns import Turns, alone, in_turns
+from featdiff.config.dictionary import ActivationsParams, CrosscoderTraining, Fit
+from featdiff.crosscoder.make import Made, make_in_turns
+from featdiff.language.models import save_model
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.processes.signals import Stopped
+from featdiff.tasks.task import Text
+from tiny import params_of, tiny_model
+
+TEXTS = [Text(f"add {i} {i * 7}=" * (1 + i % 3), f"<{i}>{i * 8}.", "add") for i in range(90)]
+MODELS = ("base", "sft", "grpo")
+FITS = {
+    "joint": Fit(models=["base", "sft", "grpo"], loss="batchtopk", seed=0),
+    "joint_l1": Fit(models=["base", "sft", "grpo"], loss="l1", seed=0),
+    "joint_1": Fit(models=["base", "sft", "grpo"], loss="batchtopk", seed=1),
+    "pair": Fit(models=["base", "grpo"], loss="batchtopk", seed=2),
+    "backwards": Fit(models=["grpo", "base"], loss="dedicated", seed=2),
+    "null": Fit(models=["sft", "sft"], loss="batchtopk", seed=0),
+}
+TRAINING = params_of(
+    CrosscoderTraining, "crosscoder", "training", n_features=32, batch_tokens=64, steps=60, k=4, aux_k=8, log_every=10,
+    dead_after_tokens=500,
+)  # fmt: skip
+Folders = dict[str, Path]
+
+
+@pytest.fixture(scope="module", params=["activations", "models"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Activations of three models, kept or run again."""
+    place = tmp_path_factory.mktemp("study")
+    params = params_of(
+        ActivationsParams, "activations", layer=1, tokens=900, checkpoint_tokens=200, max_length=24, batch_size=4,
+        shard_rows=50, source=request.param,
+    )  # fmt: skip
+    for seed, model in enumerate(MODELS):
+        save_model(*tiny_model(seed), place / "models" / model)
+        (place / "activations" / model).mkdir(parents=True)
+        harvest(place / "models" / model, TEXTS, place / "activations" / model, params, Scratch())
+    return {model: place / "activations" / model for model in MODELS}
+
+
+@pytest.fixture(params=["a buffer that holds all rows", "one through which they pass"])
+def buffer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(store, "READ_ROWS", 256)
+    if "pass" in request.param:
+        monkeypatch.setattr(mixing, "BLOCK_ROWS", 32)
+        monkeypatch.setattr(mixing, "BUFFER_ROWS", 256)
+    return str(request.param)
+
+
+class Study:
+    """Crosscoders of one study, and where each keeps what it can go on from."""
+
+    def __init__(self, folders: Folders, place: Path | None = None, seconds: float = 0.0) -> None:
+        self.folders, self.curves = folders, {name: list[Any]() for name in FITS}
+        self.scratches = {name: Scratch(place and place / name, seconds) for name in FITS}
+        self.made: dict[str, Made] = {}
+        self.failed: dict[str, Exception] = {}
+
+    def work(self, name: str, source: ActivationStore | SharedSource) -> Turns[Made]:
+        def log(*point: Any) -> None:
+            self.curves[name].append(point)
+
+        return make_in_turns(source, FITS[name], TRAINING, 5, log, name, self.scratches[name], tied=name != "null")
+
+    def alone(self) -> Study:
+        for name, fit in FITS.items():
+            source = ActivationStore({slot: self.folders[model] for slot, model in fit.slots.items()})
+            self.made[name] = alone(self.work(name, source))
+        return self
+
+    def together(self, stops: Callable[[], bool] = lambda: False) -> SharedStore:
+        shared = SharedStore(self.folders)
+        works = {name: self.work(name, SharedSource(shared, fit.slots)) for name, fit in FITS.items()}
+        in_turns(works, self.made.__setitem__, self.failed.__setitem__, stops)
+        return shared
+
+
+def same(one: Study, other: Study) -> None:
+    assert one.made.keys() == other.made.keys()
+    for name, made in one.made.items():
+        found = other.made[name]
+        weights, others = made.crosscoder.state_dict(), found.crosscoder.state_dict()
+        assert all(torch.equal(weights[key], others[key]) for key in weights), name
+        assert all(torch.equal(made.features[key], found.features[key]) for key in made.features), name
+        assert made.metrics == found.metrics, name
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of which shuffled ones are put together, as they are read."""
+    read: list[int] = []
+    load = ActivationStore._load
+
+    def load_and_count(source: ActivationStore, start: int, stop: int, *places: torch.Tensor) -> None:
+        read.append(stop - start)
+        load(source, start, stop, *places)
+
+    monkeypatch.setattr(ActivationStore, "_load", load_and_count)
+    return read
+
+
+def test_each_is_what_it_is_alone_and_rows_are_read_once_for_all(
+    folders: Folders, buffer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, together, read, in_order = Study(folders).alone(), Study(folders), counted(monkeypatch), []
+    all_models = ActivationStore.read
+
+    def read_and_count(source: ActivationStore, start: int, stop: int) -> torch.Tensor:
+        in_order.append(stop - start)
+        return all_models(source, start, stop)
+
+    monkeypatch.setattr(ActivationStore, "read", read_and_count)
+    rows = together.together().whole.rows
+    same(whole, together)
+    assert whole.curves == together.curves
+    train_rows = TRAINING.train_rows(rows)
+    assert sum(read) <= (train_rows if "holds" in buffer else TRAINING.steps * TRAINING.batch_tokens + mixing.BUFFER_ROWS)
+    assert sum(in_order) <= 2 * rows + (rows - train_rows) + store.READ_ROWS
+
+
+def test_where_they_are_stopped_each_keeps_what_it_has_and_goes_on_to_the_same(
+    folders: Folders, buffer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Study(folders).alone()
+    rounds = iter(range(10_000))
+    with pytest.raises(Stopped):
+        Study(folders, tmp_path).together(stops=lambda: next(rounds) == 40)
+    kept = [max((tmp_path / name / "checkpoints").iterdir()).name for name in FITS]
+    assert len(set(kept)) == 1
+    assert 0 < int(kept[0]) < TRAINING.steps
+    # as a kill in the middle of saving leaves them: some are a step behind; and one has done nothing yet
+    for behind in ("joint_1", "pair"):
+        shutil.rmtree(tmp_path / behind / "checkpoints" / kept[0])
+    shutil.rmtree(tmp_path / "null")
+    read = counted(monkeypatch)
+    again = Study(folders, tmp_path)
+    again.together()
+    same(whole, again)
+    if "pass" in buffer:
+        steps = TRAINING.steps * TRAINING.batch_tokens  # all of them for the one, and what others need on the way is among it
+        assert sum(read) <= steps + 3 * mixing.BUFFER_ROWS
+
+
+def test_one_that_fails_ends_alone(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, together = Study(folders).alone(), Study(folders)
+
+    def broken(step: int, point: dict[str, float]) -> None:
+        if step == 30:
+            raise FloatingPointError("loss is nan at step 30")
+
+    work = together.work
+    monkeypatch.setattr(
+        together, "work", lambda name, source: _with_log(together, source, broken) if name == "pair" else work(name, source)
+    )
+    together.together()
+    assert [(name, str(error)) for name, error in together.failed.items()] == [("pair", "loss is nan at step 30")]
+    del whole.made["pair"]
+    same(whole, together)
+
+
+def _with_log(study: Study, source: ActivationStore | SharedSource, log: Any) -> Turns[Made]:
+    return make_in_turns(source, FITS["pair"], TRAINING, 5, log, "pair", Scratch(), tied=True)
+
+
+def test_a_read_that_fails_leaves_nothing_that_is_taken_for_rows(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 32)
+    source, load, calls = ActivationStore(folders), ActivationStore._load, iter(range(1000))
+
+    def once(*given: Any) -> None:
+        if next(calls) == 5:
+            raise OSError("gone")
+        load(*given)
+
+    monkeypatch.setattr(ActivationStore, "_load", once)
+    shared = source.shared()
+    with pytest.raises(OSError, match="gone"):
+        next(shared.mixed(64, torch.Generator().manual_seed(3), 0, 800))
+    wanted = source.shuffled(64, torch.Generator().manual_seed(3), 0, 800)
+    found = shared.mixed(64, torch.Generator().manual_seed(3), 0, 800)
+    for one, other in islice(zip(wanted, found, strict=True), 30):
+        assert torch.equal(one, other)
+
+
+def test_moments_are_those_of_a_source_alone(folders: Folders) -> None:
+    slots = {"grpo": "grpo", "base": "base", "again": "grpo"}
+    shared = SharedSource(SharedStore(folders), slots)
+    one = ActivationStore({slot: folders[model] for slot, model in slots.items()})
+    assert (shared.models, shared.rows, shared.d_model, shared.layer) == (one.models, one.rows, one.d_model, one.layer)
+    for found, wanted in zip(moments(shared, 801), moments(one, 801), strict=True):
+        assert torch.equal(found, wanted)
