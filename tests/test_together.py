@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -20,7 +23,8 @@ from featdiff.crosscoder.make import Made, make_in_turns
 from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.signals import Stopped
-from featdiff.tasks.task import Text
+from featdiff.tasks.task import Data, Sample, TaskInfo, Text
+from project import Project
 from tiny import params_of, tiny_model
 
 TEXTS = [Text(f"add {i} {i * 7}=" * (1 + i % 3), f"<{i}>{i * 8}.", "add") for i in range(90)]
@@ -204,3 +208,108 @@ def test_moments_are_those_of_a_source_alone(folders: Folders) -> None:
     assert (shared.models, shared.rows, shared.d_model, shared.layer) == (one.models, one.rows, one.d_model, one.layer)
     for found, wanted in zip(moments(shared, 801), moments(one, 801), strict=True):
         assert torch.equal(found, wanted)
+
+
+NAMES = ("joint_l1", "joint_topk_1", "null_base", "pair_grpo")
+
+
+@pytest.fixture
+def streamed(project: Project) -> Project:
+    """A project with three models that run where they are read, at the door of its crosscoders."""
+    texts = [Text(f"add {i} {i * 7}=", f"<{i}>{i * 8}.", "add") for i in range(60)]
+    task = TaskInfo("add", "train", "words", "generation", "organism", "strict", False, 0)
+    asked = [Sample(f"add-{split}", "add", split, "add 1 2=", "3") for split in ("train", "find", "tune", "report")]
+    with project.publishing("data") as folder:
+        Data([task], asked[:1], asked[1:], texts).save(folder)
+    training = {"n_features": 32, "batch_tokens": 64, "steps": 200, "k": 4, "aux_k": 8}
+    project.set({f"crosscoder.training.{name}": value for name, value in training.items()})
+    project.set({"activations.tokens": 600, "activations.checkpoint_tokens": 100, "activations.shard_rows": 200})
+    project.set({"activations.source": "models", "resume.every_seconds": 0})
+    for seed, name in enumerate(MODELS):
+        with project.publishing(f"models/{name}") as folder:
+            save_model(*tiny_model(seed), folder)
+        done(project, "stages/activations.py", "--model", name)
+    return project
+
+
+def done(project: Project, *arguments: str) -> str:
+    """What a process says that ends well."""
+    found = project.run(*arguments)
+    assert found.returncode == 0, found.stderr
+    return found.stderr
+
+
+def made(project: Project, name: str) -> tuple[dict[str, bytes], str]:
+    """Files of the crosscoder that its stage makes, and what it says meanwhile."""
+    said = done(project, "stages/crosscoder.py", "--fit", name)
+    return {path.name: path.read_bytes() for path in (project.path / "crosscoders" / name).iterdir()}, said
+
+
+TOGETHER = ("-m", "featdiff.crosscoder.together", *NAMES)
+
+
+@pytest.mark.graph
+def test_stages_take_up_what_was_made_together_with_the_bytes_of_stages_that_ran_alone(streamed: Project) -> None:
+    alone = {name: made(streamed, name)[0] for name in NAMES}
+    shutil.rmtree(streamed.path / "crosscoders")
+    kept = streamed.path / ".featdiff/scratch/crosscoders"
+
+    def steps() -> list[int]:
+        return [int(path.name) for path in kept.glob("*/*/checkpoints/0*") if (path / "manifest.json").exists()]
+
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
+        before, process = max(steps(), default=0), streamed.start(*TOGETHER)
+        until = time.monotonic() + 100
+        while max(steps(), default=0) < before + 20 and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(number)
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == status, said
+        assert list(kept.glob("*/*/made")) == []
+    assert 20 < min(max(int(path.name) for path in kept.glob(f"{name}/*/checkpoints/*")) for name in NAMES) < 200
+    assert "going on from step" in done(streamed, *TOGETHER)
+    assert not (streamed.path / "crosscoders").exists()
+    assert len(list(kept.glob("*/*/made"))) == len(NAMES)
+    assert "step" not in done(streamed, *TOGETHER), "there is nothing left to do"
+    for name in NAMES:
+        files, said = made(streamed, name)
+        assert files == alone[name], name
+        assert "going on from step 200" in said
+    assert list(kept.iterdir()) == []
+    record = max((streamed.path / ".featdiff/runs").glob("*pair_grpo*"))
+    assert (record / "metrics.jsonl").read_bytes() == alone["pair_grpo"]["metrics.jsonl"]
+    assert json.loads((record / "run.json").read_text())["summary"]["l0"] > 0
+
+
+@pytest.mark.graph
+def test_one_of_them_reruns_alone_and_nothing_made_for_other_params_is_taken_up(streamed: Project) -> None:
+    done(streamed, *TOGETHER)
+    first, _ = made(streamed, "joint_l1")
+    streamed.set({"crosscoder.fits.joint_l1.seed": 4})
+    again, said = made(streamed, "joint_l1")
+    assert "going on" not in said
+    assert again["weights.safetensors"] != first["weights.safetensors"]
+    streamed.set({"crosscoder.fits.joint_l1.seed": 0})
+    assert made(streamed, "joint_l1")[0] == first
+    damaged = next((streamed.path / ".featdiff/scratch/crosscoders/pair_grpo").glob("*/made/weights.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    files, said = made(streamed, "pair_grpo")
+    assert "not taken up" in said
+    shutil.rmtree(streamed.path / "crosscoders")
+    assert made(streamed, "pair_grpo")[0] == files
+
+
+@pytest.mark.graph
+def test_unknown_names_and_a_stage_at_work_are_one_line(streamed: Project) -> None:
+    said = streamed.run("-m", "featdiff.crosscoder.together", "joint_l1", "joint_l2")
+    streamed.refused(said, "crosscoders/joint_l1", "'joint_l2': no crosscoder that is fitted here", "joint_l1")
+    first = streamed.start(*TOGETHER)
+    locks = streamed.path / ".featdiff/locks"
+    until = time.monotonic() + 100
+    while len(list(locks.glob("crosscoders_*"))) < len(NAMES) and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    refused = streamed.run("stages/crosscoder.py", "--fit", "pair_grpo")
+    assert f"process {first.pid}" in refused.stderr
+    first.communicate(timeout=100)
+    assert first.returncode == 0
