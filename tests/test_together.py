@@ -313,3 +313,22 @@ def test_unknown_names_and_a_stage_at_work_are_one_line(streamed: Project) -> No
     assert f"process {first.pid}" in refused.stderr
     first.communicate(timeout=100)
     assert first.returncode == 0
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("hardware", ["cpu", "cpu_2ranks"])
+def test_ranks_make_together_what_they_make_alone(streamed: Project, hardware: str) -> None:
+    streamed.environment["ACCELERATE_CONFIG"] = f"conf/accelerate/{hardware}.yaml"
+    streamed.set({"crosscoder.training.steps": 30})
+    launched = ("-m", "featdiff.processes.launch")
+
+    def weights() -> tuple[bytes, str]:
+        said = done(streamed, *launched, "stages/crosscoder.py", "--fit", "pair_grpo")
+        return (streamed.path / "crosscoders/pair_grpo/weights.safetensors").read_bytes(), said
+
+    alone, _ = weights()
+    shutil.rmtree(streamed.path / "crosscoders")
+    done(streamed, *launched, "-m", "featdiff.crosscoder.together", "pair_grpo", "joint_l1")
+    found, said = weights()
+    assert "going on from step 30" in said
+    assert found == alone
