@@ -223,12 +223,14 @@ def streamed(project: Project) -> Project:
         Data([task], asked[:1], asked[1:], texts).save(folder)
     training = {"n_features": 32, "batch_tokens": 64, "steps": 200, "k": 4, "aux_k": 8}
     project.set({f"crosscoder.training.{name}": value for name, value in training.items()})
-    project.set({"activations.tokens": 600, "activations.checkpoint_tokens": 100, "activations.shard_rows": 200})
-    project.set({"activations.source": "models", "resume.every_seconds": 0})
+    read = {"tokens": 600, "checkpoint_tokens": 100, "shard_rows": 200, "source": "models"}
+    project.set({f"activations.{name}": value for name, value in read.items()} | {"resume.every_seconds": 0})
     for seed, name in enumerate(MODELS):
         with project.publishing(f"models/{name}") as folder:
             save_model(*tiny_model(seed), folder)
-        done(project, "stages/activations.py", "--model", name)
+        with project.publishing(f"activations/{name}") as folder:
+            params = params_of(ActivationsParams, "activations", **read)
+            harvest(project.path / "models" / name, texts, folder, params, Scratch())
     return project
 
 
