@@ -191,8 +191,9 @@ def mixed(
 
     Blocks of rows are read in random order, the same for every ``generator``, and the rows of as many as the buffer holds are
     permuted as a whole by it: reads are sequential and rows are shuffled. Two rows of one block always come in the same mix.
-    Rows that fit into the buffer stay there, and all their orders are equally likely. If they do not, every batch that leaves makes room for as many rows of the
-    next mix, which a thread reads meanwhile: after the first, no batch waits for more than a few blocks.
+    Rows that fit into the buffer stay there, and all their orders are equally likely. If they do not, every batch that leaves
+    makes room for as many rows of the next mix, which a thread reads meanwhile: after the first, no batch waits for more than a
+    few blocks.
 
     Memory whatever the number of rows: C · (M · D · bytes of ``dtype`` + 48) for C = min(rows, ``BUFFER_ROWS``), two batches
     in ``dtype`` and one in float32, and what ``load`` needs for a block."""
