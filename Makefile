@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PORT ?= 5000
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "  PROFILE=name   with repro or profile: switch the profile first (conf/profiles/); SUITES=folder: read suites there"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +30,9 @@ repro: $(STAMP) $(if $(PROFILE)$(SUITES),profile)  ## run what is out of date of
 	@$(BIN)/python -m featdiff.pipeline.repro $(if $(JOBS),--jobs $(JOBS))
 	-@$(BIN)/python -m featdiff.tracking.mirror sync --wait 60
 	@echo "report: $(CURDIR)/report/index.html"
+
+crosscoders: $(STAMP)  ## fit several crosscoders from one read of their rows, for dvc repro to take up (FITS="joint_topk joint_l1"; none: all that are out of date)
+	@$(BIN)/python -m $(if $(FITS),featdiff.processes.launch -m )featdiff.crosscoder.together $(FITS)
 
 test: $(STAMP)  ## the quick test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
@@ -94,4 +97,4 @@ pull: $(STAMP)  ## fetch the results of dvc.lock; STAGE=report: what reading the
 ui: $(STAMP)  ## open the tracking UI (PORT=5000)
 	@$(BIN)/python -m featdiff.tracking.mirror ui $(PORT)
 
-.PHONY: help install profile repro test plan rehearse why trace picture verify faults servers browser golden bench profile-step studies check format remote push pull ui
+.PHONY: help install profile repro crosscoders test plan rehearse why trace picture verify faults servers browser golden bench profile-step studies check format remote push pull ui

@@ -109,6 +109,12 @@ CASES = {
         {OURS: Contestant("reads.py")},
         rounds=3,
     ),
+    "fits": Case(
+        "Six crosscoders on three models that run where rows are read, D 192, 8 blocks, F 1024, 1,200 tokens",
+        {"width": 192, "layers": 8, "features": 1024, "k": 16, "aux_k": 64, "lr": 1e-3, "rows": 1200, "batch": 128, "block": 1},
+        in_two_ways("fits.py", "one by one"),
+        rounds=3,
+    ),
 }
 
 

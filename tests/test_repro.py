@@ -17,7 +17,7 @@ import yaml
 
 from featdiff.artifacts.dvc import locked
 from featdiff.config.params import load_study
-from featdiff.pipeline.repro import Output, affected, order, side_by_side
+from featdiff.pipeline.repro import ONE_READ, Output, affected, order, side_by_side, with_one_read
 
 STAGE = """
 import os, pathlib, sys, time
@@ -269,3 +269,18 @@ def test_what_most_waits_for_goes_first_and_then_what_waited_for_most() -> None:
     assert sorted(graph, key=order(graph).__getitem__) == ["a", "b", "d", "c", "f", "e"]
     assert affected(graph, {"c"}) == {"c", "f"}
     assert affected(graph, set()) == set()
+
+
+def test_crosscoders_wait_for_the_one_read_of_all_of_them_and_others_do_not() -> None:
+    graph = {
+        "base": set(), "arm@a": {"base"}, "activations_base": {"base"}, "activations@a": {"arm@a"}, "evaluate@a": {"arm@a"},
+        "pair@a": {"activations_base", "activations@a"}, "crosscoder@null": {"activations_base"}, "report": {"pair@a"},
+    }  # fmt: skip
+    assert with_one_read(graph, {"pair@a"}) == (graph, {"pair@a"}), "one alone has nobody to share with"
+    found, changed = with_one_read(graph, {"arm@a", "crosscoder@null"})
+    assert changed == {"arm@a", "crosscoder@null", ONE_READ}
+    assert found[ONE_READ] == {"activations_base", "activations@a"}
+    assert {stage for stage, above in found.items() if ONE_READ in above} == {"pair@a", "crosscoder@null"}
+    assert {stage: above - {ONE_READ} for stage, above in found.items() if stage != ONE_READ} == graph
+    places = order(found)
+    assert places[ONE_READ] < min(places["pair@a"], places["crosscoder@null"])

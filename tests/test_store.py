@@ -92,13 +92,17 @@ def rows_of(batches: Iterator[Tensor], passes: int, rows: int, batch: int) -> li
 
 
 def plainly_shuffled(acts: Tensor, batch: int, generator: torch.Generator, start: int, stop: int) -> Iterator[Tensor]:
-    """What a source's batches are: blocks in random order, as many as fit a buffer permuted as a whole, batch after batch."""
+    """What a source's batches are: blocks in random order, the same for all, as many as fit a buffer permuted as a whole, batch
+    after batch."""
     blocks = [range(low, min(low + mixing.BLOCK_ROWS, stop)) for low in range(start, stop, mixing.BLOCK_ROWS)]
     left: list[int] = []
+    same = torch.Generator().manual_seed(0)
     while True:
-        order = torch.randperm(len(blocks), generator=generator).tolist()
         if stop - start <= mixing.BUFFER_ROWS:  # one buffer, which holds the rows in their own order
+            torch.randperm(len(blocks), generator=generator)
             order = list(range(len(blocks)))
+        else:
+            order = torch.randperm(len(blocks), generator=same).tolist()
         together = mixing.BUFFER_ROWS // mixing.BLOCK_ROWS
         for first in range(0, len(blocks), together):
             rows = [row for i in order[first : first + together] for row in blocks[i]]

@@ -59,6 +59,7 @@ class _Mix:
     """Blocks whose rows are shuffled together."""
 
     def __init__(self, blocks: list[tuple[int, int]], generator: torch.Generator) -> None:
+        self.blocks = blocks
         ends = np.cumsum([high - low for low, high in blocks]).tolist()
         # It is settled which row comes when; so blocks may be read in the order in which they lie on the disk.
         self.unread = deque(sorted((low, high, end) for (low, high), end in zip(blocks, ends, strict=True)))
@@ -79,6 +80,10 @@ class _Resident:
     def __iter__(self) -> Iterator[Tensor]:
         """Places in the buffer in the order of the rows that leave it, mix by mix."""
         return (mix.order for mix in self.mixes)
+
+    def rows(self) -> Tensor:
+        """The buffer, with the rows of the mix in hand."""
+        return self.rows_CMD
 
     def left(self, places: Tensor) -> None:
         """The rows at ``places`` have left."""
@@ -119,6 +124,9 @@ class _Passing:
                 each.result()
             yield mix.places[mix.order]
 
+    def rows(self) -> Tensor:
+        return self.rows_CMD
+
     def left(self, places: Tensor) -> None:
         self.free = torch.cat([self.free, places])
         self._read_on()
@@ -129,12 +137,39 @@ class _Passing:
         self.reader.shutdown()
 
 
+class _FromShared:
+    """What one of several takes from a buffer that they share."""
+
+    def __init__(self, shared: Shared, mixes: Iterator[_Mix]) -> None:
+        first = next(mixes)
+        self.shared, self.blocks, self.mixes = shared, first.blocks, chain([first], mixes)
+
+    def rows(self) -> Tensor:
+        return self.shared.rows(self.blocks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for mix in self.mixes:
+            self.blocks = mix.blocks
+            yield mix.order
+
+    def left(self, places: Tensor) -> None:
+        """The rows at ``places`` have left for this one, and not for others."""
+
+    def close(self) -> None:
+        """No more rows are asked for."""
+
+
 def _mixes(start: int, stop: int, generator: torch.Generator) -> Iterator[_Mix]:
     """Endless passes over the rows: blocks in random order, as many together as a buffer holds."""
     blocks = [(low, min(low + BLOCK_ROWS, stop)) for low in range(start, stop, BLOCK_ROWS)]
     together = BUFFER_ROWS // BLOCK_ROWS
+    # Which blocks come together, and when, is the same whatever the generator: so one read of them serves several fits
+    # (Shared). Where all of them do there is nothing to choose, and they stay in their order; it is drawn all the same.
+    arranging = generator if len(blocks) <= together else torch.Generator().manual_seed(0)
     while True:
-        order = torch.randperm(len(blocks), generator=generator).tolist()
+        order = torch.randperm(len(blocks), generator=arranging).tolist()
+        if len(blocks) <= together:
+            order.sort()
         for first in range(0, len(blocks), together):
             yield _Mix([blocks[i] for i in order[first : first + together]], generator)
 
@@ -154,35 +189,84 @@ def mixed(
     out: what is drawn for them is drawn, and what only they need is not read. Raises ContractError where there are fewer rows
     than one batch.
 
-    Blocks of rows are read in random order, and the rows of as many as the buffer holds are permuted as a whole: reads are
-    sequential and rows are shuffled. Two rows of one block always come in the same mix. Rows that fit into the buffer stay
-    there, and all their orders are equally likely. If they do not, every batch that leaves makes room for as many rows of the
-    next mix, which a thread reads meanwhile: after the first, no batch waits for more than a few blocks.
+    Blocks of rows are read in random order, the same for every ``generator``, and the rows of as many as the buffer holds are
+    permuted as a whole by it: reads are sequential and rows are shuffled. Two rows of one block always come in the same mix.
+    Rows that fit into the buffer stay there, and all their orders are equally likely. If they do not, every batch that leaves
+    makes room for as many rows of the next mix, which a thread reads meanwhile: after the first, no batch waits for more than a
+    few blocks.
 
     Memory whatever the number of rows: C · (M · D · bytes of ``dtype`` + 48) for C = min(rows, ``BUFFER_ROWS``), two batches
     in ``dtype`` and one in float32, and what ``load`` needs for a block."""
+    mixes, skip = _from(start, stop, batch, generator, skip)
+    rows_CMD = _room(min(stop - start, BUFFER_ROWS), models, width, dtype)
+    whole = len(rows_CMD) == stop - start
+    buffer = _Resident(rows_CMD, load, start, mixes) if whole else _Passing(rows_CMD, load, mixes)
+    yield from _batches(buffer, batch, skip)
+
+
+def _from(start: int, stop: int, batch: int, generator: torch.Generator, skip: int) -> tuple[Iterator[_Mix], int]:
+    """Mixes from the one on in which the first batch after ``skip`` begins, and how many of its rows come before that."""
     require_batch(batch, stop - start)
-    capacity, mixes = min(stop - start, BUFFER_ROWS), _mixes(start, stop, generator)
+    mixes = _mixes(start, stop, generator)
     skip *= batch
     while skip >= len((mix := next(mixes)).order):
         skip -= len(mix.order)
-    mixes = chain([mix], mixes)
+    return chain([mix], mixes), skip
+
+
+def _room(rows: int, models: int, width: int, dtype: torch.dtype) -> Float[Tensor, "C M D"]:
     # Made by NumPy, which asks for large pages: rows are gathered from all over it.
-    rows_CMD = torch.from_numpy(np.empty((capacity, models, width), f"i{dtype.itemsize}")).view(dtype)
-    buffer = _Resident(rows_CMD, load, start, mixes) if capacity == stop - start else _Passing(rows_CMD, load, mixes)
-    batch_BMD, filled = rows_CMD.new_empty(batch, models, width), 0
+    return torch.from_numpy(np.empty((rows, models, width), f"i{dtype.itemsize}")).view(dtype)
+
+
+def _batches(buffer: _Resident | _Passing | _FromShared, batch: int, skip: int) -> Iterator[Float[Tensor, "B M D"]]:
+    ready: Tensor | None = None
+    rows_CMD = buffer.rows()
+    batch_BMD, filled = rows_CMD.new_empty(batch, *rows_CMD.shape[1:]), 0
     try:
         for order in buffer:
             buffer.left(order[:skip])
             order, skip = order[skip:], 0
             # The first rows complete the batch that the last mix left unfinished, so that none is dropped between mixes or
-            # passes. A last batch that is short stays as it is until then.
+            # passes. A last batch that is short stays as it is until then. It is taken before the one before it is given:
+            # whoever shares the buffer needs nothing of a mix after its last batch.
             for places in (order[: batch - filled], *order[batch - filled :].split(batch)):
-                torch.index_select(rows_CMD, 0, places, out=batch_BMD[filled : filled + len(places)])
+                if ready is not None and filled + len(places) == batch:
+                    yield ready
+                    ready = None
+                torch.index_select(buffer.rows(), 0, places, out=batch_BMD[filled : filled + len(places)])
                 buffer.left(places)
                 filled += len(places)
                 if filled == batch:
-                    yield batch_BMD.to(torch.float32, copy=True)
-                    filled = 0
+                    ready, filled = batch_BMD.to(torch.float32, copy=True), 0
+            if ready is not None:
+                yield ready
+                ready = None
     finally:
         buffer.close()
+
+
+class Shared:
+    """A buffer that holds one mix at a time, from which several take their rows, each in its own order. Memory is that of
+    :func:`mixed`, once for all of them."""
+
+    def __init__(self, load: Load, models: int, width: int, dtype: torch.dtype, rows: int) -> None:
+        self._load, self._held = load, list[tuple[int, int]]()
+        self._rows_CMD = _room(min(rows, BUFFER_ROWS), models, width, dtype)
+
+    def mixed(
+        self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0
+    ) -> Iterator[Float[Tensor, "B M D"]]:
+        """The batches of :func:`mixed`."""
+        mixes, skip = _from(start, stop, batch, generator, skip)
+        yield from _batches(_FromShared(self, mixes), batch, skip)
+
+    def rows(self, blocks: list[tuple[int, int]]) -> Float[Tensor, "C M D"]:
+        """The buffer, with the rows of ``blocks`` one after the other at its start; read where it holds others."""
+        if blocks != self._held:
+            self._held = []  # what could not be read whole must not be taken for it
+            ends = np.cumsum([high - low for low, high in blocks]).tolist()
+            for (low, high), end in sorted(zip(blocks, ends, strict=True)):
+                self._load(low, high, self._rows_CMD, torch.arange(end - (high - low), end))
+            self._held = blocks
+        return self._rows_CMD

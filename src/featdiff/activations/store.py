@@ -6,6 +6,7 @@ N token rows, M models, D residual width, B batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from featdiff.activations.mixing import mixed, overlaps, put
+from featdiff.activations.mixing import Shared, mixed, overlaps, put
+from featdiff.activations.turns import MEAN, Turns, alone
 from featdiff.artifacts.artifact import ContractError, read_json
 
 READ_ROWS = 8192
@@ -40,18 +42,29 @@ class ActivationSource(Protocol):
         twice in a pass. Raises ContractError where there are fewer rows than one batch."""
 
 
-def in_order(source: ActivationSource, start: int, stop: int, most: int | None = None) -> Iterator[Tensor]:
-    """Rows ``start`` to ``stop`` in pieces [n, M, D] of at most ``most``, by default ``READ_ROWS``."""
+def pieces(start: int, stop: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where pieces of at most ``most`` rows, by default ``READ_ROWS``, begin and end between ``start`` and ``stop``."""
     for low in range(start, stop, most := most or READ_ROWS):
-        yield source.read(low, min(low + most, stop))
+        yield low, min(low + most, stop)
+
+
+def in_order(source: ActivationSource, start: int, stop: int, most: int | None = None) -> Iterator[Tensor]:
+    """Rows ``start`` to ``stop`` in :func:`pieces` [n, M, D]."""
+    return (source.read(*piece) for piece in pieces(start, stop, most))
 
 
 def moments(source: ActivationSource, stop: int) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
     """Mean of rows 0 to ``stop`` and their mean squared distance to it, in one pass and float64."""
+    return alone(moments_in_turns(source, stop))
+
+
+def moments_in_turns(source: ActivationSource, stop: int) -> Turns[tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]]:
+    """:func:`moments`, piece by piece."""
     square = torch.zeros(len(source.models), dtype=torch.float64)
     total = torch.zeros(len(source.models), source.d_model, dtype=torch.float64)
-    for low in range(0, stop, READ_ROWS):
-        part, part_square = _sums(source, low, min(low + READ_ROWS, stop))
+    for low, high in pieces(0, stop):
+        yield MEAN, low
+        part, part_square = _sums(source, low, high)
         total, square = total + part, square + part_square
     mean = total / stop
     # E‖x − mean‖² = E‖x‖² − ‖mean‖². The difference loses digits where the mean is large; float64 has them to lose.
@@ -173,8 +186,54 @@ class ActivationStore:
                 for m in slots:
                     put(rows_CMD, places[at : at + len(acts)], m, acts)
 
+    def _kept(self) -> torch.dtype:
+        """In which rows of several models lie side by side."""
+        dtypes = {part.dtype for part, _ in self._parts}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
     def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
         """Mixed by :func:`~featdiff.activations.mixing.mixed`, which says what memory it takes."""
-        dtypes = {part.dtype for part, _ in self._parts}
-        kept = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        return mixed(self._load, len(self.models), self.d_model, kept, batch, generator, start, stop, skip)
+        return mixed(self._load, len(self.models), self.d_model, self._kept(), batch, generator, start, stop, skip)
+
+    def shared(self) -> Shared:
+        """A buffer of its rows, from which several take shuffled ones."""
+        return Shared(self._load, len(self.models), self.d_model, self._kept(), self.rows)
+
+
+class SharedStore:
+    """Stores of several models that are read once for several who go through them in turns (featdiff.activations.turns): what
+    one has asked for is at hand for those that ask for it next. Raises ContractError as :class:`ActivationStore` does.
+
+    Memory: one buffer as of one who reads all models, and ``READ_ROWS`` rows of them in float32."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.whole = ActivationStore(folders)
+        self._first, self._read = 0, torch.empty(0)
+
+    @cached_property
+    def buffer(self) -> Shared:
+        return self.whole.shared()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` [n, M, D] of all models, with the ones after them, for those that go on in order."""
+        if not (self._first <= start and stop <= self._first + len(self._read)):
+            self._read = torch.empty(0)  # before there is as much again
+            self._read = self.whole.read(start, max(stop, min(start + READ_ROWS, self.whole.rows)))
+            self._first = start
+        return self._read[start - self._first : stop - self._first]
+
+
+class SharedSource:
+    """What one of them reads: the models that ``slots`` names, under its names for them."""
+
+    def __init__(self, store: SharedStore, slots: Mapping[str, str]) -> None:
+        self.models, self.rows, self._store = list(slots), store.whole.rows, store
+        self.layer, self.d_model = store.whole.layer, store.whole.d_model
+        self._columns = torch.tensor([store.whole.models.index(model) for model in slots.values()])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._store.read(start, stop).index_select(1, self._columns)
+
+    def shuffled(self, batch: int, generator: torch.Generator, start: int, stop: int, skip: int = 0) -> Iterator[Tensor]:
+        for rows_BMD in self._store.buffer.mixed(batch, generator, start, stop, skip):
+            yield rows_BMD.index_select(1, self._columns)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from featdiff.activations.store import ActivationSource, moments
+from featdiff.activations.store import ActivationSource, moments_in_turns
+from featdiff.activations.turns import FIT, Turns, alone
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.dictionary import CrosscoderTraining
 from featdiff.crosscoder.descent import Descent
@@ -68,9 +69,25 @@ def fit(
     normalised units. ``log`` gets the curves every ``log_every`` steps; ``label`` names the fit in messages.
     The last ``heldout_share`` of the rows is not read. Raises ContractError for rows or batches that cannot be shared out,
     FloatingPointError at NaN or infinity."""
+    return alone(fit_in_turns(source, loss, params, seed, log, label, scratch=scratch, tied=tied, warm=warm))
+
+
+def fit_in_turns(
+    source: ActivationSource,
+    loss: str,
+    params: CrosscoderTraining,
+    seed: int,
+    log: Log,
+    label: str,
+    *,
+    scratch: Scratch,
+    tied: bool = True,
+    warm: Crosscoder | None = None,
+) -> Turns[Fitted]:
+    """:func:`fit`, step by step."""
     accelerator = replicated()
     train_rows = _train_rows(source.rows, params, accelerator.num_processes)
-    mean_MD, variance_M = moments(source, train_rows)
+    mean_MD, variance_M = yield from moments_in_turns(source, train_rows)
     crosscoder = Crosscoder(source.models, source.d_model, params.n_features, loss)
     if warm is None:
         crosscoder.initialise(params.decoder_norm, torch.Generator().manual_seed(seed), tied=tied)
@@ -100,6 +117,7 @@ def fit(
     )
     with scratch.loop(), bar:
         for step in range(done + 1, params.steps + 1):
+            yield FIT, step
             # Every process draws the same global batch and takes every n-th row: B/n rows each, so that the mean of the
             # processes' gradients is the gradient of the mean over the batch.
             rows_BMD = next(batches)[accelerator.process_index :: accelerator.num_processes]

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from featdiff.activations.store import ActivationSource, in_order
+from featdiff.activations.store import ActivationSource, pieces
+from featdiff.activations.turns import FEATURES, HELDOUT, Turns, alone
 from featdiff.crosscoder.losses.loss import Step
 from featdiff.crosscoder.model import Crosscoder
 
@@ -42,38 +43,60 @@ def measure(
 
     The metrics are ``fve`` per model, ``l0`` and ``heldout_rows``, all on the rows from ``train_rows`` on, and ``dead_share``
     over all rows. The arguments after ``source`` are the fields of :class:`featdiff.crosscoder.fit.Fitted`."""
-    features = feature_statistics(crosscoder, source)
+    return alone(measure_in_turns(source, crosscoder, mean_MD, train_rows))
+
+
+def measure_in_turns(
+    source: ActivationSource, crosscoder: Crosscoder, mean_MD: Float[Tensor, "M D"], train_rows: int
+) -> Turns[tuple[dict[str, Any], dict[str, Float[Tensor, " F"]]]]:
+    """:func:`measure`, piece by piece."""
+    features = yield from _feature_statistics(crosscoder, source)
     dead_share = float((features["firing_rate"] == 0).float().mean())
-    return heldout_quality(crosscoder, source, mean_MD, train_rows, source.rows) | {"dead_share": dead_share}, features
+    quality = yield from _heldout_quality(crosscoder, source, mean_MD, train_rows, source.rows)
+    return quality | {"dead_share": dead_share}, features
 
 
-@torch.inference_mode()
-def heldout_quality(
+def _heldout_quality(
     crosscoder: Crosscoder, source: ActivationSource, mean_MD: Float[Tensor, "M D"], start: int, stop: int
-) -> dict[str, Any]:
+) -> Turns[dict[str, Any]]:
     """FVE per model and L0 of the code at inference on rows ``start`` to ``stop``."""
     device = crosscoder.b_enc.device
     error_M, spread_M, active = torch.zeros(len(source.models)), torch.zeros(len(source.models)), 0.0
-    for rows in in_order(source, start, stop):
+
+    @torch.inference_mode()
+    def add(rows: Float[Tensor, "N M D"]) -> float:
         x = crosscoder.normalise(rows.to(device))
         f = crosscoder.encode(x)
-        error_M += (x - crosscoder.decode(f)).square().sum((0, 2)).cpu()
-        spread_M += (x - mean_MD.to(device)).square().sum((0, 2)).cpu()
-        active += (f > 0).sum().item()
+        error_M.add_((x - crosscoder.decode(f)).square().sum((0, 2)).cpu())
+        spread_M.add_((x - mean_MD.to(device)).square().sum((0, 2)).cpu())
+        return (f > 0).sum().item()
+
+    for low, high in pieces(start, stop):
+        yield HELDOUT, low
+        active += add(source.read(low, high))
     rows_held = stop - start
     return {"fve": _fve(source.models, error_M, spread_M), "l0": active / rows_held, "heldout_rows": rows_held}
 
 
-@torch.inference_mode()
 def feature_statistics(crosscoder: Crosscoder, source: ActivationSource) -> dict[str, Float[Tensor, " F"]]:
     """Over all rows of ``source``, for each feature: ``firing_rate``, ``mean_activation`` (where it fires) and
     ``max_activation``."""
+    return alone(_feature_statistics(crosscoder, source))
+
+
+def _feature_statistics(crosscoder: Crosscoder, source: ActivationSource) -> Turns[dict[str, Float[Tensor, " F"]]]:
     device = crosscoder.b_enc.device
     count, total, largest = (torch.zeros(crosscoder.n_features, device=device) for _ in range(3))
-    for rows in in_order(source, 0, source.rows):
+
+    @torch.inference_mode()
+    def add(rows: Float[Tensor, "N M D"]) -> None:
         f = crosscoder.encode(crosscoder.normalise(rows.to(device)))
-        count += (f > 0).sum(0)
-        total += f.sum(0)
-        largest = torch.maximum(largest, f.amax(0))
+        count.add_((f > 0).sum(0))
+        total.add_(f.sum(0))
+        torch.maximum(largest, f.amax(0), out=largest)
+
+    for low, high in pieces(0, source.rows):
+        yield FEATURES, low
+        add(source.read(low, high))
     statistics = {"firing_rate": count / source.rows, "mean_activation": total / count.clamp(min=1), "max_activation": largest}
     return {name: tensor.cpu() for name, tensor in statistics.items()}

@@ -30,7 +30,7 @@ from featdiff.processes.ranks import largest, process_state, rank, shared_out
 from featdiff.tracking.record import Record
 
 T = TypeVar("T")
-STATE = "state.json"
+STATE, MADE = "state.json", "made"
 KEPT = 2
 """Checkpoints kept: the newest, and the one before it."""
 
@@ -232,6 +232,30 @@ class Scratch:
     def whole(self, folder: Path) -> bool:
         """Whether ``folder`` is as it was sealed; if not, it is removed."""
         return folder.exists() and self._whole(folder, bool) is not None
+
+    def keep(self, write: Callable[[Path], None], **facts: Any) -> None:
+        """Keep what ``write`` makes in a folder, with ``facts`` and the curves, in place of all checkpoints: it is the whole of
+        what a stage has to make. Called by every rank; the first one writes. Needs a ``root``."""
+        assert self.root is not None
+        if rank() == 0:
+
+            def whole(folder: Path) -> None:
+                write(folder)
+                self.note(folder, **facts)
+
+            self.folder(MADE, whole)
+            shutil.rmtree(self.root / "checkpoints", ignore_errors=True)
+
+    def kept(self) -> bool:
+        """Whether :meth:`keep` was done; every rank must ask."""
+        return largest(int(rank() == 0 and self.root is not None and self.whole(self.root / MADE))) > 0
+
+    def take(self, out: Path) -> dict[str, Any]:
+        """Put what was kept into ``out``; returns its facts, and the curves go back to the record. For the first rank."""
+        assert self.root is not None
+        skip = shutil.ignore_patterns(artifact.MANIFEST, STATE)
+        shutil.copytree(self.root / MADE, out, copy_function=os.link, ignore=skip, dirs_exist_ok=True)
+        return self.noted(self.root / MADE)
 
     def _checkpoints(self) -> list[Path]:
         """Newest first, whole or not."""

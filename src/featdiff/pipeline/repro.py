@@ -53,6 +53,10 @@ USUAL = (
 """What dvc says of every stage, and what stays in its log; --quiet would keep back its errors, too."""
 Graph = Mapping[str, set[str]]
 """What each stage waits for."""
+ONE_READ = "crosscoders"
+"""None of DVC's stages: what makes the crosscoders of several stages from one read of their rows, before DVC runs each of them
+(featdiff.crosscoder.together)."""
+READERS = ("crosscoder@", "pair@", "wide@")
 
 
 class Output:
@@ -90,7 +94,8 @@ class Job:
     def __init__(self, stage: str, environment: Mapping[str, str]) -> None:
         self.stage, self.began, self.log = stage, time.monotonic(), LOGS / f"{stage}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        dvc = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        command = [sys.executable, "-m", *(["featdiff.crosscoder.together"] if stage == ONE_READ else dvc)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0,
@@ -221,6 +226,15 @@ def affected(graph: Graph, changed: set[str]) -> set[str]:
     return found
 
 
+def with_one_read(graph: Graph, changed: set[str]) -> tuple[Graph, set[str]]:
+    """The same where crosscoders that may have to be made again wait for :data:`ONE_READ`, and that for all that they need."""
+    readers = {stage for stage in affected(graph, changed) if stage.startswith(READERS)}
+    if len(readers) < 2:
+        return graph, changed
+    waiting = {stage: graph[stage] | {ONE_READ} for stage in readers}
+    return {**graph, **waiting, ONE_READ: set[str]().union(*(graph[stage] for stage in readers))}, changed | {ONE_READ}
+
+
 def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
     """Sort keys: first the stage for which most others wait, and of several the one that itself waited for most, since the last
     ones of a study tend to be the long ones."""
@@ -276,6 +290,8 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = asked.jobs or side_by_side(load_study())
         graph, changed, spread = stages()
+        if any(stage.startswith(READERS) for stage in graph) and load_study().activations.source == "models":
+            graph, changed = with_one_read(graph, changed)
         if changed:
             with warm_process(len(affected(graph, changed))) as environment:
                 status = Repro(graph, changed, spread, jobs, environment).run()

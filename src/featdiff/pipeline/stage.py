@@ -11,8 +11,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +30,7 @@ from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
 from featdiff.processes.memory import keep_freed
 from featdiff.processes.ranks import alive, hardware, leave, process_start, process_state, rank, starters
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
-from featdiff.tracking.record import Record
+from featdiff.tracking.record import Curves, Record
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +103,16 @@ class Run:
             artifact.write_json(self.out / "metrics.json", values)
             self.record.summary(values)
 
+    def was_made(self) -> bool:
+        """Whether what this stage makes was made with that of others (:func:`beforehand`), and is in the output folder now. Ask
+        after :meth:`scratch`."""
+        assert self.kept is not None
+        if not self.kept.kept():
+            return False
+        if rank() == 0:
+            self.metrics(self.kept.take(self.out)["metrics"])
+        return True
+
     def attach(self, name: str) -> None:
         """Show this file of the output folder as an artifact of the tracking run."""
         self.record.attach(name)
@@ -132,15 +142,8 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
     takes from the whole), takes the lock of ``out``, opens the record, and publishes ``out`` whole at the end. Bad input ends
     the process with one line."""
     target, main = Path(out), rank() == 0
-    label = f"{name}@{key}" if key else name
-    try:
-        signals.listen()
-        signals.outlive_terminal()
-        _report("")
-        signals.die_with_parent()
-        keep_freed()
-        if (launcher := os.environ.get(LAUNCHER)) and not alive(*map(int, launcher.split(":"))):
-            raise Stopped("the end of its launcher")
+    label = _label(name, key)
+    with _as_a_stage(label, target):
         study, params, signature = _signature(name, key, numbers)
         with _lock(target) if main else _nothing():
             if main:
@@ -179,6 +182,40 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
                     artifact.discard(target)
                 record.close(status)
                 leave()
+
+
+@contextmanager
+def beforehand(name: str, outs: Mapping[str, str]) -> Iterator[dict[str, Run]]:
+    """Everything around making what several stages ``name`` make, before they run, by their keys: as :func:`stage`, with the
+    locks of all ``outs``, and nothing is published. What is kept whole in the scratch of one (Scratch.keep) its stage takes
+    up."""
+    with _as_a_stage(f"{name}s together", Path()), ExitStack() as locks:
+        runs = {}
+        for key, out in outs.items():
+            study, params, signature = _signature(name, key, None)
+            if rank() == 0:
+                locks.enter_context(_lock(Path(out)))
+            runs[key] = Run(_label(name, key), Path(out), signature, study, params, Curves())
+        try:
+            yield runs
+        finally:
+            signals.close()
+            leave()
+
+
+@contextmanager
+def _as_a_stage(label: str, target: Path) -> Iterator[None]:
+    """A process as launchers know it: it stops when it is asked to, or when what started it ends, and bad input ends it with
+    one line."""
+    try:
+        signals.listen()
+        signals.outlive_terminal()
+        _report("")
+        signals.die_with_parent()
+        keep_freed()
+        if (launcher := os.environ.get(LAUNCHER)) and not alive(*map(int, launcher.split(":"))):
+            raise Stopped("the end of its launcher")
+        yield
     except (ContractError, ConfigError, FloatingPointError) as error:
         _exit(f"{label}: {error}", EXIT_BAD_INPUT)
     except Stopped as error:
@@ -191,6 +228,10 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
     except BaseException:
         _report(1)
         raise
+
+
+def _label(name: str, key: str) -> str:
+    return f"{name}@{key}" if key else name
 
 
 def _report(status: object) -> None:
@@ -217,7 +258,7 @@ def _signature(name: str, key: str, numbers: Callable[[Study], Any] | None) -> t
     if "roles" in definition.get("params", []):
         in_force["roles"] = study.roles.model_dump()
     code = artifact.hash_files(_source_files(definition["deps"], arm))
-    return study, params, {"label": f"{name}@{key}" if key else name, "params": in_force, "code": code}
+    return study, params, {"label": _label(name, key), "params": in_force, "code": code}
 
 
 def _disk_full(error: OSError | SafetensorError) -> bool:

@@ -23,10 +23,13 @@ def main() -> None:
     def become_the_rank(arguments: Namespace) -> None:
         if arguments.num_processes != 1:
             return start(arguments)
-        (_, script, *rest), environment = launch.prepare_simple_launcher_cmd_env(arguments)
+        (_, *words), environment = launch.prepare_simple_launcher_cmd_env(arguments)
         os.environ.update(environment)
-        sys.argv = [script, *rest]
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = words[arguments.module :]
+        if arguments.module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
         return None
 
     launch.simple_launcher = become_the_rank

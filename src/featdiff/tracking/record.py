@@ -105,6 +105,14 @@ def _json_safe(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+def _line(step: int, values: Mapping[str, float]) -> dict[str, float | str]:
+    return {"step": int(step)} | {key: _json_safe(float(value)) for key, value in values.items()}
+
+
+def _now() -> str:
+    return str(time.time_ns() // 1_000_000)
+
+
 class Record:
     """Writes one record; does nothing on ranks other than the first (``main=False``)."""
 
@@ -158,10 +166,10 @@ class Record:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one point of the training curves."""
         if self.main:
-            row = {"step": int(step)} | {key: _json_safe(float(value)) for key, value in values.items()}
+            row = _line(step, values)
             self._columns |= dict.fromkeys(row)
             # before the line, so that whoever sees the line finds its time
-            self._times.write(f"{time.time_ns() // 1_000_000}\n")
+            self._times.write(f"{_now()}\n")
             self._times.flush()
             self._stream.write(json.dumps(row) + "\n")
             self._stream.flush()
@@ -236,6 +244,23 @@ class Record:
         }
         self._info |= {"status": status, "ended": ended}
         self._write()
+
+
+class Curves(Record):
+    """Curves alone, in memory: what is done before its stage runs has its record from the stage."""
+
+    def __init__(self) -> None:
+        super().__init__("", "", "", {}, 0, main=False)
+        self._lines: list[list[str]] = []
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._lines.append([json.dumps(_line(step, values)), _now()])
+
+    def curves(self) -> list[list[str]]:
+        return self._lines
+
+    def resume(self, curves: list[list[str]]) -> None:
+        self._lines = [list(pair) for pair in curves]
 
 
 def _peak_memory_kib() -> int:

@@ -1,0 +1,123 @@
+"""Several crosscoders of a study from one read of their rows: ``python -m featdiff.crosscoder.together [FIT …]`` (ours).
+
+Where activations are not kept (``activations.source: models``) each stage ``crosscoder`` runs the models for itself, for the
+mean, for its steps and for its statistics. Here they are run once for all: the fits do their steps in turns, on rows that are
+at hand for each of them. Nothing is published. What a fit makes is kept whole in the scratch of its stage, which takes it up
+when DVC runs it, and is otherwise as it would be alone: the same bytes, whoever else was there.
+
+Without names: those that DVC holds for changed and whose activations are there, on the hardware of ``$ACCELERATE_CONFIG``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from featdiff.activations.store import SharedSource, SharedStore
+from featdiff.activations.turns import Turns, in_turns
+from featdiff.artifacts.artifact import ContractError, one_line
+from featdiff.config.dictionary import PAIR
+from featdiff.config.params import Study, load_study
+from featdiff.config.reading import ConfigError, closest
+from featdiff.crosscoder.make import Made, make_in_turns
+from featdiff.pipeline.checkpoint import Scratch
+from featdiff.pipeline.stage import Run, beforehand
+from featdiff.processes import signals
+from featdiff.processes.launch import EXIT_BAD_INPUT
+from featdiff.processes.ranks import largest, process_state
+from featdiff.processes.signals import say
+
+
+class _Fits:
+    """Crosscoders that are made in turns."""
+
+    def __init__(self, runs: Mapping[str, Run]) -> None:
+        self._runs, self.failed = runs, list[str]()
+        folders: dict[str, Path] = {}
+        self._todo: dict[str, Scratch] = {}
+        for name, run in runs.items():
+            models = {model: run.read(f"activations/{model}") for model in run.study.fits[name].slots.values()}
+            scratch = run.scratch()
+            if not scratch.kept():
+                self._todo[name] = scratch
+                folders |= models
+        self._folders = folders
+
+    def make(self) -> None:
+        """Make what is not there yet. Raises Stopped where that was asked for, when all have kept what they had."""
+        if self._todo:
+            store = SharedStore(self._folders)
+            with signals.deferred():
+                in_turns({name: self._work(name, store) for name in self._todo}, self._keep, self._leave, _stops)
+
+    def _work(self, name: str, store: SharedStore) -> Turns[Made]:
+        run, scratch = self._runs[name], self._todo[name]
+        chosen, tied = run.study.fits[name], not run.study.null(name)
+        source = SharedSource(store, chosen.slots)
+        return make_in_turns(source, chosen, run.params.training, run.seed, run.log, name, scratch, tied)
+
+    def _keep(self, name: str, made: Made) -> None:
+        self._todo[name].keep(made.save, step=self._runs[name].params.training.steps, metrics=made.metrics)
+        process_state().wait_for_everyone()
+
+    def _leave(self, name: str, error: Exception) -> None:
+        """Go on without one whose numbers or files are bad. Ranks must not part: what ends one of several ends all."""
+        if not isinstance(error, (ContractError, FloatingPointError)) or process_state().num_processes > 1:
+            raise error
+        say(f"crosscoder@{name}: {one_line(str(error))}; the others go on")
+        self.failed.append(name)
+
+
+def _stops() -> bool:
+    return largest(int(bool(signals.asked()))) > 0
+
+
+def _stage(study: Study, name: str) -> str:
+    """What DVC calls the stage that makes a crosscoder."""
+    if name in study.crosscoder.fits:
+        return f"crosscoder@{name}"
+    return f"wide@{name}" if name in study.crosscoder.wide else f"pair@{name.removeprefix(PAIR)}"
+
+
+def _changed(study: Study) -> list[str]:
+    """Crosscoders that are to be fitted, as DVC has it, and can be."""
+    from featdiff.pipeline.repro import stages
+
+    _, changed = stages()
+    fits = {name: fit for name, fit in study.fits.items() if _stage(study, name) in changed and not fit.source}
+    return [name for name, fit in fits.items() if all(Path("activations", model).is_dir() for model in fit.models)]
+
+
+def main(arguments: list[str]) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="featdiff.crosscoder.together", description="several crosscoders from one read")
+    parser.add_argument("fits", nargs="*", metavar="FIT", help="names of crosscoders; none: all that are to be fitted")
+    names = list(dict.fromkeys(parser.parse_args(arguments).fits))
+    try:
+        study = load_study()
+        here = [name for name, fit in study.fits.items() if not fit.source]
+        if unknown := [name for name in names if name not in here]:
+            raise ConfigError(f"{unknown[0]!r}: no crosscoder that is fitted here; {closest(unknown[0], here)}")
+        if not names:
+            if len(names := _changed(study)) < 2:
+                say("no crosscoders to fit together; dvc repro fits one alone")
+                return 0
+            # this process becomes the launcher of those that make them
+            words = ["-m", "featdiff.processes.launch", "-m", "featdiff.crosscoder.together", *names]
+            os.execv(sys.executable, [sys.executable, *words])
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    with beforehand("crosscoder", {name: f"crosscoders/{name}" for name in names}) as runs:
+        (fits := _Fits(runs)).make()
+    if fits.failed:
+        say(f"failed: {', '.join(fits.failed)}; what the others made is kept, and dvc repro takes it up")
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
