@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -30,7 +32,9 @@ from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals, warm
 from featdiff.processes.launch import EXIT_BAD_INPUT, Hardware, environment_of, share_of_cores
+from featdiff.processes.ranks import process_start
 from featdiff.processes.signals import EXIT_STOPPED, say
+from featdiff.processes.turns import TURNS, Turns
 
 LOGS = Path(".featdiff/logs")
 POLL_SECONDS = 0.2
@@ -50,6 +54,8 @@ USUAL = (
     "Use `dvc",
 )
 """What dvc says of every stage, and what stays in its log; --quiet would keep back its errors, too."""
+PATIENT = "sh stages/run "
+"""How the command of a stage begins that waits for its turn (featdiff.pipeline.stage)."""
 Graph = Mapping[str, set[str]]
 """What each stage waits for."""
 
@@ -84,34 +90,58 @@ def _last(line: str) -> str:
 
 
 class Job:
-    """One stage at work, under a dvc that leads a group of processes."""
+    """One stage, under a dvc that leads a group of processes."""
 
     def __init__(self, stage: str, environment: Mapping[str, str]) -> None:
-        self.stage, self.began, self.log = stage, time.monotonic(), LOGS / f"{stage}.log"
+        self.stage, self.log = stage, LOGS / f"{stage}.log"
+        self.began: float | None = None
+        """None for a stage that was started ahead, and waits for its turn."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0,
+        command = ["-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        with self.log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
+            streams = nothing.fileno(), log.fileno(), log.fileno()
+            self._process = warm.ask(command, dict(environment), warm.DVC, streams) or subprocess.Popen(
+                [sys.executable, *command], stdin=nothing, stdout=log, stderr=log, env=environment, process_group=0,
                 preexec_fn=signals.follow,
             )  # fmt: skip
         self.output = Output(self.log)
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self._process.pid, number)
+
+    def ended(self) -> int | None:
+        """Exit status of its dvc, as ``subprocess`` gives it; None while it is at work."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        if not select.select([self._process.line], [], [], 0)[0]:
+            return None
+        if (status := self._process.wait()) is not None:
+            return os.waitstatus_to_exitcode(status)
+        return None if process_start(self._process.pid) else -signal.SIGTERM  # with the process that it was forked from
 
     @property
     def took(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        minutes, seconds = divmod(int(time.monotonic() - self.began) if self.began else 0, 60)
         return f"{minutes}:{seconds:02d}"
 
 
 class Repro:
-    """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time."""
+    """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time. With ``turns`` one more of those
+    that are ``patient`` is started ahead, and the place of a stage is free as soon as its own processes have ended, while its
+    dvc still keeps what they wrote."""
 
-    def __init__(self, graph: Graph, changed: set[str], jobs: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        changed: set[str],
+        jobs: int,
+        environment: Mapping[str, str],
+        turns: Turns | None = None,
+        patient: Container[str] = (),
+    ) -> None:
         self._graph, self._jobs, self._requests = graph, jobs, signals.Requests()
+        self._turns, self._patient = turns, patient
         self._stale = set(changed)
         self._sorter = TopologicalSorter(graph)
         self._order = order(graph)
@@ -135,10 +165,11 @@ class Repro:
                     if self._over:
                         break
                     continue  # what was passed over lets others begin
-                time.sleep(POLL_SECONDS)
+                self._wait()
                 for job in list(self._running):
-                    ended = job.process.poll()
-                    self._tell(job, live.is_started and self._console.is_terminal)
+                    ended = job.ended()
+                    if job.began:
+                        self._tell(job, live.is_started and self._console.is_terminal)
                     if ended is not None:
                         self._end(job, ended)
         return EXIT_STOPPED if self._requests.asked else self._status
@@ -148,22 +179,58 @@ class Repro:
         """Whether no further stage may begin."""
         return bool(self._requests.asked or self._status)
 
+    @property
+    def _waiting(self) -> Job | None:
+        """The stage that was started ahead."""
+        return next((job for job in self._running if not job.began), None)
+
+    def _wait(self) -> None:
+        """For a while, or until a stage says something."""
+        if self._turns:
+            if self._over:
+                self._turns.give_no_more()
+            self._turns.wait(POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
+
     def _begin(self) -> None:
-        """Pass over what has nothing to do, and start what there is room for."""
-        for stage in sorted(self._ready, key=self._order.__getitem__):
+        """Pass over what has nothing to do, let begin what there is room for, and start the next one ahead."""
+        left = self._turns.left if self._turns else set[str]()
+        room = self._jobs - sum(bool(job.began) and job.stage not in left for job in self._running)
+        ahead = self._waiting
+        for stage in sorted([*self._ready, *([ahead.stage] if ahead else [])], key=self._order.__getitem__):
             if stage not in self._stale:
                 self._sorter.done(stage)
-            elif self._over or len(self._running) >= self._jobs:
+            elif self._over:
                 continue
+            elif room:
+                room -= 1
+                self._let_begin(ahead if ahead and ahead.stage == stage else self._started(stage))
+            elif self._turns and stage in self._patient and not self._waiting:
+                self._started(stage)
             else:
-                self._running.append(job := Job(stage, self._environment))
-                self._say(stage, "begins")
-                if self._requests.asked:  # while it was being started, so that it was not told
-                    job.signal(signal.SIGINT)
-            self._ready.remove(stage)
+                continue
+            if stage in self._ready:
+                self._ready.remove(stage)
+
+    def _started(self, stage: str) -> Job:
+        self._running.append(job := Job(stage, self._environment))
+        if self._requests.asked:  # while it was being started, so that it was not told
+            job.signal(signal.SIGINT)
+        return job
+
+    def _let_begin(self, job: Job) -> None:
+        job.began = time.monotonic()
+        if self._turns:
+            self._turns.give(job.stage)
+        self._say(job.stage, "begins")
 
     def _end(self, job: Job, status: int) -> None:
         self._running.remove(job)
+        if not job.began:
+            if status and self._over:
+                return  # its turn did not come
+            self._tell(job, bars_are_shown=True)
         if status:
             self._status = self._status or status
             self._say(job.stage, f"failed after {job.took} (status {status}); all that it said: {job.log}")
@@ -188,7 +255,7 @@ class Repro:
         table = Table.grid(padding=(0, 2))
         for _ in range(3):
             table.add_column(no_wrap=True, overflow="ellipsis")
-        for job in self._running:
+        for job in filter(lambda job: job.began, self._running):
             table.add_row(job.stage, job.took, job.output.bar.strip())
         return table
 
@@ -226,9 +293,18 @@ def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
     return {stage: (-below[stage], -len(above[stage]), stage) for stage in graph}
 
 
-def stages() -> tuple[Graph, set[str]]:
-    """What every stage of the repository waits for, and those of which anything is not as dvc.lock has it. Raises ConfigError
-    with what DVC says where it cannot tell."""
+class Stages(NamedTuple):
+    """Those of the repository."""
+
+    graph: Graph
+    changed: set[str]
+    """Those of which anything is not as dvc.lock has it."""
+    patient: set[str]
+    """Those that may be started ahead."""
+
+
+def stages() -> Stages:
+    """Raises ConfigError with what DVC says where it cannot tell."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -236,7 +312,8 @@ def stages() -> tuple[Graph, set[str]]:
         with Repo(_wait_for_lock=True) as repo:
             graph = repo.index.graph
             waits = {stage.addressing: {each.addressing for each in graph.successors(stage)} for stage in graph}
-            return waits, set(repo.status())
+            patient = {stage.addressing for stage in graph if str(stage.cmd).startswith(PATIENT)}
+            return Stages(waits, set(repo.status()), patient)
     except DvcException as error:
         raise ConfigError(f"dvc: {one_line(str(error))}") from None
 
@@ -249,14 +326,18 @@ def side_by_side(study: Study) -> int:
     return share_of_cores(study.threads * hardware.ranks)
 
 
-def warm_process(stages: int) -> AbstractContextManager[Mapping[str, str]]:
-    """What to set for ``stages`` stages so that they find libraries loaded; nothing where they do not, or are few."""
-    if warm.WARM in os.environ or sys.platform != "linux" or stages < WORTH_IT:
-        return nullcontext({})
+@contextmanager
+def ahead(stages: int) -> Iterator[tuple[dict[str, str], Turns | None]]:
+    """What to set for ``stages`` stages so that they and dvc find libraries loaded and wait for their turn, and what gives
+    turns; nothing where a stage is not one process on a CPU, or where they are few."""
     hardware = Hardware.chosen()
-    if hardware is None or not hardware.on_cpu or (hardware.machines, hardware.ranks) != (1, 1):
-        return nullcontext({})
-    return warm.started(environment_of(1, on_cpu=True))
+    one = hardware is not None and hardware.on_cpu and (hardware.machines, hardware.ranks) == (1, 1)
+    if not one or warm.WARM in os.environ or sys.platform != "linux" or stages < WORTH_IT:
+        yield {}, None
+        return
+    with warm.started(environment_of(1, on_cpu=True)) as environment:
+        path = warm.address(environment[warm.WARM], "turns")
+        yield environment | {TURNS: path}, Turns(path)
 
 
 def main(arguments: list[str]) -> int:
@@ -269,15 +350,15 @@ def main(arguments: list[str]) -> int:
     signals.outlive_terminal()
     try:
         jobs = asked.jobs or side_by_side(load_study())
-        graph, changed = stages()
+        graph, changed, patient = stages()
         if changed:
-            with warm_process(len(affected(graph, changed))) as environment:
-                status = Repro(graph, changed, jobs, environment).run()
+            with ahead(len(affected(graph, changed))) as (environment, turns):
+                status = Repro(graph, changed, jobs, environment, turns, patient).run()
             if status == EXIT_STOPPED:
                 say("stopped; what was computed is kept: say it again")
             if status:
                 return status
-            _, changed = stages()
+            changed = stages().changed
     except ConfigError as error:
         say(str(error))
         return EXIT_BAD_INPUT

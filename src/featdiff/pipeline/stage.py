@@ -29,6 +29,7 @@ from featdiff.processes import signals
 from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
 from featdiff.processes.ranks import alive, hardware, leave, process_start, process_state, rank, starters
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
+from featdiff.processes.turns import turn
 from featdiff.tracking.record import Record
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
         if (launcher := os.environ.get(LAUNCHER)) and not alive(*map(int, launcher.split(":"))):
             raise Stopped("the end of its launcher")
         study, params, signature = _signature(name, key, numbers)
-        with _lock(target) if main else _nothing():
+        with turn() if main else _nothing(), _lock(target) if main else _nothing():
             if main:
                 artifact.begin(target)
             record = Record(label, name, key, params.model_dump(), study.seed, out=out, main=main)
