@@ -8,8 +8,30 @@ import sys
 
 from featdiff.processes import warm
 
-LIBRARIES = ("dvc.cli", "dvc.commands.repro")
-"""What ``dvc repro`` imports before it has found out what there is to do."""
+LIBRARIES = (
+    "dvc.cli.parser",
+    "dvc.commands.repro",
+    "dvc.cachemgr",
+    "dvc.data_cloud",
+    "dvc.lock",
+    "dvc.parsing.interpolate",
+    "dvc.repo",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
+    "dvc.repo.metrics",
+    "dvc.repo.params",
+    "dvc.repo.plots",
+    "dvc.repo.stage",
+    "dvc.rwlock",
+    "dvc.scm",
+    "dvc.stage.loader",
+    "dvc.utils.strictyaml",
+    "dulwich.ignore",
+    "pyparsing",
+    "ruamel.yaml",
+    "scmrepo.git",
+)
+"""What ``dvc repro`` imports before it runs a stage."""
 
 if __name__ == "__main__":
     warm.main(sys.argv[1], LIBRARIES, sweeps=False)  # what a killed dvc leaves is told of its end, and ends as it should
