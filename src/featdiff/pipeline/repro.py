@@ -196,14 +196,16 @@ class Repro:
     def _begin(self) -> None:
         """Pass over what has nothing to do, let begin what there is room for, and start the next one ahead."""
         left = self._turns.left if self._turns else set[str]()
-        room = self._jobs - sum(bool(job.began) and job.stage not in left for job in self._running)
+        begun = [job.stage for job in self._running if job.began]
+        # those whose dvc still keeps what they wrote are as many at most: dvc lets one of them do so at a time
+        room = min(self._jobs - len(set(begun) - left), 2 * self._jobs - len(begun))
         ahead = self._waiting
         for stage in sorted([*self._ready, *([ahead.stage] if ahead else [])], key=self._order.__getitem__):
             if stage not in self._stale:
                 self._sorter.done(stage)
             elif self._over:
                 continue
-            elif room:
+            elif room > 0:
                 room -= 1
                 self._let_begin(ahead if ahead and ahead.stage == stage else self._started(stage))
             elif self._turns and stage in self._patient and not self._waiting:
