@@ -17,9 +17,7 @@ from featdiff.processes.warm import WARM, address
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are told of their launcher's end by Linux")
 ROOT = Path(__file__).parents[1]
-SERVER = (
-    "import sys; from featdiff.processes import warm; warm.LIBRARIES = ('colorsys', 'no_such_library'); warm.main(sys.argv[1])"
-)
+SERVER = "import sys; from featdiff.processes import warm; warm.main(sys.argv[1], ('colorsys', 'no_such_library'))"
 SCRIPT = """
 import os, pathlib, subprocess, sys, time
 from featdiff.processes import signals

@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -31,7 +33,9 @@ from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
 from featdiff.processes import signals, warm
 from featdiff.processes.launch import EXIT_BAD_INPUT, SHARE, Hardware, environment_of, share_of_cores
+from featdiff.processes.ranks import process_start
 from featdiff.processes.signals import EXIT_STOPPED, say
+from featdiff.processes.turns import TURNS, Turns
 
 LOGS = Path(".featdiff/logs")
 POLL_SECONDS = 0.2
@@ -51,6 +55,8 @@ USUAL = (
     "Use `dvc",
 )
 """What dvc says of every stage, and what stays in its log; --quiet would keep back its errors, too."""
+PATIENT = "sh stages/run "
+"""How the command of a stage begins that waits for its turn (featdiff.pipeline.stage)."""
 Graph = Mapping[str, set[str]]
 """What each stage waits for."""
 ONE_READ = "crosscoders"
@@ -89,42 +95,59 @@ def _last(line: str) -> str:
 
 
 class Job:
-    """One stage at work, under a dvc that leads a group of processes."""
+    """One stage, under a dvc that leads a group of processes."""
 
     def __init__(self, stage: str, environment: Mapping[str, str]) -> None:
-        self.stage, self.began, self.log = stage, time.monotonic(), LOGS / f"{stage}.log"
+        self.stage, self.log = stage, LOGS / f"{stage}.log"
+        self.began: float | None = None
+        """None for a stage that was started ahead, and waits for its turn."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         dvc = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-        command = [sys.executable, "-m", *(["featdiff.crosscoder.together"] if stage == ONE_READ else dvc)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0,
+        command = ["-m", *(["featdiff.crosscoder.together"] if stage == ONE_READ else dvc)]
+        with self.log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
+            streams = nothing.fileno(), log.fileno(), log.fileno()
+            forked = None if stage == ONE_READ else warm.ask(command, dict(environment), warm.DVC, streams)
+            self._process = forked or subprocess.Popen(
+                [sys.executable, *command], stdin=nothing, stdout=log, stderr=log, env=environment, process_group=0,
                 preexec_fn=signals.follow,
             )  # fmt: skip
         self.output = Output(self.log)
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self._process.pid, number)
+
+    def ended(self) -> int | None:
+        """Exit status of its dvc, as ``subprocess`` gives it; None while it is at work."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        if not select.select([self._process.line], [], [], 0)[0]:
+            return None
+        if (status := self._process.wait()) is not None:
+            return os.waitstatus_to_exitcode(status)
+        return None if process_start(self._process.pid) else -signal.SIGTERM  # with the process that it was forked from
 
     @property
     def took(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        minutes, seconds = divmod(int(time.monotonic() - self.began) if self.began else 0, 60)
         return f"{minutes}:{seconds:02d}"
 
 
 class Repro:
-    """Stages of ``graph`` that are ``changed``, or wait for one that is, ``jobs`` at a time, or one of ``spread``."""
+    """``stages`` that are changed, or wait for one that is, ``jobs`` at a time, or one that is spread. With ``turns`` one more of
+    the patient ones is started ahead, and the place of a stage is free as soon as its own processes have ended, while its dvc
+    still keeps what they wrote."""
 
-    def __init__(self, graph: Graph, changed: set[str], spread: set[str], jobs: int, environment: Mapping[str, str]) -> None:
-        self._graph, self._jobs, self._requests = graph, jobs, signals.Requests()
-        self._spread = spread
-        self._stale = set(changed)
-        self._sorter = TopologicalSorter(graph)
-        self._order = order(graph)
+    def __init__(self, stages: Stages, jobs: int, environment: Mapping[str, str], turns: Turns | None = None) -> None:
+        self._graph, self._jobs, self._requests = stages.graph, jobs, signals.Requests()
+        self._spread, self._patient = stages.spread, stages.patient - stages.spread
+        self._turns = turns
+        self._stale = set(stages.changed)
+        self._sorter = TopologicalSorter(stages.graph)
+        self._order = order(stages.graph)
         self._running: list[Job] = []
         self._ready: list[str] = []
-        self._status, self._done, self._all = 0, 0, len(affected(graph, changed))
+        self._status, self._done, self._all = 0, 0, len(affected(stages.graph, stages.changed))
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self._environment = os.environ | environment | ({"TQDM_MININTERVAL": "1"} if self._console.is_terminal else {})
         signals.handle(self._hand_on)
@@ -140,10 +163,11 @@ class Repro:
                 self._begin()
                 if not self._running:
                     break
-                time.sleep(POLL_SECONDS)
+                self._wait()
                 for job in list(self._running):
-                    ended = job.process.poll()
-                    self._tell(job, live.is_started and self._console.is_terminal)
+                    ended = job.ended()
+                    if job.began:
+                        self._tell(job, live.is_started and self._console.is_terminal)
                     if ended is not None:
                         self._end(job, ended)
         return EXIT_STOPPED if self._requests.asked else self._status
@@ -153,27 +177,63 @@ class Repro:
         """Whether no further stage may begin."""
         return bool(self._requests.asked or self._status)
 
+    @property
+    def _waiting(self) -> Job | None:
+        """The stage that was started ahead."""
+        return next((job for job in self._running if not job.began), None)
+
+    def _wait(self) -> None:
+        """For a while, or until a stage says something."""
+        if self._turns:
+            if self._over:
+                self._turns.give_no_more()
+            self._turns.wait(POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
+
     def _begin(self) -> None:
-        """Pass over what has nothing to do, and start what there is room for."""
+        """Pass over what has nothing to do, let begin what there is room for, and start the next one ahead."""
         while passed := [stage for stage in self._ready if stage not in self._stale]:
             self._sorter.done(*passed)
             self._ready = [stage for stage in self._ready if stage in self._stale] + list(self._sorter.get_ready())
-        for stage in sorted(self._ready, key=self._order.__getitem__):
-            if not self._over and self._has_room(stage):
-                share = {SHARE: str(self._jobs)} if stage in self._spread else {}
-                self._running.append(job := Job(stage, self._environment | share))
-                self._ready.remove(stage)
-                self._say(stage, "begins")
-                if self._requests.asked:  # while it was being started, so that it was not told
-                    job.signal(signal.SIGINT)
+        if self._over:
+            return
+        begun = {job.stage for job in self._running if job.began}
+        working = begun - (self._turns.left if self._turns else set())
+        # those whose dvc still keeps what they wrote are as many at most: dvc lets one of them do so at a time
+        room = 0 if working & self._spread else min(self._jobs - len(working), 2 * self._jobs - len(begun))
+        ahead = self._waiting
+        for stage in sorted([*self._ready, *([ahead.stage] if ahead else [])], key=self._order.__getitem__):
+            if stage in self._spread:
+                if not working and room > 0 and not ahead and self._spread.issuperset(self._ready):
+                    room = 0
+                    self._let_begin(self._started(stage))
+            elif room > 0:
+                room -= 1
+                self._let_begin(ahead if ahead and ahead.stage == stage else self._started(stage))
+            elif self._turns and stage in self._patient and not self._waiting:
+                self._started(stage)
 
-    def _has_room(self, stage: str) -> bool:
-        if stage in self._spread:
-            return not self._running and self._spread.issuperset(self._ready)
-        return len(self._running) < self._jobs and not any(job.stage in self._spread for job in self._running)
+    def _started(self, stage: str) -> Job:
+        self._ready.remove(stage)
+        share = {SHARE: str(self._jobs)} if stage in self._spread else {}
+        self._running.append(job := Job(stage, self._environment | share))
+        if self._requests.asked:  # while it was being started, so that it was not told
+            job.signal(signal.SIGINT)
+        return job
+
+    def _let_begin(self, job: Job) -> None:
+        job.began = time.monotonic()
+        if self._turns:
+            self._turns.give(job.stage)
+        self._say(job.stage, "begins")
 
     def _end(self, job: Job, status: int) -> None:
         self._running.remove(job)
+        if not job.began:
+            if status and self._over:
+                return  # its turn did not come
+            self._tell(job, bars_are_shown=True)
         if status:
             self._status = self._status or status
             self._say(job.stage, f"failed after {job.took} (status {status}); all that it said: {job.log}")
@@ -198,7 +258,7 @@ class Repro:
         table = Table.grid(padding=(0, 2))
         for _ in range(3):
             table.add_column(no_wrap=True, overflow="ellipsis")
-        for job in self._running:
+        for job in filter(lambda job: job.began, self._running):
             table.add_row(job.stage, job.took, job.output.bar.strip())
         return table
 
@@ -226,13 +286,15 @@ def affected(graph: Graph, changed: set[str]) -> set[str]:
     return found
 
 
-def with_one_read(graph: Graph, changed: set[str]) -> tuple[Graph, set[str]]:
+def with_one_read(stages: Stages) -> Stages:
     """The same where crosscoders that may have to be made again wait for :data:`ONE_READ`, and that for all that they need."""
-    readers = {stage for stage in affected(graph, changed) if stage.startswith(READERS)}
+    graph = stages.graph
+    readers = {stage for stage in affected(graph, stages.changed) if stage.startswith(READERS)}
     if len(readers) < 2:
-        return graph, changed
+        return stages
     waiting = {stage: graph[stage] | {ONE_READ} for stage in readers}
-    return {**graph, **waiting, ONE_READ: set[str]().union(*(graph[stage] for stage in readers))}, changed | {ONE_READ}
+    read = {ONE_READ: set[str]().union(*(graph[stage] for stage in readers))}
+    return stages._replace(graph={**graph, **waiting, **read}, changed=stages.changed | {ONE_READ})
 
 
 def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
@@ -245,9 +307,20 @@ def order(graph: Graph) -> dict[str, tuple[int, int, str]]:
     return {stage: (-below[stage], -len(above[stage]), stage) for stage in graph}
 
 
-def stages() -> tuple[Graph, set[str], set[str]]:
-    """What every stage of the repository waits for, those of which anything is not as dvc.lock has it, and those that are to be
-    spread. Raises ConfigError with what DVC says where it cannot tell."""
+class Stages(NamedTuple):
+    """Those of the repository."""
+
+    graph: Graph
+    changed: set[str]
+    """Those of which anything is not as dvc.lock has it."""
+    patient: set[str]
+    """Those that may be started ahead."""
+    spread: set[str]
+    """Those that are long and shared out by ranks: each has all places."""
+
+
+def stages() -> Stages:
+    """Raises ConfigError with what DVC says where it cannot tell."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -255,8 +328,9 @@ def stages() -> tuple[Graph, set[str], set[str]]:
         with Repo(_wait_for_lock=True) as repo:
             graph = repo.index.graph
             waits = {stage.addressing: {each.addressing for each in graph.successors(stage)} for stage in graph}
+            patient = {stage.addressing for stage in graph if str(stage.cmd).startswith(PATIENT)}
             spread = {stage.addressing for stage in graph if (getattr(stage, "meta", None) or {}).get("spread")}
-            return waits, set(repo.status()), spread
+            return Stages(waits, set(repo.status()), patient, spread)
     except DvcException as error:
         raise ConfigError(f"dvc: {one_line(str(error))}") from None
 
@@ -269,14 +343,18 @@ def side_by_side(study: Study) -> int:
     return share_of_cores(study.threads * hardware.ranks)
 
 
-def warm_process(stages: int) -> AbstractContextManager[Mapping[str, str]]:
-    """What to set for ``stages`` stages so that they find libraries loaded; nothing where they do not, or are few."""
-    if warm.WARM in os.environ or sys.platform != "linux" or stages < WORTH_IT:
-        return nullcontext({})
+@contextmanager
+def ahead(stages: int) -> Iterator[tuple[dict[str, str], Turns | None]]:
+    """What to set for ``stages`` stages so that they and dvc find libraries loaded and wait for their turn, and what gives
+    turns; nothing where a stage is not one process on a CPU, or where they are few."""
     hardware = Hardware.chosen()
-    if hardware is None or not hardware.on_cpu or (hardware.machines, hardware.ranks) != (1, 1):
-        return nullcontext({})
-    return warm.started(environment_of(1, on_cpu=True))
+    one = hardware is not None and hardware.on_cpu and (hardware.machines, hardware.ranks) == (1, 1)
+    if not one or warm.WARM in os.environ or sys.platform != "linux" or stages < WORTH_IT:
+        yield {}, None
+        return
+    with warm.started(environment_of(1, on_cpu=True)) as environment:
+        path = warm.address(environment[warm.WARM], "turns")
+        yield environment | {TURNS: path}, Turns(path)
 
 
 def main(arguments: list[str]) -> int:
@@ -289,17 +367,17 @@ def main(arguments: list[str]) -> int:
     signals.outlive_terminal()
     try:
         jobs = asked.jobs or side_by_side(load_study())
-        graph, changed, spread = stages()
-        if any(stage.startswith(READERS) for stage in graph) and load_study().activations.source == "models":
-            graph, changed = with_one_read(graph, changed)
-        if changed:
-            with warm_process(len(affected(graph, changed))) as environment:
-                status = Repro(graph, changed, spread, jobs, environment).run()
+        found = stages()
+        if any(stage.startswith(READERS) for stage in found.graph) and load_study().activations.source == "models":
+            found = with_one_read(found)
+        if found.changed:
+            with ahead(len(affected(found.graph, found.changed))) as (environment, turns):
+                status = Repro(found, jobs, environment, turns).run()
             if status == EXIT_STOPPED:
                 say("stopped; what was computed is kept: say it again")
             if status:
                 return status
-            _, changed, _ = stages()
+            changed = stages().changed
     except ConfigError as error:
         say(str(error))
         return EXIT_BAD_INPUT

@@ -30,6 +30,7 @@ from featdiff.processes.launch import EXIT_BAD_INPUT, LAUNCHER, RANKS
 from featdiff.processes.memory import keep_freed
 from featdiff.processes.ranks import alive, hardware, leave, process_start, process_state, rank, starters
 from featdiff.processes.signals import EXIT_STOPPED, Stopped, say
+from featdiff.processes.turns import turn
 from featdiff.tracking.record import Curves, Record
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def stage(name: str, out: str, key: str = "", numbers: Callable[[Study], Any] | 
     label = _label(name, key)
     with _as_a_stage(label, target):
         study, params, signature = _signature(name, key, numbers)
-        with _lock(target) if main else _nothing():
+        with turn() if main else _nothing(), _lock(target) if main else _nothing():
             if main:
                 artifact.begin(target)
             record = Record(label, name, key, params.model_dump(), study.seed, out=out, main=main)

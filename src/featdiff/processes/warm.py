@@ -1,5 +1,5 @@
 """A process that has loaded the large libraries, and from which the process of a stage is forked when a launcher asks for one
-(ours): ``python -m featdiff.processes.warm <socket>``
+(ours): ``python -m featdiff.processes.warm <socket>``; featdiff.processes.dvc is another, for dvc.
 
 Of the sixty stages of a study most spend two to ten seconds on importing the same libraries; a fork has them at once. Nothing
 of featdiff is loaded here but what starts processes, so that a stage runs the code that its record names. A launcher that gets
@@ -41,12 +41,14 @@ LIBRARIES = (
     "sklearn.model_selection",
 )
 """What stages import that takes long. One that cannot be loaded is left to the stage, which says why."""
+DVC = "dvc"
 _LENGTH, _NUMBER = struct.Struct("!Q"), struct.Struct("!i")
 
 
-def address(folder: str, threads: str) -> str:
-    """Path of the socket of a process with ``threads`` threads: OpenMP asks how many there are once, when it is loaded."""
-    return str(Path(folder) / f"{threads}.sock")
+def address(folder: str, kind: str) -> str:
+    """Path of the socket of a process: of that for :data:`DVC`, or of one with so many threads, as OpenMP asks how many there
+    are once, when it is loaded."""
+    return str(Path(folder) / f"{kind}.sock")
 
 
 class Child(NamedTuple):
@@ -62,16 +64,19 @@ class Child(NamedTuple):
         return int(_NUMBER.unpack(found)[0]) if len(found) == _NUMBER.size else None
 
 
-def ask(command: list[str], environment: dict[str, str]) -> Child | None:
+def ask(
+    command: list[str], environment: dict[str, str], kind: str = "", streams: tuple[int, int, int] = (0, 1, 2)
+) -> Child | None:
     """Have ``command`` (what would stand after ``python``: a script or ``-m`` and a module, and options) run by a fork, with
-    ``environment``, this process's standard streams and its working folder. None where no process answers."""
+    ``environment``, ``streams`` and this process's working folder. ``kind``: see :func:`address`, by default as many threads as
+    ``environment`` says. None where no process answers."""
     if not (folder := environment.get(WARM)):
         return None
     line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with suppress(OSError):
-        line.connect(address(folder, environment.get("OMP_NUM_THREADS", "")))
+        line.connect(address(folder, kind or environment.get("OMP_NUM_THREADS", "")))
         asked = json.dumps([command, environment, str(Path.cwd())]).encode()
-        socket.send_fds(line, [_LENGTH.pack(len(asked))], [0, 1, 2])
+        socket.send_fds(line, [_LENGTH.pack(len(asked))], streams)
         line.sendall(asked)
         found = line.recv(_NUMBER.size, socket.MSG_WAITALL)
         if len(found) == _NUMBER.size:
@@ -82,25 +87,30 @@ def ask(command: list[str], environment: dict[str, str]) -> Child | None:
 
 @contextmanager
 def started(environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A warm process for stages with ``environment``; gives the environment in which their launchers find it."""
+    """Warm processes for stages with ``environment`` and for dvc; gives the environment in which both are found."""
+    kinds = {"featdiff.processes.warm": environment["OMP_NUM_THREADS"], "featdiff.processes.dvc": DVC}
+    quiet = subprocess.DEVNULL
     with tempfile.TemporaryDirectory(prefix="featdiff-") as folder:
-        command = [sys.executable, "-m", "featdiff.processes.warm", address(folder, environment["OMP_NUM_THREADS"])]
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(
-            command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, process_group=0, preexec_fn=signals.follow
-        )
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, address(folder, kind)], env=environment if kind != DVC else None,
+                stdin=quiet, stdout=quiet, stderr=quiet, process_group=0, preexec_fn=signals.follow,
+            )
+            for module, kind in kinds.items()
+        ]  # fmt: skip
         try:
             yield {WARM: folder}
         finally:
-            process.terminate()
-            process.wait()
+            for process in processes:
+                process.terminate()
+                process.wait()
 
 
 class _Server:
     """Forks a child for every request, and tells each launcher how its child ended."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(self, listener: socket.socket, sweeps: bool) -> None:
+        self._listener, self._sweeps = listener, sweeps
         self._lines: dict[int, socket.socket] = {}
         """To the launcher of each child, by pid."""
         self._woken, self._wakes = socket.socketpair()
@@ -159,7 +169,8 @@ class _Server:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 pid, status = ended
                 with suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # what it left behind
+                    if self._sweeps:
+                        os.killpg(pid, signal.SIGKILL)  # what it left behind
                 with self._lines.pop(pid) as line, suppress(OSError):
                     line.sendall(_NUMBER.pack(status))
 
@@ -172,13 +183,14 @@ def load(libraries: Iterable[str]) -> None:
     gc.freeze()  # a child then neither looks through what is loaded here nor copies its pages
 
 
-def main(path: str) -> None:
-    """Listen at ``path``; a child ends as the command that it runs."""
+def main(path: str, libraries: Iterable[str], sweeps: bool = True) -> None:
+    """Load ``libraries`` and listen at ``path``; a child ends as the command that it runs, and what is left of its group then
+    is killed if ``sweeps``."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    load(LIBRARIES)
+    load(libraries)
     listener.bind(path)
     listener.listen()
-    server = _Server(listener)
+    server = _Server(listener, sweeps)
     command, environment, folder = server.serve()
     signals.follow()
     os.environ.clear()
@@ -193,4 +205,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], LIBRARIES)

@@ -1,0 +1,37 @@
+"""A process that has loaded dvc, and from which the dvc above a stage is forked (ours):
+``python -m featdiff.processes.dvc <socket>``
+
+The name is read: by it stages/run knows the process above it for a dvc, whose Python it takes.
+"""
+
+import sys
+
+from featdiff.processes import warm
+
+LIBRARIES = (
+    "dvc.cli.parser",
+    "dvc.commands.repro",
+    "dvc.cachemgr",
+    "dvc.data_cloud",
+    "dvc.lock",
+    "dvc.parsing.interpolate",
+    "dvc.repo",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
+    "dvc.repo.metrics",
+    "dvc.repo.params",
+    "dvc.repo.plots",
+    "dvc.repo.stage",
+    "dvc.rwlock",
+    "dvc.scm",
+    "dvc.stage.loader",
+    "dvc.utils.strictyaml",
+    "dulwich.ignore",
+    "pyparsing",
+    "ruamel.yaml",
+    "scmrepo.git",
+)
+"""What ``dvc repro`` imports before it runs a stage."""
+
+if __name__ == "__main__":
+    warm.main(sys.argv[1], LIBRARIES, sweeps=False)  # what a killed dvc leaves is told of its end, and ends as it should
