@@ -76,7 +76,7 @@ def page_of(evidence: Evidence) -> Page:
     verdicts = claims.verdicts()
     rates = RATES if evidence.effects else []
     trace = traced(claims, verdicts, {}, lambda _: 1)
-    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", trace, {"data": "0" * 64})
+    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", trace, {"data": "0" * 64}, None)
     return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts, rates))
 
 
