@@ -98,7 +98,7 @@ def _accuracy(claims: Claims, published: Published, name: str) -> dict[str, Tab]
             pairs.append(Pair(task, paper, per_cent / 100, paper.questions, found, confidence))
         shown = evidence.names.label(model) if model else role
         caption = (
-            f"Per cent of right answers, report split; here one training run of {shown}, each task under its own scoring rule."
+            f"Per cent of right answers, report split; here {shown}, one run, each task under its own scoring rule."
         )
         tabs[shown] = (pairs, False, caption)
     return tabs
