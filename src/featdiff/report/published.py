@@ -97,9 +97,7 @@ def _accuracy(claims: Claims, published: Published, name: str) -> dict[str, Tab]
             found = ours or (NOT_ASKED if model else NO_MODEL)
             pairs.append(Pair(task, paper, per_cent / 100, paper.questions, found, confidence))
         shown = evidence.names.label(model) if model else role
-        caption = (
-            f"Per cent of right answers, report split; here {shown}, one run, each task under its own scoring rule."
-        )
+        caption = f"Per cent of right answers, report split; here {shown}, one run, each task under its own scoring rule."
         tabs[shown] = (pairs, False, caption)
     return tabs
 
