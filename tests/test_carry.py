@@ -17,7 +17,7 @@ import yaml
 from project import ROOT
 
 pytestmark = pytest.mark.graph
-STEPS = 40
+STEPS, PATIENCE = 10, 240
 WORK = f"""
 import os, signal, sys, time
 from pathlib import Path
@@ -29,11 +29,12 @@ log.write_text(log.read_text() + f"big from {{begun}}\\n")
 asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append(1))
 for step in range(begun + 1, {STEPS + 1}):
-    time.sleep(0.15)
-    (folder / str(step)).write_text("x" * step)
-    (folder / str(step - 1)).unlink(missing_ok=True)
+    while step == {STEPS} and os.path.exists(os.environ["HOLD"]) and not asked:
+        time.sleep(0.05)
     if asked:
         sys.exit(75)
+    (folder / str(step)).write_text("x" * step)
+    (folder / str(step - 1)).unlink(missing_ok=True)
 Path("big").mkdir(exist_ok=True)
 Path("big/a").write_text("done")
 Path("metrics").mkdir(exist_ok=True)
@@ -43,12 +44,18 @@ Path("metrics/big.json").write_text('{{"a": 1}}')
 
 
 class Machine:
-    """A clone of the repository at ``path``, which shares nothing with others but the remote."""
+    """A clone of the repository at ``path``, which shares nothing with others but the remote. Its second stage does not end as
+    long as there is a file ``hold``."""
 
     def __init__(self, path: Path, log: Path) -> None:
         self.path = path
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_", "FEATDIFF_"))}
-        self.environment = clean | {"LOG": str(log), "PYTHONPATH": str(ROOT / "src"), "DVC_NO_ANALYTICS": "1"}
+        self.environment = clean | {
+            "LOG": str(log),
+            "HOLD": str(log.with_name("hold")),
+            "PYTHONPATH": str(ROOT / "src"),
+            "DVC_NO_ANALYTICS": "1",
+        }
         self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
         self.running: list[subprocess.Popen[str]] = []
 
@@ -67,7 +74,7 @@ class Machine:
         return self.running[-1]
 
     def ends(self, process: subprocess.Popen[str], status: int) -> str:
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == status, said
         return said
 
@@ -115,8 +122,9 @@ def test_another_machine_goes_on_where_the_first_one_vanished(
     machines: tuple[Machine, Machine, Machine], number: signal.Signals
 ) -> None:
     first, second, third = machines
-    log = first.path.parent / "log"
-    process, deadline = first.carry("--every", "0.5"), time.monotonic() + 60
+    log, hold = (first.path.parent / name for name in ("log", "hold"))
+    hold.touch()
+    process, deadline = first.carry("--every", "0.5"), time.monotonic() + PATIENCE
     while kept(first) < 3:
         assert time.monotonic() < deadline, process.poll()
         time.sleep(0.1)
@@ -126,6 +134,7 @@ def test_another_machine_goes_on_where_the_first_one_vanished(
     assert list(yaml.safe_load((place / "dvc.lock").read_text())["stages"]) == ["small"], "what is there, and no other study's"
     if number == signal.SIGKILL:
         time.sleep(1.5)  # the stage hears of it and ends by itself
+    hold.unlink()
     reached = kept(first)
     assert 3 <= reached < STEPS
 
@@ -143,7 +152,6 @@ def test_another_machine_goes_on_where_the_first_one_vanished(
 
 def test_a_remote_that_is_away_stops_no_stage_and_is_told_at_the_end(machines: tuple[Machine, Machine, Machine]) -> None:
     first = machines[0]
-    (first.path / "work.py").write_text(WORK.replace("0.15", "0.01"))
     (first.path.parent / "remote").write_text("a file where a folder should be")
     said = first.ends(first.carry("--every", "0.2"), 1)
     assert (first.path / "big/a").read_text() == "done"
