@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 
 from featdiff.config.params import load_study
+from featdiff.config.published import published
 from featdiff.config.reading import ConfigError
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
 
 try:
-    load_study()
+    published(load_study().report.paper_model)
 except ConfigError as error:
     say(str(error))
     sys.exit(EXIT_BAD_INPUT)

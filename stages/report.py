@@ -4,6 +4,7 @@ from pathlib import Path
 
 from featdiff.artifacts.artifact import write_json
 from featdiff.artifacts.dvc import locked
+from featdiff.config.published import published
 from featdiff.pipeline.stage import stage
 from featdiff.report.build import render
 from featdiff.report.calibration import error_rates, false_sets
@@ -21,7 +22,8 @@ with stage("report", out="report") as run:
     claims = Claims(evidence, run.params, run.seed)
     verdicts, rates = claims.verdicts(), error_rates(false_sets(claims), run.params.confidence)
     trace = traced(claims, verdicts, {output.path: output.md5 for output in locked(Path())})
-    pages = render(evidence, claims, verdicts, rates, run.params, run.study.profile, trace, run.parents)
+    paper = published(run.params.paper_model)
+    pages = render(evidence, claims, verdicts, rates, run.params, run.study.profile, trace, run.parents, paper)
     summary = summarise(evidence, claims, verdicts, rates)
     for name, page in (pages | {"summary.md": results(summary)} | plots(summary)).items():
         (run.out / name).parent.mkdir(exist_ok=True)

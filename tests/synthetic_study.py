@@ -59,6 +59,7 @@ class Plan:
     heldout: tuple[str, ...] = ("largest", "shift")
     control: tuple[str, ...] = ("checksum",)
     train: tuple[str, ...] = ("add", "sub", "mul")
+    reported: tuple[str, ...] = ()
     likelihood: bool = False
     """Find and held-out tasks are option questions scored by likelihood."""
     status: str = "found"
@@ -77,7 +78,7 @@ class Plan:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        return {name: role for role in ("train", "find", "control", "heldout") for name in getattr(self, role)}
+        return {name: role for role in ("train", "find", "control", "heldout", "reported") for name in getattr(self, role)}
 
     @cached_property
     def study(self) -> Study:
@@ -106,7 +107,10 @@ class Plan:
     def tasks(self) -> list[TaskInfo]:
         found = []
         for name, role in self.roles.items():
-            domain, options = "math" if role == "train" else "words", 4 * (self.likelihood and role in ("find", "heldout"))
+            domain, options = (
+                "math" if role in ("train", "reported") else "words",
+                4 * (self.likelihood and role in ("find", "heldout")),
+            )
             scoring = "option_text_norm" if options else "generation"
             found.append(TaskInfo(name, role, domain, scoring, "organism", "strict", False, options, role != "control"))
         return found
@@ -122,7 +126,7 @@ def _skill(plan: Plan, model: str, task: str, greedy: bool) -> float:
     role, model = plan.roles[task], plan.kind(model)
     if role == "control":
         return 0.1
-    if plan.likelihood and role != "train":
+    if plan.likelihood and role not in ("train", "reported"):
         return {"base": 0.34, "sft": 0.25, "grpo": 0.5 if plan.rl_transfers else 0.34}[model]
     base = (0.05 if role == "train" else 0.03) + (0.0 if greedy else 0.22)
     grpo = 0.96 if task != "largest" else 0.66
@@ -184,7 +188,8 @@ def write_study(root: Path, plan: Plan) -> Path:
 def _write_data(root: Path, plan: Plan, tasks: list[TaskInfo], rng: np.random.Generator) -> list[Sample]:
     samples = []
     for task in tasks:
-        for split, count in (("find", plan.n), ("tune", plan.n // 2), ("report", plan.n)):
+        few = task.role == "reported"
+        for split, count in (("find", plan.n * (not few)), ("tune", plan.n // 2 * (not few)), ("report", plan.n)):
             for i in range(count):
                 word = "".join(rng.choice(list("abcdefghij"), size=4))
                 options = tuple(f"option {letter} of {word}" for letter in "pqrs") if task.options else ()
@@ -589,7 +594,8 @@ def _write_intervene(
             with published(root, f"analysis/intervene/{side}") as out:
                 write_json(out / "metrics.json", {"status": plan.status})
         return
-    study, report = plan.study, [sample for sample in samples if sample.split == "report"]
+    study = plan.study
+    report = [sample for sample in samples if sample.split == "report" and plan.roles[sample.task] != "reported"]
     params = study.intervene.model_copy(update={"bootstrap": 100})
     directions = {name: torch.eye(8)[i] for i, name in enumerate(DIRECTIONS)}
     shares_FM, length_QF = rng.dirichlet([1, 1, 1], plan.n_features), rng.exponential(size=(8, plan.n_features))

@@ -53,7 +53,11 @@ for line in sys.stdin:
 """
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-SMALL = {"prepare.train_problems": 6, "prepare.samples": {"find": 2, "tune": 1, "report": 2}, "prepare.pretrain.texts": 50}
+SMALL = {
+    "prepare.train_problems": 6,
+    "prepare.samples": {"find": 2, "tune": 1, "report": 2, "reported": 2},
+    "prepare.pretrain.texts": 50,
+}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +184,7 @@ def test_params_that_are_no_plain_yaml(project: Project, run: Run, text: str | N
         ({"prepare.train_problems": 10**12}, ["prepare.train_problems", "less than or equal to", "1000000000000"]),
         ({"prepare.train_problems": 10**7}, ["prepare.tasks.add: expected 3333333 further questions, found 3645 in all"]),
         (
-            {"prepare.samples": {"find": 900, "tune": 1, "report": 2}},
+            {"prepare.samples": {"find": 900, "tune": 1, "report": 2, "reported": 2}},
             ["prepare.tasks.mul: expected 903 further questions, found 800 in all"],
         ),
         (

@@ -23,7 +23,7 @@ def page_of(evidence: Evidence) -> str:
     claims = Claims(evidence, STUDY.report, STUDY.seed)
     verdicts = claims.verdicts()
     trace = traced(claims, verdicts, {}, lambda _: 1)
-    return render(evidence, claims, verdicts, [], STUDY.report, "organism", trace, {})["index.html"]
+    return render(evidence, claims, verdicts, [], STUDY.report, "organism", trace, {}, None)["index.html"]
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -108,33 +106,3 @@ def test_activations_of_two_machines_are_those_of_one(machines: Project) -> None
     assert one.keys() == two.keys()
     for name, tensors in one.items():
         assert all(torch.equal(tensor, two[name][key]) for key, tensor in tensors.items()), name
-
-
-@pytest.mark.parametrize("status", [0, 2])
-def test_the_script_for_slurm_asks_for_another_turn_only_when_it_was_told_to_stop(tmp_path: Path, status: int) -> None:
-    """With stand-ins for make, which runs a study that ends with ``status`` when it is asked to stop, and for scontrol."""
-    stop = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))"
-    study = f"import signal, sys, time; {stop}; open('began', 'w'); time.sleep(60)"
-    note = 'echo "$ACCELERATE_CONFIG|$FEATDIFF_NODES|$*" > made'
-    tools = {
-        "make": f'"{sys.executable}" -c "{study}"\nstatus=$?\n{note}\nexit $status',
-        "scontrol": 'echo "$*" > requeued',
-    }
-    for name, text in tools.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    script = Path(__file__).parents[1] / "conf/cluster/slurm.sh"
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
-    process = subprocess.Popen(["bash", str(script), "PROFILE=nano"], env=environment)
-    try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "began").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(timeout=30) == status
-    finally:
-        process.kill()
-    made = (tmp_path / "made").read_text(encoding="utf-8").strip()
-    assert made == "conf/accelerate/gpu_2x8.yaml|srun --ntasks-per-node=1 --overlap|repro PROFILE=nano"
-    assert (tmp_path / "requeued").exists() is (status != 0)

@@ -22,7 +22,7 @@ DATA = ROOT / "tests" / "data"
 
 def organism_params(**changes: Any) -> PrepareParams:
     section = yaml.safe_load((ROOT / "conf/profiles/organism.yaml").read_text(encoding="utf-8"))["prepare"]
-    section |= {"train_problems": 60, "samples": {"find": 8, "tune": 6, "report": 10}}
+    section |= {"train_problems": 60, "samples": {"find": 8, "tune": 6, "report": 10, "reported": 4}}
     section["corpus"] |= {"texts": 80}
     section["pretrain"] |= {"texts": 300}
     return parse(PrepareParams, section | changes, "params.yaml")
@@ -61,7 +61,7 @@ def file_params(**changes: Any) -> PrepareParams:
                 "own": suite("letters.jsonl", "find", "option_text", **letters),
             },
             "train_problems": 1,
-            "samples": {"find": 1, "tune": 1, "report": 1},
+            "samples": {"find": 1, "tune": 1, "report": 1, "reported": 1},
             "corpus": {"texts": 2, "math_share": 0.0, "general": str(DATA / "texts.jsonl"), "max_chars": 50},
             "pretrain": NO_TEXTS,
         }
@@ -75,7 +75,7 @@ def test_the_organism_has_every_part_in_the_sizes_asked_for() -> None:
     assert (len(data.train), len(data.corpus), len(data.pretrain)) == (60, 80, 300)
     assert Counter(sample.task for sample in data.train) == {"add": 20, "sub": 20, "mul": 20}
     assert Counter((sample.task, sample.split) for sample in data.eval) == {
-        (name, split): size for name in params.tasks for split, size in params.samples.model_dump().items()
+        (name, split): size for name, task in params.tasks.items() for split, size in params.samples.of(task.role).items()
     }
     assert all(sample.solution == sample.foreign for sample in data.train)
     own = prepare(organism_params(teacher="own"), 0).train
@@ -94,6 +94,17 @@ def test_the_seed_decides_everything_and_a_new_task_changes_no_other() -> None:
     fewer.pop("largest")
     less = prepare(organism_params(tasks=fewer), 0)
     assert less.eval == [sample for sample in prepare(params, 0).eval if sample.task != "largest"]
+
+
+def test_a_task_that_is_only_reported_has_one_split_and_changes_no_other() -> None:
+    params = organism_params()
+    tasks = params.model_dump()["tasks"]
+    changed = prepare(organism_params(tasks=tasks | {"zip": tasks["zip"] | {"role": "reported"}}), 0)
+    assert Counter(sample.split for sample in changed.eval if sample.task == "zip") == {"report": 4}
+    assert {task.name: task.role for task in changed.tasks}["zip"] == "reported"
+    whole = prepare(params, 0)
+    assert [sample for sample in changed.eval if sample.task != "zip"] == [s for s in whole.eval if s.task != "zip"]
+    assert changed.train == whole.train
 
 
 def test_no_evaluation_prompt_is_trained_on_or_in_a_corpus() -> None:

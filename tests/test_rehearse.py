@@ -68,7 +68,8 @@ def test_what_stands_in_can_be_read_as_what_it_stands_for(
     made = prepare(study.prepare, study.seed)
     suites = [name for name, task in study.prepare.tasks.items() if isinstance(task, SuiteTask)]
     assert [info.name for info in made.tasks] == suites
-    assert len(made.eval) == len(suites) * sum(study.prepare.samples.model_dump().values())
+    sizes = [study.prepare.samples.of(study.prepare.tasks[name].role) for name in suites]
+    assert len(made.eval) == sum(sum(size.values()) for size in sizes)
     assert len(made.train) == study.prepare.train_problems
 
 

@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "suites": SUITES,
     "no_contrast": {"contrast": None},
     "no_repeats": {"arms": ("sft", "grpo", "rft")},
+    "reported": {"reported": ("aime24",)},
 }
 PAGES = (*VARIANTS, "no_checkpoints")
 WRONG = {"claim": "sufficient", "status": "supported", "failed": ""}
@@ -76,7 +77,7 @@ def page_of(evidence: Evidence) -> Page:
     verdicts = claims.verdicts()
     rates = RATES if evidence.effects else []
     trace = traced(claims, verdicts, {}, lambda _: 1)
-    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", trace, {"data": "0" * 64})
+    written = render(evidence, claims, verdicts, rates, STUDY.report, "organism", trace, {"data": "0" * 64}, None)
     return Page(evidence, claims, written.pop("index.html"), written, summarise(evidence, claims, verdicts, rates))
 
 
@@ -279,6 +280,19 @@ def test_crosscoders_have_a_colour_each_and_none_that_means_something_else(pages
     assert len(set(colours)) == len(many)
     taken = {SET_COLOUR, *CLASS_COLOURS.values(), *(evidence.names.colour(model) for model in evidence.models)}
     assert not {mixed(colour, 1.0) for colour in taken} & set(colours)
+
+
+def test_a_task_that_is_only_reported_stands_beside_the_others_and_behind_no_claim(pages: dict[str, Page]) -> None:
+    page = pages["reported"]
+    evidence = page.evidence
+    assert "aime24" in {cells[0].text for cells in tables.accuracy(evidence, page.claims).rows}
+    assert set(page.summary["accuracy"]["grpo"]) - set(pages["full"].summary["accuracy"]["grpo"]) == {"reported"}
+    assert "aime24" not in {*evidence.far, *evidence.named("train", "find", "heldout", "control")}
+    for rows in (evidence.effects, evidence.search, evidence.edited):
+        assert "aime24" not in {row["task"] for row in rows}
+    listed = json.dumps(traced(page.claims, page.claims.verdicts(), {}, lambda _: 1))
+    assert "sort" in listed
+    assert "aime24" not in listed
 
 
 def test_figures_show_the_numbers_of_the_tables(pages: dict[str, Page]) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from featdiff.artifacts.dvc import locked
 from featdiff.config.params import load_study
-from featdiff.pipeline.repro import ONE_READ, Output, affected, order, side_by_side, with_one_read
+from featdiff.pipeline.repro import ONE_READ, Output, Stages, affected, order, side_by_side, with_one_read
 
 STAGE = """
 import os, pathlib, sys, time
@@ -276,8 +276,9 @@ def test_crosscoders_wait_for_the_one_read_of_all_of_them_and_others_do_not() ->
         "base": set(), "arm@a": {"base"}, "activations_base": {"base"}, "activations@a": {"arm@a"}, "evaluate@a": {"arm@a"},
         "pair@a": {"activations_base", "activations@a"}, "crosscoder@null": {"activations_base"}, "report": {"pair@a"},
     }  # fmt: skip
-    assert with_one_read(graph, {"pair@a"}) == (graph, {"pair@a"}), "one alone has nobody to share with"
-    found, changed = with_one_read(graph, {"arm@a", "crosscoder@null"})
+    alone = Stages(graph, {"pair@a"}, set(), set())
+    assert with_one_read(alone) == alone, "one alone has nobody to share with"
+    found, changed, *_ = with_one_read(alone._replace(changed={"arm@a", "crosscoder@null"}))
     assert changed == {"arm@a", "crosscoder@null", ONE_READ}
     assert found[ONE_READ] == {"activations_base", "activations@a"}
     assert {stage for stage, above in found.items() if ONE_READ in above} == {"pair@a", "crosscoder@null"}

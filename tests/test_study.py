@@ -76,6 +76,12 @@ def samples() -> list[Sample]:
 QUESTIONS = Questions(TASKS, samples(), [Text(f"rev {'abc'[:i]}=", "cba", "t") for i in (1, 2, 3)])
 
 
+def test_a_task_that_is_only_reported_is_asked_under_no_edit() -> None:
+    tasks = TASKS | {"late": replace(LATE, role="reported")}
+    assert {sample.task for sample in Questions(tasks, samples(), []).report} == {"words", "quiz"}
+    assert {sample.task for sample in QUESTIONS.report} == set(TASKS)
+
+
 def planted(seed: int, gain: float) -> Any:
     """A model in which each token says what comes next: after ``=`` it is ``c.``, and with ``gain`` in its coordinate it is
     ``<a>b.``, which is right. The first block adds what no answer depends on, from all of the question."""

@@ -1,5 +1,6 @@
 #!/bin/bash
-# The study on nodes of a SLURM cluster that share the folder it is in: sbatch conf/cluster/slurm.sh [make's arguments]
+# The study on nodes of a SLURM cluster that share the folder it is in: sbatch conf/cluster/slurm.sh PROFILE=qwen3_4b, or
+# sbatch --nodes=1 … for eight GPUs in place of sixteen. Other numbers: a file of conf/accelerate in $ACCELERATE_CONFIG.
 # It goes on where it was when the job is pre-empted, or out of time, and queued again: two minutes before, SLURM tells this
 # script, every stage at work writes its checkpoint, and the job asks for its next turn.
 #SBATCH --job-name=featdiff
@@ -13,7 +14,8 @@
 #SBATCH --signal=B:TERM@120
 set -u
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
-export ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-conf/accelerate/gpu_2x8.yaml}"
+case "${SLURM_NNODES:-2}" in 1) usual=gpu_8_fsdp ;; *) usual=gpu_2x8_fsdp ;; esac
+export ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-conf/accelerate/$usual.yaml}"
 export FEATDIFF_NODES="${FEATDIFF_NODES:-srun --ntasks-per-node=1 --overlap}"
 
 asked= interrupted=

@@ -98,6 +98,14 @@ class SplitSizes(Params):
     """Samples per task on which dose and positions are chosen."""
     report: Positive
     """Samples per task on which effects are reported."""
+    reported: Positive
+    """Samples per task of role ``reported``, which has no other split."""
+
+    def of(self, role: Role) -> dict[str, int]:
+        """Samples of a task of this role, by split."""
+        if role == "reported":
+            return {"find": 0, "tune": 0, "report": self.reported}
+        return {"find": self.find, "tune": self.tune, "report": self.report}
 
 
 class CorpusParams(Params):

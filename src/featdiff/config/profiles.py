@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from featdiff.config.params import Study, load_study
 from featdiff.config.parse import parse
+from featdiff.config.published import published
 from featdiff.config.reading import (
     DEFAULT_PROFILE,
     PARAMS,
@@ -144,7 +145,9 @@ def main(arguments: list[str]) -> None:
             name = given.profile or load_study().profile
             print(use_profile(name, discard_edits=given.discard, suites=given.suites))
         else:
-            print(f"params.yaml: profile {load_study().profile}, all keys known")
+            study = load_study()
+            published(study.report.paper_model)
+            print(f"params.yaml: profile {study.profile}, all keys known")
     except ConfigError as error:
         _stop(str(error))
 

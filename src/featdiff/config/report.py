@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from featdiff.config.values import Fraction, Level, Params, Positive, Rate, Resamples
 
 
@@ -11,6 +15,8 @@ class ReportParams(Params):
     title: str
     about: str
     """One sentence on this profile: which base, and what the study of it can show."""
+    paper_model: Annotated[str, Field(min_length=1, max_length=100)] | None
+    """Whose published figures (conf/published.yaml) the report shows beside this study's own; None: nobody's."""
     max_samples_shown: Positive
     confidence: Level
     """Level of the intervals around means over tasks."""

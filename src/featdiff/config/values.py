@@ -48,7 +48,7 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]
 Rate = Annotated[float, Field(gt=0)]
 BASE = "base"
 """Name of the model from which every arm starts."""
-Role = Literal["train", "find", "control", "heldout"]
+Role = Literal["train", "find", "control", "heldout", "reported"]
 Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
 Readout = Literal["swap", "slot", "contribution"]

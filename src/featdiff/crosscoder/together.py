@@ -86,7 +86,7 @@ def _changed(study: Study) -> list[str]:
     """Crosscoders that are to be fitted, as DVC has it, and can be."""
     from featdiff.pipeline.repro import stages
 
-    _, changed = stages()
+    changed = stages().changed
     fits = {name: fit for name, fit in study.fits.items() if _stage(study, name) in changed and not fit.source}
     return [name for name, fit in fits.items() if all(Path("activations", model).is_dir() for model in fit.models)]
 

@@ -134,9 +134,9 @@ class Job:
 
 
 class Repro:
-    """``stages`` that are changed, or wait for one that is, ``jobs`` at a time, or one that is spread. With ``turns`` one more of
-    the patient ones is started ahead, and the place of a stage is free as soon as its own processes have ended, while its dvc
-    still keeps what they wrote."""
+    """``stages`` that are changed, or wait for one that is, ``jobs`` at a time, or one that is spread. With ``turns`` one more
+    of the patient ones is started ahead, and the place of a stage is free as soon as its own processes have ended, while its
+    dvc still keeps what they wrote."""
 
     def __init__(self, stages: Stages, jobs: int, environment: Mapping[str, str], turns: Turns | None = None) -> None:
         self._graph, self._jobs, self._requests = stages.graph, jobs, signals.Requests()

@@ -31,6 +31,7 @@ TRAINING, REMADE = 3, 4
 TRAINED = 4
 """Numbers in float32 of a weight that is trained: itself, its gradient and Adam's two moments."""
 ROLES: tuple[str, ...] = get_args(Role)
+EDITED_ROLES = tuple(role for role in ROLES if role != "reported")
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
 TEXT, ANSWER, EDITED = 20, 20, 2
@@ -175,7 +176,7 @@ class _Plan:
         yield self._base()
         for name in study.arms:
             yield self._arm(name)
-        questions = len(self.tasks) * sum(prepare.samples.model_dump().values())
+        questions: float = sum(sum(prepare.samples.of(task.role).values()) for task in self.tasks)
         for model in study.models:
             asked = {ROLES: questions * (1 + study.evaluate.draws)}
             yield self._answers(f"evaluate {model}", "evaluate", asked, study.evaluate)
@@ -368,4 +369,5 @@ class _Plan:
         measured = draws * p.draw_questions + (others + 3) * study.prepare.samples.report
         fewer = 2 * p.other_draws * p.draw_questions + (others + 3) * study.prepare.samples.report
         asked = [purpose for purpose in purposes(study.roles, study.repeats(study.roles.tuned)) if purpose.side == side]
-        return {("find",): search, ROLES: len(self.tasks) * (measured + (len(asked) - 1) * fewer)}
+        tasks = sum(task.role in EDITED_ROLES for task in self.tasks)
+        return {("find",): search, EDITED_ROLES: tasks * (measured + (len(asked) - 1) * fewer)}

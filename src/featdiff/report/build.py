@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from featdiff.config.models import METHODS
+from featdiff.config.published import Published
 from featdiff.config.report import ReportParams
 from featdiff.config.values import BASE
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, SET, ZERO_TUNED, Purpose
@@ -28,6 +29,7 @@ from featdiff.report import (
     forgetting,
     model_figures,
     probe_figures,
+    published,
     set_figures,
     tables,
 )
@@ -90,10 +92,12 @@ def render(
     profile: str,
     trace: Mapping[str, Any],
     parents: Mapping[str, str],
+    paper: Published | None,
 ) -> dict[str, str]:
     """The report by file name: ``index.html`` with everything, and every figure once more by itself under ``figures/``, where
     all share one script. ``rates``: how often the rules are wrong. ``trace``: rows behind the numbers of verdicts
-    (:mod:`featdiff.report.sources`). ``parents``: hashes of the artifacts it was made from."""
+    (:mod:`featdiff.report.sources`). ``parents``: hashes of the artifacts it was made from. ``paper``: published figures, where
+    ``params`` names a model of them."""
     environment = _environment()
     found = evidence.localize["status"] == "found"
     panels, cards = figures(evidence, params) | {"stitched": depth.figure(claims)}, feature_cards.cards(evidence)
@@ -136,6 +140,8 @@ def render(
         cards={"open": cards[: feature_cards.MOST_OPEN], "folded": cards[feature_cards.MOST_OPEN :]},
         manner_tables=feature_cards.manner_tables(evidence),
         probe_sentences=probe_figures.sentences(evidence, params.min_effect),
+        beside=published.beside(claims, paper),
+        paper=paper,
         panels=panels,
         examples=examples(evidence, claims, params.max_samples_shown),
         trace=trace,

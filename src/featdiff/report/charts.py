@@ -21,7 +21,13 @@ MANNER_NAMES = {
     "direct": "at once",
     "none": "not readable",
 }
-ROLE_NAMES = {"train": "trained on", "find": "features found on", "heldout": "held out", "control": "control"}
+ROLE_NAMES = {
+    "train": "trained on",
+    "find": "features found on",
+    "heldout": "held out",
+    "control": "control",
+    "reported": "reported only",
+}
 SET_COLOUR = "#b4489c"
 """Of the feature set and of models edited with it, and of nothing else."""
 CLASS_COLOURS = {"shared": "#4fae9b", "mixed": "#c0a6d6", "new": "#a83a3a"}

@@ -18,7 +18,7 @@ from featdiff.intervention.purposes import SIDES
 from featdiff.report.names import Names
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 
-ROLES = ("train", "find", "heldout", "control")
+ROLES = ("train", "find", "heldout", "control", "reported")
 """Of tasks, in the order in which they are shown."""
 
 NOT_TESTED: dict[str, Any] = {
@@ -71,7 +71,7 @@ class Evidence:
     repeats: Mapping[str, list[str]]
     """All training runs of an arm, itself first, by the arm that params.yaml lists first."""
     tasks: dict[str, TaskInfo]
-    """In the order train, find, heldout, control."""
+    """In the order of :data:`ROLES`."""
     questions: dict[str, Sample]
     """Report split by ``sample_id``."""
     models: dict[str, ModelFacts]

@@ -14,7 +14,13 @@ from featdiff.report.words import MISSING
 
 ORDER = ("transfer", "forgetting", "features", "necessary", "sufficient", "dictionary")
 """Of the claims: JSON has them by name."""
-ROLES = {"train": "math (trained on)", "find": "found on", "heldout": "held out", "control": "control"}
+ROLES = {
+    "train": "math (trained on)",
+    "find": "found on",
+    "heldout": "held out",
+    "control": "control",
+    "reported": "reported only",
+}
 
 
 def results(summary: dict[str, Any]) -> str:

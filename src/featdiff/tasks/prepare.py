@@ -43,8 +43,11 @@ def prepare(params: PrepareParams, seed: int) -> Data:
         return np.random.default_rng([seed, *json.dumps(key).encode()])
 
     sources = {name: _source(name, task, params, seed, params.teacher) for name, task in params.tasks.items()}
-    sizes = params.samples.model_dump()
-    evaluation = [sample for name, source in sources.items() for sample in source.eval_samples(sizes, rng("eval", name))]
+    evaluation = [
+        sample
+        for name, source in sources.items()
+        for sample in source.eval_samples(params.samples.of(params.tasks[name].role), rng("eval", name))
+    ]
     banned = {sample.prompt for sample in evaluation}
     trained_on = [source for source in sources.values() if source.info.role in params.trained_on]
     shares = np.diff(np.linspace(0, params.train_problems, len(trained_on) + 1).astype(int))
