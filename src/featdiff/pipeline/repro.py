@@ -370,8 +370,8 @@ def main(arguments: list[str]) -> int:
         found = stages()
         if any(stage.startswith(READERS) for stage in found.graph) and load_study().activations.source == "models":
             found = with_one_read(found)
-        if found.changed:
-            with ahead(len(affected(found.graph, found.changed))) as (environment, turns):
+        if changed := found.changed:
+            with ahead(len(affected(found.graph, changed))) as (environment, turns):
                 status = Repro(found, jobs, environment, turns).run()
             if status == EXIT_STOPPED:
                 say("stopped; what was computed is kept: say it again")
