@@ -199,17 +199,15 @@ class Repro:
         if self._over:
             return
         begun = {job.stage for job in self._running if job.began}
-        working = begun - (self._turns.left if self._turns else set())
+        working = begun - (self._turns.left if self._turns else set[str]())
         # those whose dvc still keeps what they wrote are as many at most: dvc lets one of them do so at a time
-        room = 0 if working & self._spread else min(self._jobs - len(working), 2 * self._jobs - len(begun))
+        room = min(self._jobs - len(working), 2 * self._jobs - len(begun))
         ahead = self._waiting
         for stage in sorted([*self._ready, *([ahead.stage] if ahead else [])], key=self._order.__getitem__):
-            if stage in self._spread:
-                if not working and room > 0 and not ahead and self._spread.issuperset(self._ready):
-                    room = 0
-                    self._let_begin(self._started(stage))
-            elif room > 0:
+            alone = not working and not ahead and self._spread.issuperset(self._ready)
+            if room > 0 and (alone if stage in self._spread else not working & self._spread):
                 room -= 1
+                working.add(stage)
                 self._let_begin(ahead if ahead and ahead.stage == stage else self._started(stage))
             elif self._turns and stage in self._patient and not self._waiting:
                 self._started(stage)
