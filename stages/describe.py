@@ -22,13 +22,14 @@ with stage("describe", out="analysis/describe") as run:
         folders = {name: run.read(f"models/{name}") for name in parts}
         answers = {name: EVAL_SAMPLES.read(run.read(f"evals/{name}", "samples.parquet")) for name in parts}
         stores = {name: ActivationStore({name: run.read(f"activations/{name}")}) for name in (roles.original, roles.tuned)}
-        tokenizer = load_tokenizer(folders[roles.original])
+        tokenizer, tasks = load_tokenizer(folders[roles.original]), load_tasks(data)
         models = {name: load_model(folder).to(run.device) for name, folder in folders.items()}
         texts, largest = load_texts(data, "corpus"), largest_values(crosscoder, stores[roles.tuned], run.device)
         corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
         editor = Editor(crosscoder, roles.original, layer, run.device, largest, donor_name=roles.tuned)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
-        asked = tokenizer, load_tasks(data), load_samples(data, "eval"), answers, texts, corpus
+        samples = [sample for sample in load_samples(data, "eval") if tasks[sample.task].role != "reported"]
+        asked = tokenizer, tasks, samples, answers, texts, corpus
         sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)
         described, contexts, values = describe(sources, run.params, run.seed)
         described, probed = written_out(described, tokenizer), manner_probes(sources, run.params, run.seed)

@@ -352,7 +352,7 @@ class _Plan:
         yield self._answers(
             "stitch", "stitch", {ROLES: seams * study.stitch.questions * len(self.tasks)}, study.stitch, models=2
         )
-        lengths = [length for length, _ in self._lengths(study.evaluate)]
+        lengths = [length for length, _ in self._lengths(study.evaluate, EDITED_ROLES)]
         read = study.describe.corpus_tokens + 2 * sum(lengths) * (study.describe.samples + study.describe.shaded)
         held = LIBRARIES + 2 * (self.number * size.weights + FLOAT * read * size.d_model)
         yield Work("describe", "describe", 4 * size.forward(read, max(lengths) / 2), 5e6, held, way="forward")
