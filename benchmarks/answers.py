@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featdiff.config.params import load_study
 from featdiff.crosscoder.edits import Change
 from featdiff.language.decode import batches, generate_under
 from featdiff.language.models import block, encode_prompts, end_tokens, left_pad, load_model, load_tokenizer, resolve_layer
@@ -20,7 +21,8 @@ from featdiff.processes.memory import keep_freed
 from featdiff.tasks.task import first_of_each, load_samples
 from pace import case, timed
 
-LIMIT, BATCH = 40, 256
+asking = load_study().intervene
+LIMIT, BATCH = asking.max_new_tokens, asking.batch_size
 given, way = case(), sys.argv[2]
 model, tokenizer = load_model(Path("models/grpo")), load_tokenizer(Path("models/grpo"))
 FAMILIES = ("reverse", "double", "last", "shift")
