@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
-from featdiff.language.decode import generate, generate_under, next_token_probabilities, score_options
+from featdiff.language.decode import batches, generate, generate_under, next_token_probabilities, score_options
 from featdiff.language.models import block, left_pad
 from featdiff.language.session import PromptCache, Session
 from featdiff.language.stream import Stream
@@ -166,6 +166,25 @@ def test_the_first_of_several_ends_ends_an_answer_and_is_kept_where_asked_for(
     assert together([None], model, ends=ends, keep_end=True, shared=PromptCache(known)) == [kept]
     cut = ask(model, ends=ends, keep_end=True, max_new_tokens=3)
     assert cut == [answer[:3] for answer in kept]
+
+
+@torch.inference_mode()
+def test_what_is_drawn_for_a_row_depends_on_the_rows_before_it_alone(model: Any, tokenizer: Any, ask: Any) -> None:
+    """Rows that are done leave, and the others keep their order: as if each step drew for the rows that go on, one by one."""
+    found: dict[int, list[int]] = {}
+    generator, going = torch.Generator().manual_seed(4), batches([len(prompt) for prompt in PROMPTS], 100)[0]
+    while going:
+        texts = [PROMPTS[row] + found.setdefault(row, []) for row in going]
+        logits_BV = torch.stack([model(input_ids=torch.tensor([text])).logits[0, -1] for text in texts])
+        chosen = torch.multinomial(torch.softmax(logits_BV, dim=-1), 1, generator=generator)[:, 0].tolist()
+        for row, token in zip(going, chosen, strict=True):
+            found[row] += [token] * (token != tokenizer.eos_token_id)
+        still = zip(going, chosen, strict=True)
+        going = [row for row, token in still if token != tokenizer.eos_token_id and len(found[row]) < NEW]
+    drawn = ask(model, temperature=1.0, generator=torch.Generator().manual_seed(4), batch_size=100)
+    assert drawn == [found[row] for row in range(len(PROMPTS))]
+    lengths = [len(found[row]) for row in batches([len(prompt) for prompt in PROMPTS], 100)[0]]
+    assert lengths[0] < max(lengths[1:]), "a row leaves before others, whose order then shows"
 
 
 def test_equal_generators_give_equal_samples(model: Any, ask: Any) -> None:

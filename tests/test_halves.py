@@ -82,7 +82,7 @@ def test_rows_that_have_the_same_text_are_read_once_below_the_edits(monkeypatch:
     assert len(PROMPTS) == read[0] < max(read) < len(PROMPTS) * 5
 
 
-def test_an_edit_alone_reads_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_alone_reads_as_before() -> None:
     model = made("qwen3")
     assert Session(model, [pushes(1)[1]]).halves is None
     assert Session(model, [None, None]).halves is None
