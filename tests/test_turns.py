@@ -66,7 +66,7 @@ class Toy:
         (root / "stages/step.py").write_text(STEP, encoding="utf-8")
         stages = {
             name: {
-                "cmd": "sh stages/run --one stages/step.py",
+                "cmd": "exec sh stages/run --one stages/step.py",
                 "deps": ["stages/step.py", *(f"{each}.out" for each in above)],
                 "outs": [f"{name}.out"],
             }
@@ -188,7 +188,11 @@ def test_a_request_to_stop_ends_the_one_at_work_and_the_one_that_waits(toy: Toy,
     assert toy.processes() == []
 
 
-def test_where_it_is_killed_nothing_is_left(toy: Toy) -> None:
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+def test_where_it_is_killed_nothing_is_left(toy: Toy, shell: str) -> None:
+    if not (path := shutil.which(shell)):
+        pytest.skip(f"{shell} is needed")
+    toy.environment["SHELL"] = path  # in which dvc starts commands
     toy.let_go("first")
     process = toy.start()
     toy.wait_for("a", "begins")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ with stage("base", out="models/base") as run:
 GRAPH = """
 stages:
   base:
-    cmd: sh stages/run stages/base.py
+    cmd: exec sh stages/run stages/base.py
     deps: [stages/base.py]
     params: [base]
     outs: [models/base]
@@ -252,6 +253,18 @@ def test_the_next_repro_waits_for_a_stage_that_outlived_its_dvc(tmp_path: Path) 
     assert second.wait(120) == 0, project.said()
     assert "which was asked to stop, finishes its step; waiting for it" in project.said()
     assert "from 1\n" in project.said()
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+def test_a_stage_ends_with_its_dvc_whatever_shell_dvc_starts_commands_in(tmp_path: Path, shell: str) -> None:
+    project = stand(tmp_path / "stand", 0.5)
+    project.environment["SHELL"] = str(shutil.which(shell) or pytest.skip(f"{shell} is needed"))
+    dvc = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    dvc.kill()
+    dvc.wait()
+    wait_for(lambda: not running(project.path), 60)
+    assert "base: stopped by SIGTERM; nothing was published" in project.said()
 
 
 def test_a_stage_whose_dvc_ends_while_it_looks_for_a_python_does_not_begin(tmp_path: Path) -> None:

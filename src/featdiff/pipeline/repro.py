@@ -55,7 +55,7 @@ USUAL = (
     "Use `dvc",
 )
 """What dvc says of every stage, and what stays in its log; --quiet would keep back its errors, too."""
-PATIENT = "sh stages/run "
+PATIENT = "exec sh stages/run "
 """How the command of a stage begins that waits for its turn (featdiff.pipeline.stage)."""
 Graph = Mapping[str, set[str]]
 """What each stage waits for."""
