@@ -1,6 +1,8 @@
 """What a study costs before it is run: operations counted by torch, sizes of real models, and what does not fit."""
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from featdiff.config.params import load_study
+from featdiff.config.dictionary import Fit
+from featdiff.config.params import Study, load_study
+from featdiff.pipeline.repro import ONE_READ
 from featdiff.planning import plan
 from featdiff.planning.gpus import Cluster, Gpu, alone
 from featdiff.planning.gpus import lines as gpu_lines
 from featdiff.planning.plan import lines, main, of_profile, seconds, size_of
-from featdiff.planning.work import GPU, work
+from featdiff.planning.units import scaled
+from featdiff.planning.work import GPU, Work, work
 from project import ROOT
 
 TINY = LlamaConfig(
@@ -64,17 +69,81 @@ def test_every_stage_of_a_profile_is_there(profile: str, tmp_path: Path) -> None
     assert all(each.amount > 0 and each.memory > 0 for each in found)
 
 
-def test_models_that_run_again_take_the_place_of_activations_on_disk(tmp_path: Path) -> None:
+def streamed(study: Study) -> Study:
+    """The same with models that run where their activations are read."""
+    return study.model_copy(update={"activations": study.activations.model_copy(update={"source": "models"})})
+
+
+def test_models_that_run_again_take_the_place_of_activations_on_disk_once_for_all_crosscoders(tmp_path: Path) -> None:
     study, size = load_study(), size_of(load_study(), folder(tmp_path, **BIG))
-    streamed = study.model_copy(update={"activations": study.activations.model_copy(update={"source": "models"})})
-    kept, again = ({each.stage: each for each in work(given, size)} for given in (study, streamed))
-    assert kept.keys() == again.keys()
+    kept, again = ({each.stage: each for each in work(given, size)} for given in (study, streamed(study)))
+    assert again.keys() - kept.keys() == {ONE_READ}
     assert again["activations base"].disk < kept["activations base"].disk / 100
-    per_token = size.forward(1, study.activations.max_length / 2, size.layers // 2)
-    more = again["crosscoder joint_topk"].amount - kept["crosscoder joint_topk"].amount
-    assert more == pytest.approx(3 * 3 * study.activations.tokens * per_token, rel=1e-3)
-    assert again["crosscoder joint_topk"].fixed > kept["crosscoder joint_topk"].fixed + 3 * 4 * size.weights
+    one_model = 3 * study.activations.tokens * size.forward(1, study.activations.max_length / 2, size.layers // 2)
+    together, alone = again[ONE_READ], {each.stage: each for each in again[ONE_READ].alone}
+    assert together.amount == together.repeated == pytest.approx(len(study.models) * one_model, rel=1e-3)
+    fits = {f"crosscoder {name}": fit for name, fit in study.fits.items()}
+    assert alone.keys() == fits.keys()
+    trained = 0.0
+    for name, fit in fits.items():
+        assert again[name].amount == kept[name].amount, "its own work"
+        assert alone[name].amount - kept[name].amount == pytest.approx(len(set(fit.models)) * one_model, rel=1e-3)
+        assert alone[name].fixed > kept[name].fixed + len(set(fit.models)) * 4 * size.weights
+        trained += 2 * 16 * study.crosscoder.training.n_features * len(fit.slots) * size.d_model
+    held = sum(len(study.models) * each for each in (4 * size.weights, 4 * study.activations.tokens * size.d_model))
+    assert held + trained < together.memory < 1.1 * held + trained
     assert again["intervene remove"].disk == kept["intervene remove"].disk
+
+
+def test_a_crosscoder_that_is_fitted_alone_reads_rows_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, size = streamed(load_study()), size_of(load_study(), folder(tmp_path))
+    (name, fitted), *others = study.fits.items()
+    brought = {other: Fit(models=fit.models, loss="imported", seed=0, source="there") for other, fit in others}
+    monkeypatch.setattr(Study, "fits", {name: fitted} | brought)
+    found = work(study, size)
+    assert ONE_READ not in {each.stage for each in found}
+    assert all(each.repeated > 0 for each in found if each.kind == "crosscoder")
+    monkeypatch.setattr(Study, "fits", brought | {name: fitted, "another": fitted})
+    together = next(each for each in work(study, size) if each.stage == ONE_READ)
+    assert [each.stage for each in together.alone] == [f"crosscoder {name}", "crosscoder another"]
+
+
+def test_crosscoders_that_do_not_fit_together_do_in_the_groups_that_are_named() -> None:
+    study = of_profile("llama3_1_8b")
+    size, gpus = size_of(study), cluster(1, 8)
+    found = {each.stage: each for each in work(study, size, GPU)}
+    said = list(gpu_lines(list(found.values()), size, gpus))
+    complaints = [line for line in said if line.startswith("does not fit: ")]
+    assert len(complaints) == 1
+    groups = [group.split() for group in re.findall(r'FITS="([^"]+)"', complaints[0])]
+    assert [name for group in groups for name in group] == list(study.fits), "in as many groups as these, and none is left out"
+    weights = {
+        name: 2 * study.crosscoder.training.n_features * len(fit.slots) * size.d_model for name, fit in study.fits.items()
+    }
+
+    def held(names: list[str]) -> float:
+        models = {model for name in names for model in study.fits[name].models}
+        return 2 * size.weights * len(models) + sum(16 * weights[name] for name in names)
+
+    spare = gpus.memory - 6 * 2**30
+    assert all(held(group) < gpus.memory for group in groups)
+    assert all(held([*group, after[0]]) > spare for group, after in pairwise(groups)), "one more would be too many"
+    alone = sum(each.repeated for each in found[ONE_READ].alone)
+    assert any("dvc repro by hand" in line and scaled(alone, "FLOP") in line for line in said)
+    small = study.crosscoder.training.model_copy(update={"n_features": 1024})
+    less = study.model_copy(update={"crosscoder": study.crosscoder.model_copy(update={"training": small})})
+    large = gpus._replace(gpu=gpus.gpu.model_copy(update={"memory_gib": 90.0}))
+    assert not [line for line in gpu_lines(work(less, size, GPU), size, large) if line.startswith("does not fit")]
+
+
+def test_of_a_study_whose_crosscoders_were_made_together_no_rate_of_theirs_is_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study()
+    found = work(study, size_of(study))
+    write_records(tmp_path, study, found, {each.stage: 1e-9 * each.amount for each in found})
+    monkeypatch.setattr("featdiff.tracking.record.runs_folder", lambda: tmp_path)
+    assert plan.learn(streamed(study), 1e10)["kinds"].keys() == plan.learn(study, 1e10)["kinds"].keys() - {"crosscoder"}
 
 
 def test_what_does_not_fit_does_with_the_change_that_is_named(tmp_path: Path) -> None:
@@ -110,19 +179,27 @@ def test_time_follows_the_speed_of_the_machine(tmp_path: Path) -> None:
             assert slow[each.stage] - 5 == pytest.approx(4 * (fast[each.stage] - 5)) == pytest.approx(2e-9 * each.amount)
 
 
-def test_rates_are_learnt_from_records_and_predict_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = load_study()
-    found, clock = work(study, size_of(study)), 0.0
-    for number, each in enumerate(found):
-        took = 1e-9 * each.amount * (1 + (each.kind == "crosscoder"))
+def write_records(folder: Path, study: Study, works: list[Work], took: dict[str, float]) -> None:
+    """Of one pipeline whose stages came one after the other, 3.5 seconds between two."""
+    clock = 0.0
+    for number, each in enumerate(works):
+        seconds = took[each.stage]
         record = {
             "label": each.stage.replace(" ", "@"), "status": "FINISHED", "profile": study.profile, "pipeline": {"id": "one"},
-            "started": clock, "ended": clock + took, "observed": {"wall_seconds": took},
+            "started": clock, "ended": clock + seconds, "observed": {"wall_seconds": seconds},
         }  # fmt: skip
-        clock += took + 3.5
-        place = tmp_path / f"{number:03}"
+        clock += seconds + 3.5
+        place = folder / f"{number:03}"
         place.mkdir()
         (place / "run.json").write_text(json.dumps(record))
+
+
+def test_rates_are_learnt_from_records_and_predict_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study()
+    found = work(study, size_of(study))
+    write_records(
+        tmp_path, study, found, {each.stage: 1e-9 * each.amount * (1 + (each.kind == "crosscoder")) for each in found}
+    )
     monkeypatch.setattr("featdiff.tracking.record.runs_folder", lambda: tmp_path)
     rates = plan.learn(study, 1e10)
     assert rates["start"] == pytest.approx(3.5)
@@ -220,19 +297,33 @@ def test_what_does_not_fit_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_every_rank_does_by_itself_is_not_shared_out() -> None:
     stored = of_profile("qwen3_4b")
-    streamed = stored.model_copy(update={"activations": stored.activations.model_copy(update={"source": "models"})})
     size, one = size_of(stored, QWEN), cluster(1, 1)
+    kept, again = ({each.stage: each for each in work(study, size, GPU)} for study in (stored, streamed(stored)))
+    fit, models = "crosscoder joint_l1", again[ONE_READ]
+    by_itself = next(each for each in models.alone if each.stage == fit)
     for gpus in (1, 8):
-        kept, again = (
-            next(each for each in work(study, size, GPU) if each.stage == "crosscoder joint_l1") for study in (stored, streamed)
-        )
-        more = (cluster(1, gpus).seconds(again, size) or 0) - (cluster(1, gpus).seconds(kept, size) or 0)
-        assert more == pytest.approx(again.repeated / (one.gpu.share.forward * one.gpu.tflops * 1e12))
-        assert again.repeated > 3 * size.forward(stored.activations.tokens, 500, size.layers // 2)
+        took = {each: cluster(1, gpus).seconds(each, size) or 0 for each in (kept[fit], again[fit], by_itself, models)}
+        pace = one.gpu.share.forward * one.gpu.tflops * 1e12
+        assert took[models] == pytest.approx(models.repeated / pace)
+        assert took[by_itself] - took[kept[fit]] == pytest.approx(by_itself.repeated / pace)
+        assert took[again[fit]] == took[kept[fit]]
+    assert by_itself.repeated > 3 * size.forward(stored.activations.tokens, 500, size.layers // 2)
+
+
+def test_ranks_share_out_checkpoints_and_no_part_of_one() -> None:
+    study = of_profile("qwen3_4b")
+    size = size_of(study, QWEN)
+    five = next(each for each in work(study, size, GPU) if each.stage == "checkpoints grpo")
+    assert study.numbers("grpo").checkpoints == 5
+    for gpus, ranks, rounds in ((1, 1, 5), (2, 2, 3), (4, 4, 2), (8, 5, 1)):
+        assert cluster(1, gpus).ranks(five) == ranks
+        assert cluster(1, gpus).seconds(five, size) == pytest.approx((cluster(1, 1).seconds(five, size) or 0) * rounds / 5)
+    assert five.fixed > 2 * 2 * size.weights, "the base beside a checkpoint"
 
 
 @pytest.mark.parametrize("profile", ["qwen3_4b", "qwen2_5_7b", "llama3_1_8b"])
 def test_the_papers_models_fit_on_a_node(profile: str) -> None:
     study = of_profile(profile)
     size = size_of(study)
-    assert [line for line in gpu_lines(work(study, size, GPU), size, cluster(1, 8)) if line.startswith("does not fit")] == []
+    found = [part for each in work(study, size, GPU) for part in each.alone or (each,)]  # crosscoders one by one at worst
+    assert [line for line in gpu_lines(found, size, cluster(1, 8)) if line.startswith("does not fit")] == []

@@ -15,7 +15,7 @@ from featdiff.activations import mixing, store
 from featdiff.activations.store import ActivationStore, moments
 from featdiff.activations.tensor import ActivationTensor
 from featdiff.artifacts.artifact import ContractError
-from tiny import store_of, write_store
+from tiny import rows_read, store_of, write_store
 
 MODELS = ("base", "grpo")
 
@@ -144,14 +144,7 @@ def test_rows_and_their_order_are_those_of_the_plain_way_whatever_was_skipped(
 def test_what_was_skipped_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixing, "BLOCK_ROWS", 8)
     monkeypatch.setattr(mixing, "BUFFER_ROWS", 16)
-    source, read = store_of(tmp_path, numbered(200), MODELS), []
-    load = source._load
-
-    def counted(start: int, stop: int, rows_CMD: Tensor, places: Tensor) -> None:
-        read.append(stop - start)
-        load(start, stop, rows_CMD, places)
-
-    monkeypatch.setattr(source, "_load", counted)
+    source, read = store_of(tmp_path, numbered(200), MODELS), rows_read(monkeypatch)
     batches = source.shuffled(10, torch.Generator().manual_seed(0), 0, 200, skip=57)
     next(batches)
     batches.close()

@@ -22,7 +22,7 @@ from featdiff.language.models import save_model
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text
 from project import Project
-from tiny import params_of, tiny_model
+from tiny import params_of, rows_read, tiny_model
 
 TEXTS = [Text(f"add {i} {i * 7}=" * (1 + i % 3), f"<{i}>{i * 8}.", "add") for i in range(90)]
 ROWS = 900
@@ -130,14 +130,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits_and_reads_no_row_twice(
     monkeypatch.setattr(mixing, "BUFFER_ROWS", 128)
     small = {"n_features": 32, "batch_tokens": 64, "steps": 60, "k": 4, "aux_k": 8, "log_every": 10}
     training = params_of(CrosscoderTraining, "crosscoder", "training", **small)
-    read: list[int] = []
-    load = ActivationStore._load
-
-    def counted(source: ActivationStore, start: int, stop: int, *places: torch.Tensor) -> None:
-        read.append(stop - start)
-        load(source, start, stop, *places)
-
-    monkeypatch.setattr(ActivationStore, "_load", counted)
+    read = rows_read(monkeypatch)
 
     def stopped(step: int, point: dict[str, float]) -> None:
         if step == 50:

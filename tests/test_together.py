@@ -25,7 +25,7 @@ from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.signals import Stopped
 from featdiff.tasks.task import Data, Sample, TaskInfo, Text
 from project import Project
-from tiny import params_of, tiny_model
+from tiny import params_of, rows_read, tiny_model
 
 TEXTS = [Text(f"add {i} {i * 7}=" * (1 + i % 3), f"<{i}>{i * 8}.", "add") for i in range(90)]
 MODELS = ("base", "sft", "grpo")
@@ -71,9 +71,9 @@ def buffer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 class Study:
     """Crosscoders of one study, and where each keeps what it can go on from."""
 
-    def __init__(self, folders: Folders, place: Path | None = None, seconds: float = 0.0) -> None:
+    def __init__(self, folders: Folders, place: Path | None = None) -> None:
         self.folders, self.curves = folders, {name: list[Any]() for name in FITS}
-        self.scratches = {name: Scratch(place and place / name, seconds) for name in FITS}
+        self.scratches = {name: Scratch(place and place / name) for name in FITS}
         self.made: dict[str, Made] = {}
         self.failed: dict[str, Exception] = {}
 
@@ -106,23 +106,10 @@ def same(one: Study, other: Study) -> None:
         assert made.metrics == found.metrics, name
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of which shuffled ones are put together, as they are read."""
-    read: list[int] = []
-    load = ActivationStore._load
-
-    def load_and_count(source: ActivationStore, start: int, stop: int, *places: torch.Tensor) -> None:
-        read.append(stop - start)
-        load(source, start, stop, *places)
-
-    monkeypatch.setattr(ActivationStore, "_load", load_and_count)
-    return read
-
-
 def test_each_is_what_it_is_alone_and_rows_are_read_once_for_all(
     folders: Folders, buffer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, together, read, in_order = Study(folders).alone(), Study(folders), counted(monkeypatch), []
+    whole, together, read, in_order = Study(folders).alone(), Study(folders), rows_read(monkeypatch), []
     all_models = ActivationStore.read
 
     def read_and_count(source: ActivationStore, start: int, stop: int) -> torch.Tensor:
@@ -142,9 +129,16 @@ def test_where_they_are_stopped_each_keeps_what_it_has_and_goes_on_to_the_same(
     folders: Folders, buffer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Study(folders).alone()
-    rounds = iter(range(10_000))
+    first, rounds = Study(folders, tmp_path), iter(range(10_000))
+
+    def stops() -> bool:
+        if (number := next(rounds)) == 37:  # every step is kept from here on: those before would take long and show no more
+            for scratch in first.scratches.values():
+                scratch.seconds = scratch.interval = 0.0
+        return number == 40
+
     with pytest.raises(Stopped):
-        Study(folders, tmp_path).together(stops=lambda: next(rounds) == 40)
+        first.together(stops)
     kept = [max((tmp_path / name / "checkpoints").iterdir()).name for name in FITS]
     assert len(set(kept)) == 1
     assert 0 < int(kept[0]) < TRAINING.steps
@@ -152,7 +146,7 @@ def test_where_they_are_stopped_each_keeps_what_it_has_and_goes_on_to_the_same(
     for behind in ("joint_1", "pair"):
         shutil.rmtree(tmp_path / behind / "checkpoints" / kept[0])
     shutil.rmtree(tmp_path / "null")
-    read = counted(monkeypatch)
+    read = rows_read(monkeypatch)
     again = Study(folders, tmp_path)
     again.together()
     same(whole, again)

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -78,6 +79,19 @@ def store_of(folder: Path, acts_NMD: Tensor, models: tuple[str, ...], shard_rows
     return ActivationStore(
         {model: write_store(folder / model, acts_NMD[:, m], shard_rows=shard_rows) for m, model in enumerate(models)}
     )
+
+
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows every read for shuffled ones brings from now on, whichever store it is of; filled as they are read."""
+    read: list[int] = []
+    load = ActivationStore._load
+
+    def counted(source: ActivationStore, start: int, stop: int, *places: Tensor) -> None:
+        read.append(stop - start)
+        load(source, start, stop, *places)
+
+    monkeypatch.setattr(ActivationStore, "_load", counted)
+    return read
 
 
 def tiny_model(seed: int = 0, layers: int = 2, d_model: int = 16) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

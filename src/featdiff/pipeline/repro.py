@@ -61,7 +61,8 @@ Graph = Mapping[str, set[str]]
 """What each stage waits for."""
 ONE_READ = "crosscoders"
 """None of DVC's stages: what makes the crosscoders of several stages from one read of their rows, before DVC runs each of them
-(featdiff.crosscoder.together)."""
+(featdiff.crosscoder.together). It is told no names, and asks DVC itself: which have changed is known only when all that they
+read is there, as what was made again may have come out the same."""
 READERS = ("crosscoder@", "pair@", "wide@")
 
 

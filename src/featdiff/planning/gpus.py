@@ -6,6 +6,7 @@ Operations and bytes follow from params and from a model's configuration (featdi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -16,7 +17,7 @@ from featdiff.config.parse import parse
 from featdiff.config.reading import ConfigError, closest, read_yaml
 from featdiff.config.values import Params
 from featdiff.planning.units import GIB, scaled, sized, timed
-from featdiff.planning.work import FLOAT, HALF, Size, Work
+from featdiff.planning.work import FLOAT, HALF, Size, Work, one_by_one
 
 FOLDER, GRAPH = Path("conf/gpus"), Path("dvc.yaml")
 ALONE = "--one"
@@ -82,7 +83,8 @@ class Cluster(NamedTuple):
 
     def ranks(self, work: Work) -> int:
         """GPUs that a stage computes on."""
-        return 1 if work.stage.split()[0] in self.alone or not work.computes else self.gpus
+        one = work.stage.split()[0] in self.alone or not work.computes
+        return 1 if one else min(self.gpus, work.parts or self.gpus)
 
     def traffic(self, work: Work, size: Size) -> float:
         """Bytes that each GPU of a stage receives: for every pass over a micro batch, on its way forth and on its way back the
@@ -96,7 +98,8 @@ class Cluster(NamedTuple):
             return None
         share, ranks = self.gpu.share, self.ranks(work)
         shared = work.sampled / share.sample + (work.amount - work.sampled - work.repeated) / getattr(share, work.way)
-        computing = (shared / ranks + work.repeated / share.forward) / (self.gpu.tflops * 1e12)
+        largest = math.ceil(work.parts / ranks) / work.parts if work.parts else 1 / ranks
+        computing = (shared * largest + work.repeated / share.forward) / (self.gpu.tflops * 1e12)
         link = self.gpu.near_gb if self.nodes == 1 else self.gpu.far_gb
         return max(computing, self.traffic(work, size) / (link * 1e9))
 
@@ -118,6 +121,7 @@ def lines(works: list[Work], size: Size, cluster: Cluster) -> Iterator[str]:
     yield f"{'all':{width}}  {'':>10}  {sized(total):>9}  {'':>4}  {'':>9}  {'':>9}  {timed(3600 * hours):>8}"
     paid = hours * cluster.gpus
     yield f"{cluster.gpus} GPUs for {hours:.1f} h: {paid:.0f} GPU hours, {paid * gpu.price:.0f} at {gpu.price:g} an hour."
+    yield from one_by_one(works)
     for each in works:
         yield from _misfit(each, cluster)
 
@@ -131,5 +135,5 @@ def _misfit(work: Work, cluster: Cluster) -> Iterator[str]:
         ways.append(f"{work.field}: {batch} in place of {work.batch}")
     if work.divided and (fewest := work.fewest(cluster.memory)) > ranks:
         ways.append(f"{fewest} GPUs and {work.field}: 1")
-    todo = ", or ".join(ways) or "no batch fits: GPUs with more memory or a smaller model"
+    todo = ", or ".join(ways) or work.instead(cluster.memory) or "no batch fits: GPUs with more memory or a smaller model"
     yield f"does not fit: {work.stage} takes {sized(work.on(ranks))} of each GPU, which has {sized(cluster.memory)}; {todo}"

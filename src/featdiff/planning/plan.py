@@ -33,7 +33,7 @@ from featdiff.language.models import character_tokenizer, organism_model
 from featdiff.pipeline.repro import side_by_side
 from featdiff.planning import gpus
 from featdiff.planning.units import scaled, sized, timed
-from featdiff.planning.work import GPU, Size, Work, work
+from featdiff.planning.work import GPU, Size, Work, one_by_one, work
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
 from featdiff.tracking.record import by_pipeline, finished, pauses, runs_folder
@@ -134,8 +134,10 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
     for each in done:
         walls[each["label"]].append(each["observed"]["wall_seconds"])
     amounts, spent = defaultdict[str, float](float), defaultdict[str, float](float)
-    for planned in work(study, size_of(study)):
-        if took := walls.get(planned.stage.replace(" ", "@")):
+    works = work(study, size_of(study))
+    before = {stage.stage for each in works for stage in each.alone}  # their records do not hold what made them
+    for planned in works:
+        if planned.stage not in before and (took := walls.get(planned.stage.replace(" ", "@"))):
             amounts[planned.kind] += planned.amount
             spent[planned.kind] += min(took)
     starts = [pause for run in by_pipeline(done) for pause in pauses(run)]
@@ -162,15 +164,15 @@ def lines(works: list[Work], took: Mapping[str, float | None], memory: float, di
     yield f"{'all':{width}}  {'':>10}  {sized(total):>9}  {sized(most):>9}  {timed(sum(known)):>8}"
     if jobs > 1:
         yield f"{jobs} at a time (make repro): {timed(sum(known) / jobs)}, and more where stages wait for each other."
+    yield from one_by_one(works)
     yield f"This machine: {sized(memory)} of memory, {sized(disk)} of disk free."
     if most > memory and jobs > 1:
         yield f"does not fit: {jobs} stages at a time may take {sized(most)}; make repro JOBS={jobs - 1}"
     for each in works:
         if each.memory > memory:
             batch = each.fitting(memory)
-            change = (
-                f"{each.field}: {batch} in place of {each.batch}" if batch else "no batch fits: more memory or a smaller model"
-            )
+            smaller = f"{each.field}: {batch} in place of {each.batch}" if batch else each.instead(memory)
+            change = smaller or "no batch fits: more memory or a smaller model"
             yield f"does not fit: {each.stage} takes {sized(each.memory)}; {change}"
     if total > disk:
         yield f"does not fit: {sized(total)} on a disk with {sized(disk)} free; fewer checkpoints or activations.tokens"

@@ -9,16 +9,18 @@ upper bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from featdiff.activations.mixing import BUFFER_ROWS
 from featdiff.config.data import FamilyTask
-from featdiff.config.dictionary import Fit
 from featdiff.config.params import Study
 from featdiff.config.values import Role
 from featdiff.intervention.purposes import SIDES, purposes
+from featdiff.pipeline.repro import ONE_READ
+from featdiff.planning.units import scaled, sized
 from featdiff.tasks.task import GENERATION
 
 FLOAT, HALF = 4, 2
@@ -92,10 +94,12 @@ class Engine:
     """Whether ranks share out what is trained (FSDP) or each holds all of it."""
     remade: bool = False
     """Whether what the way back needs is made again (gradient checkpointing) or kept."""
+    apart: bool = False
+    """Whether it has memory of its own. Rows on their way to it wait in the host's, which is not counted then."""
 
 
 CPU = Engine()
-GPU = Engine(number=HALF, sharded=True, remade=True)
+GPU = Engine(number=HALF, sharded=True, remade=True, apart=True)
 """bf16 products over fp32 weights, FSDP2, gradient checkpointing."""
 Way = Literal["train", "forward", "sample", "fit", ""]
 """What the operations of a stage are, each at a pace of its own on a GPU; nothing for a stage that hardly computes."""
@@ -128,6 +132,12 @@ class Work:
     """Bytes of memory that the ranks of a stage have together, each its share."""
     passes: float = 0.0
     """Passes over a micro batch, for each of which sharded weights are brought together."""
+    parts: int = 0
+    """Pieces of equal size that ranks share out, none among several of them; 0 where there is something for every rank."""
+    alone: tuple[Work, ...] = ()
+    """Of what several stages have made for them at once: what each of them does where it makes it by itself."""
+    otherwise: Callable[[float], str] | None = None
+    """What to do with so many bytes of memory where that is too little and no batch is smaller."""
 
     @property
     def computes(self) -> bool:
@@ -147,6 +157,10 @@ class Work:
         """The largest batch for which ``memory`` bytes do on each of ``ranks``; 0 for none."""
         return max(0, int((memory - self.fixed - self.divided / ranks) / self.each)) if self.each else 0
 
+    def instead(self, memory: float) -> str:
+        """What to do where ``memory`` bytes are too little for any batch; empty where nothing is known that helps."""
+        return self.otherwise(memory) if self.otherwise else ""
+
     def fewest(self, memory: float) -> int:
         """The fewest ranks with ``memory`` bytes each on which a batch of one fits; 0 where no number is enough."""
         left = memory - self.fixed - self.each
@@ -156,6 +170,17 @@ class Work:
 def work(study: Study, size: Size, engine: Engine = CPU) -> list[Work]:
     """Every stage of ``study`` whose models have ``size``, in the order of the graph."""
     return list(_Plan(study, size, engine).stages())
+
+
+def one_by_one(works: Iterable[Work]) -> Iterator[str]:
+    """A line on what is different where each stage makes by itself what is made for several at once."""
+    for each in works:
+        if each.alone:
+            again, most = sum(stage.repeated for stage in each.alone), max(stage.memory for stage in each.alone)
+            yield (
+                f"{each.stage}: make repro runs the models once for all of them; dvc repro by hand runs them for each, "
+                f"{scaled(again, 'FLOP')} in place of {scaled(each.amount, 'FLOP')}, and takes {sized(most)} at most."
+            )
 
 
 class _Plan:
@@ -182,11 +207,12 @@ class _Plan:
             yield self._answers(f"evaluate {model}", "evaluate", asked, study.evaluate)
         for name in study.arms:
             asked = {ROLES: study.checkpoints.questions * len(self.tasks) * self._checkpoints(name)}
-            yield self._answers(f"checkpoints {name}", "checkpoints", asked, study.checkpoints)
+            answered = self._answers(f"checkpoints {name}", "checkpoints", asked, study.checkpoints)
+            # Each checkpoint is one rank's, who holds the base beside it.
+            yield replace(answered, fixed=answered.fixed + self.number * self.size.weights, parts=self._checkpoints(name))
         for model in study.models:
             yield self._activations(model)
-        for name, fit in study.fits.items():
-            yield self._fit(name, fit)
+        yield from self._crosscoders()
         yield self._attribution()
         for name in study.dynamics.arms:
             yield self._dynamics(name)
@@ -304,18 +330,57 @@ class _Plan:
         p, width = self.study.crosscoder.training, models * self.size.d_model
         return steps * p.batch_tokens * width * (2 * p.n_features + 8 * p.k)
 
-    def _fit(self, name: str, fit: Fit) -> Work:
-        p, models = self.study.crosscoder.training, len(fit.slots)
-        weights = 2 * p.n_features * models * self.size.d_model
+    def _read(self, models: int, columns: int) -> tuple[float, float]:
+        """Operations and bytes of memory for reading rows of ``models``, ``columns`` side by side: for their mean, to be fitted
+        on and to be measured on; what fits into the buffer is read for it once."""
+        p, tokens = self.study.crosscoder.training, self.study.activations.tokens
+        again, held = self._again(models, 2 * tokens + (tokens if tokens <= BUFFER_ROWS else p.steps * p.batch_tokens))
+        buffer = min(tokens, BUFFER_ROWS) * columns * self.size.d_model * self._row_number
+        return again, held + (0.0 if self.engine.apart else buffer)
+
+    def _crosscoders(self) -> Iterator[Work]:
+        """Where models run for their rows, the fits among them are made of one read (featdiff.crosscoder.together)."""
+        fitted = [name for name, fit in self.study.fits.items() if fit.source is None]
+        together = fitted if self.study.activations.source == "models" and len(fitted) > 1 else []
+        if together:
+            yield self._one_read(together)
+        for name in self.study.fits:
+            yield self._fit(name, reads=name not in together)
+
+    def _one_read(self, names: list[str]) -> Work:
+        """Of several fits together: the models, which run once for all, and the memory of everything that is held at once."""
+        models = {model for name in names for model in self.study.fits[name].models}
+        again, held = self._read(len(models), len(models))
+        fits = [self._fit(name, reads=False) for name in names]
+        held += sum(fit.fixed - LIBRARIES for fit in fits) + max(fit.each * fit.batch for fit in fits)  # steps come in turns
+        return Work(
+            ONE_READ, "activations", again, fixed=LIBRARIES + held, way="fit", repeated=again,
+            alone=tuple(self._fit(name, reads=True) for name in names), otherwise=partial(self._in_groups, names),
+        )  # fmt: skip
+
+    def _in_groups(self, names: list[str], memory: float) -> str:
+        """How to make the crosscoders ``names`` where ``memory`` bytes are too little for all of them at once."""
+        groups = [[names[0]]]
+        for name in names[1:]:
+            if self._one_read([*groups[-1], name]).memory <= memory:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        if any(self._one_read(group).memory > memory for group in groups):
+            return ""
+        several = ", ".join(f'FITS="{" ".join(group)}"' for group in groups if len(group) > 1)
+        return f"dvc repro activations_base activations, {several and f'make crosscoders {several}, '}then dvc repro"
+
+    def _fit(self, name: str, *, reads: bool) -> Work:
+        """Of one crosscoder, with what it takes to read its rows or without."""
+        p, fit, width = self.study.crosscoder.training, self.study.fits[name], self.size.d_model
+        models = len(fit.slots)
+        weights = 2 * p.n_features * models * width
         operations = self._step(models, p.steps) if fit.source is None else 0.0
-        tokens = self.study.activations.tokens
-        measured = 4 * tokens * models * self.size.d_model * p.n_features
-        buffer = min(tokens, BUFFER_ROWS) * models * self.size.d_model * self._row_number
-        # Read for their mean, to be fitted on and to be measured on; what fits into the buffer is read for it once.
-        read = 2 * tokens + (tokens if tokens <= BUFFER_ROWS else p.steps * p.batch_tokens)
-        again, held = self._again(len(set(fit.models)), read)
-        fixed = LIBRARIES + TRAINED * FLOAT * weights + buffer + held
-        each = FLOAT * (6 * p.n_features + 6 * models * self.size.d_model)
+        measured = 4 * self.study.activations.tokens * models * width * p.n_features
+        again, held = self._read(len(set(fit.models)), models) if reads else (0.0, 0.0)
+        fixed = LIBRARIES + TRAINED * FLOAT * weights + held
+        each = FLOAT * (6 * p.n_features + 6 * models * width)
         return Work(
             f"crosscoder {name}", "crosscoder", operations + measured + again, weights * FLOAT, fixed, each,
             "crosscoder.training.batch_tokens", p.batch_tokens, "fit", repeated=again,
