@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,21 @@ def test_stages_take_up_what_was_made_together_with_the_bytes_of_stages_that_ran
     record = max((streamed.path / ".featdiff/runs").glob("*pair_grpo*"))
     assert (record / "metrics.jsonl").read_bytes() == alone["pair_grpo"]["metrics.jsonl"]
     assert json.loads((record / "run.json").read_text())["summary"]["l0"] > 0
+
+
+@pytest.mark.graph
+def test_those_that_find_no_room_at_once_are_made_in_groups(streamed: Project) -> None:
+    alone = {name: made(streamed, name)[0] for name in NAMES}
+    shutil.rmtree(streamed.path / "crosscoders")
+    scarce = (
+        f"import sys; from featdiff.crosscoder import together as t; t.free = lambda: 4.8e5; sys.exit(t.main({list(NAMES)}))"
+    )
+    reads = re.findall(r"read \d of (\d): (.+); more", done(streamed, "-c", scarce, *NAMES))
+    parts = [names.split(", ") for _, names in reads]
+    assert {int(of) for of, _ in reads} == {len(parts)}
+    assert [*chain(*parts)] == list(NAMES)
+    assert 1 < len(parts) < len(NAMES)
+    assert {name: made(streamed, name)[0] for name in NAMES} == alone
 
 
 @pytest.mark.graph

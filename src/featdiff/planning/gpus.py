@@ -106,6 +106,7 @@ class Cluster(NamedTuple):
 
 def lines(works: list[Work], size: Size, cluster: Cluster) -> Iterator[str]:
     """A line per stage, their sums, and what does not fit with the smallest change that would."""
+    works = [each.within(cluster.memory) for each in works]
     width, hours = max(len(each.stage) for each in works), 0.0
     yield f"{'stage':{width}}  {'work':>10}  {'disk':>9}  {'GPUs':>4}  {'of each':>9}  {'traffic':>9}  {'time':>8}"
     for each in works:
@@ -135,5 +136,5 @@ def _misfit(work: Work, cluster: Cluster) -> Iterator[str]:
         ways.append(f"{work.field}: {batch} in place of {work.batch}")
     if work.divided and (fewest := work.fewest(cluster.memory)) > ranks:
         ways.append(f"{fewest} GPUs and {work.field}: 1")
-    todo = ", or ".join(ways) or work.instead(cluster.memory) or "no batch fits: GPUs with more memory or a smaller model"
+    todo = ", or ".join(ways) or "no batch fits: GPUs with more memory or a smaller model"
     yield f"does not fit: {work.stage} takes {sized(work.on(ranks))} of each GPU, which has {sized(cluster.memory)}; {todo}"

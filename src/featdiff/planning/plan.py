@@ -171,8 +171,9 @@ def lines(works: list[Work], took: Mapping[str, float | None], memory: float, di
     for each in works:
         if each.memory > memory:
             batch = each.fitting(memory)
-            smaller = f"{each.field}: {batch} in place of {each.batch}" if batch else each.instead(memory)
-            change = smaller or "no batch fits: more memory or a smaller model"
+            change = (
+                f"{each.field}: {batch} in place of {each.batch}" if batch else "no batch fits: more memory or a smaller model"
+            )
             yield f"does not fit: {each.stage} takes {sized(each.memory)}; {change}"
     if total > disk:
         yield f"does not fit: {sized(total)} on a disk with {sized(disk)} free; fewer checkpoints or activations.tokens"
@@ -202,13 +203,14 @@ def main(words: list[str]) -> int:
             place_json(RATES, learn(study, speed))
             print(f"{RATES}: written")
             return 0
-        works = work(study, size_of(study, given.config))
+        memory = psutil.virtual_memory().total
+        works = [each.within(memory) for each in work(study, size_of(study, given.config))]
         rates = read_json(RATES)
         took = seconds(works, rates, speed)
     except (ConfigError, ContractError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
-    print(*lines(works, took, psutil.virtual_memory().total, shutil.disk_usage(".").free, side_by_side(study)), sep="\n")
+    print(*lines(works, took, memory, shutil.disk_usage(".").free, side_by_side(study)), sep="\n")
     threads, known = torch.get_num_threads(), rates["profile"]
     print(f"Times: {speed / 1e9:.0f} GFLOP/s here ({threads} threads), and what the study {known} made of it.")
     print("Not tried with larger models, which ought to make more of it and take less.")

@@ -18,6 +18,7 @@ from featdiff.activations.mixing import BUFFER_ROWS
 from featdiff.config.data import FamilyTask
 from featdiff.config.params import Study
 from featdiff.config.values import Role
+from featdiff.crosscoder.together import SURE, TRAINED, groups, held, in_a_step
 from featdiff.intervention.purposes import SIDES, purposes
 from featdiff.pipeline.repro import ONE_READ
 from featdiff.planning.units import scaled, sized
@@ -30,8 +31,6 @@ QUESTION, CHARS_A_TOKEN, OPTIONS = 40, 4, 60
 together, where those are read and nothing is generated."""
 TRAINING, REMADE = 3, 4
 """Passes of a training step: forward, twice as much backward, and one more where the way back makes again what it needs."""
-TRAINED = 4
-"""Numbers in float32 of a weight that is trained: itself, its gradient and Adam's two moments."""
 ROLES: tuple[str, ...] = get_args(Role)
 EDITED_ROLES = tuple(role for role in ROLES if role != "reported")
 LIBRARIES = 550 * 2**20
@@ -136,8 +135,10 @@ class Work:
     """Pieces of equal size that ranks share out, none among several of them; 0 where there is something for every rank."""
     alone: tuple[Work, ...] = ()
     """Of what several stages have made for them at once: what each of them does where it makes it by itself."""
-    otherwise: Callable[[float], str] | None = None
-    """What to do with so many bytes of memory where that is too little and no batch is smaller."""
+    reads: int = 1
+    """How often the models run for it."""
+    grouped: Callable[[float], Work] | None = None
+    """What it is with so many bytes of memory, where that decides what is done at once and what after another."""
 
     @property
     def computes(self) -> bool:
@@ -157,9 +158,9 @@ class Work:
         """The largest batch for which ``memory`` bytes do on each of ``ranks``; 0 for none."""
         return max(0, int((memory - self.fixed - self.divided / ranks) / self.each)) if self.each else 0
 
-    def instead(self, memory: float) -> str:
-        """What to do where ``memory`` bytes are too little for any batch; empty where nothing is known that helps."""
-        return self.otherwise(memory) if self.otherwise else ""
+    def within(self, memory: float) -> Work:
+        """This work where each rank has ``memory`` bytes."""
+        return self.grouped(memory) if self.grouped else self
 
     def fewest(self, memory: float) -> int:
         """The fewest ranks with ``memory`` bytes each on which a batch of one fits; 0 where no number is enough."""
@@ -177,8 +178,9 @@ def one_by_one(works: Iterable[Work]) -> Iterator[str]:
     for each in works:
         if each.alone:
             again, most = sum(stage.repeated for stage in each.alone), max(stage.memory for stage in each.alone)
+            once = "once for all of them" if each.reads == 1 else f"once for each of {each.reads} groups that find room"
             yield (
-                f"{each.stage}: make repro runs the models once for all of them; dvc repro by hand runs them for each, "
+                f"{each.stage}: make repro runs the models {once}; dvc repro by hand runs them for each, "
                 f"{scaled(again, 'FLOP')} in place of {scaled(each.amount, 'FLOP')}, and takes {sized(most)} at most."
             )
 
@@ -350,26 +352,19 @@ class _Plan:
     def _one_read(self, names: list[str]) -> Work:
         """Of several fits together: the models, which run once for all, and the memory of everything that is held at once."""
         models = {model for name in names for model in self.study.fits[name].models}
-        again, held = self._read(len(models), len(models))
+        again, reading = self._read(len(models), len(models))
         fits = [self._fit(name, reads=False) for name in names]
-        held += sum(fit.fixed - LIBRARIES for fit in fits) + max(fit.each * fit.batch for fit in fits)  # steps come in turns
+        all_of_them = sum(fit.fixed - LIBRARIES for fit in fits) + max(fit.each * fit.batch for fit in fits)  # steps in turns
         return Work(
-            ONE_READ, "activations", again, fixed=LIBRARIES + held, way="fit", repeated=again,
-            alone=tuple(self._fit(name, reads=True) for name in names), otherwise=partial(self._in_groups, names),
+            ONE_READ, "activations", again, fixed=LIBRARIES + reading + all_of_them, way="fit", repeated=again,
+            alone=tuple(self._fit(name, reads=True) for name in names), grouped=partial(self._in_groups, names),
         )  # fmt: skip
 
-    def _in_groups(self, names: list[str], memory: float) -> str:
-        """How to make the crosscoders ``names`` where ``memory`` bytes are too little for all of them at once."""
-        groups = [[names[0]]]
-        for name in names[1:]:
-            if self._one_read([*groups[-1], name]).memory <= memory:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-        if any(self._one_read(group).memory > memory for group in groups):
-            return ""
-        several = ", ".join(f'FITS="{" ".join(group)}"' for group in groups if len(group) > 1)
-        return f"dvc repro activations_base activations, {several and f'make crosscoders {several}, '}then dvc repro"
+    def _in_groups(self, names: list[str], memory: float) -> Work:
+        """The same in groups for each of which ``memory`` bytes do, one after the other."""
+        parts = [self._one_read(each) for each in groups(names, lambda some: self._one_read(some).memory <= SURE * memory)]
+        again, most = sum(part.amount for part in parts), max(part.fixed for part in parts)
+        return replace(self._one_read(names), amount=again, repeated=again, fixed=most, reads=len(parts))
 
     def _fit(self, name: str, *, reads: bool) -> Work:
         """Of one crosscoder, with what it takes to read its rows or without."""
@@ -378,9 +373,8 @@ class _Plan:
         weights = 2 * p.n_features * models * width
         operations = self._step(models, p.steps) if fit.source is None else 0.0
         measured = 4 * self.study.activations.tokens * models * width * p.n_features
-        again, held = self._read(len(set(fit.models)), models) if reads else (0.0, 0.0)
-        fixed = LIBRARIES + TRAINED * FLOAT * weights + held
-        each = FLOAT * (6 * p.n_features + 6 * models * width)
+        again, reading = self._read(len(set(fit.models)), models) if reads else (0.0, 0.0)
+        fixed, each = LIBRARIES + held(p, models * width) + reading, in_a_step(p, models * width)
         return Work(
             f"crosscoder {name}", "crosscoder", operations + measured + again, weights * FLOAT, fixed, each,
             "crosscoder.training.batch_tokens", p.batch_tokens, "fit", repeated=again,
