@@ -153,7 +153,8 @@ from featdiff.training.engine import Engine
 
 world, root, killed = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 other, place = replicated(), root / f"rank{rank()}.json"
-first = {"others": [str(other.distributed_type), other.mixed_precision], "shares": [], "points": {}, "audits": {}, "resumed": {}}
+first = {"others": [str(other.distributed_type), other.mixed_precision]}
+first |= {"shares": [], "points": {}, "audits": {}, "resumed": {}}
 said = json.loads(place.read_text()) if place.exists() else first
 write, ending = torch.save, None
 
@@ -214,8 +215,8 @@ process_state().wait_for_everyone()
 """Trains by every method, is ended and goes on; then as if nobody had told accelerate that a CPU can have shards.
 
 A method of the third argument is killed while its fifth checkpoint is being written, which leaves a file that is cut off:
-"rank", the second of the two alone, as by a system that is out of memory, or "all" with their launchers, as where a machine goes
-down. Whoever starts this again then finds it go on there. Others are interrupted after their fourth checkpoint."""
+"rank", the second of the two alone, as by a system that is out of memory, or "all" with their launchers, as where a machine
+goes down. Started again, this goes on there. Other methods are interrupted after their fourth checkpoint."""
 
 KILLED = {"cpu_2ranks": {}, "cpu_2ranks_fsdp": {"sft": "rank", "grpo": "all"}}
 STATUS = {"rank": 1, "all": -signal.SIGKILL}
