@@ -35,6 +35,7 @@ OURS, LIMIT, STUDY = "featdiff", "limit", "study"
 BOTH = {"models": 3, "batch": 1024, "lr": 1e-3}
 WIDE = BOTH | {"width": 576, "features": 8192, "k": 32, "aux_k": 512, "block": 4, "rows": 32_768}
 NARROW = BOTH | {"width": 96, "features": 768, "k": 16, "aux_k": 64, "block": 60, "rows": 65_536}
+GROWTH = {"width": 16, "features": 128, "batch": 4096, "shard": 65_536, "warm": 100_000, "block": 1}
 NEVER = 10**9
 
 
@@ -61,6 +62,12 @@ def steps(**changes: float) -> Contestant:
 def in_two_ways(script: str, usual: str) -> dict[str, Contestant]:
     """The same work as featdiff does it and the ``usual`` way."""
     return {label: Contestant(script, arguments=(label,)) for label in (OURS, usual)}
+
+
+def growing(way: str) -> dict[str, Contestant]:
+    """The same work on more and more tokens; a ratio is that of the times of a token."""
+    each = {OURS if millions == 1 else f"on {millions}M": 1_000_000 * millions for millions in (1, 2, 4, 8)}
+    return {label: Contestant("growth.py", arguments=(way,), changes={"tokens": tokens}) for label, tokens in each.items()}
 
 
 SAELENS, SPARSIFY = Contestant("step_saelens.py", "sae-lens"), Contestant("step_sparsify.py", "eai-sparsify")
@@ -114,6 +121,18 @@ CASES = {
         {"width": 192, "layers": 8, "features": 1024, "k": 16, "aux_k": 64, "lr": 1e-3, "rows": 1200, "batch": 128, "block": 1},
         in_two_ways("fits.py", "one by one"),
         rounds=3,
+    ),
+    "harvest_growth": Case(
+        "Harvest of 1M tokens, ms for a thousand, D 16, one block, bfloat16, shards of 65,536 rows",
+        GROWTH,
+        growing("harvest"),
+        rounds=2,
+    ),
+    "fit_growth": Case(
+        "Crosscoder on 1M rows of a store, ms for a thousand, D 16, M 2, F 128, B 4096",
+        GROWTH,
+        growing("fit"),
+        rounds=2,
     ),
 }
 

@@ -45,6 +45,18 @@ def test_a_contestant_that_stops_is_named_with_what_it_said(bench: Any) -> None:
         bench.run("tiny", case)
 
 
+def test_work_that_grows_says_how_much_it_was_and_what_memory_it_took(bench: Any) -> None:
+    harvest, fit = (bench.growing(way)["featdiff"] for way in ("harvest", "fit"))
+    large = {"tokens": 300_000, "batch": 30_000, "shard": 65_536, "warm": 40_000}
+    contestants = {"featdiff": harvest._replace(changes={"tokens": 1500}), "fit": fit._replace(changes=large)}
+    numbers = bench.GROWTH | {"width": 8, "features": 32, "batch": 64, "shard": 512, "warm": 600}
+    found = bench.run("tiny", bench.Case("tiny", numbers, contestants, rounds=2))
+    assert [one["found"]["tokens"] for one in found.values()] == [1500, 300_000]
+    took = [one["found"]["peak_mib"] - one["found"]["start_mib"] for one in found.values()]
+    assert took[0] >= 0
+    assert took[1] > 262_144 * 2 * 8 * 2 / 2**20, "less than the buffer of rows alone"
+
+
 def test_answers_that_differ_in_one_token_are_not_equal(bench: Any) -> None:
     ours = [[[1, 2], [3]], [[1, 2], []]]
     assert bench.agreement(ours, ours) == {"equal": 4, "of": 4}

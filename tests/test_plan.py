@@ -137,6 +137,17 @@ def test_of_a_study_whose_crosscoders_were_made_together_no_rate_of_theirs_is_le
     assert plan.learn(streamed(study), 1e10)["kinds"].keys() == plan.learn(study, 1e10)["kinds"].keys() - {"crosscoder"}
 
 
+@pytest.mark.parametrize("source", ["activations", "models"])
+def test_a_longer_stream_takes_more_memory_wherever_rows_come_from(source: str, tmp_path: Path) -> None:
+    study, size = load_study(), size_of(load_study(), folder(tmp_path))
+    found = []
+    for tokens in (1_000_000, 3_000_000):
+        read = study.activations.model_copy(update={"source": source, "tokens": tokens})
+        stages = work(study.model_copy(update={"activations": read}), size)
+        found.append(next(each.memory for each in stages if each.stage == "activations base"))
+    assert found[1] - found[0] == 24 * 2_000_000
+
+
 def test_what_does_not_fit_does_with_the_change_that_is_named(tmp_path: Path) -> None:
     study = of_profile("pair")
     found = work(study, size_of(study, folder(tmp_path, **BIG)))
