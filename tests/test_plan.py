@@ -153,8 +153,7 @@ def test_what_does_not_fit_does_with_the_change_that_is_named(tmp_path: Path) ->
     found = work(study, size_of(study, folder(tmp_path, **BIG)))
     edited = next(each for each in found if each.kind == "intervene")
     memory = edited.fixed + 3.5 * edited.each
-    rates = {"peak": 1e9, "start": 1.0, "kinds": {}}
-    said = list(lines(found, seconds(found, rates, 1e9), memory, 10 * 2**30))
+    said = list(lines(found, dict.fromkeys([each.stage for each in found]), memory, 10 * 2**30))
     big = [each for each in found if each.memory > memory]
     assert {each.fitting(memory) > 0 for each in big} == {True, False}, "some fit with a smaller batch, some with none"
     assert edited.fitting(memory) == 3
@@ -172,13 +171,30 @@ def test_time_follows_the_speed_of_the_machine(tmp_path: Path) -> None:
     study = load_study()
     found = work(study, size_of(study, folder(tmp_path)))
     kinds = {each.kind: 1e-9 for each in found if each.kind != "report"}
-    rates = {"peak": 2e10, "start": 5.0, "kinds": kinds}
-    slow, fast = (seconds(found, rates, speed) for speed in (1e10, 4e10))
+    rates = {"one": {"weights": 1e6, "peak": 2e10, "start": 5.0, "kinds": kinds}}
+    slow, fast = (seconds(found, rates, speed, 10**5) for speed in (1e10, 4e10))
     for each in found:
         if each.kind == "report":
             assert slow[each.stage] is fast[each.stage] is None, "no rate is known"
         else:
             assert slow[each.stage] - 5 == pytest.approx(4 * (fast[each.stage] - 5)) == pytest.approx(2e-9 * each.amount)
+
+
+def test_time_follows_the_size_of_the_models_between_those_of_studies_that_were_run() -> None:
+    found = [each for each in work(load_study(), size_of(load_study())) if each.kind in ("evaluate", "stitch")]
+    kinds = {"evaluate": 1e-9, "stitch": 3e-9}
+    small = {"weights": 10**6, "peak": 1e10, "start": 1.0, "kinds": kinds}
+    large = {"weights": 10**8, "peak": 2e10, "start": 5.0, "kinds": {"evaluate": 5e-11}}  # ten times less of its peak
+
+    def units(weights: int) -> dict[str, float]:
+        """Seconds at 1e10 operations a second for each unit of work."""
+        start = 1.0 if weights < 10**7 else 3.0 if weights == 10**7 else 5.0
+        told = seconds(found, {"large": large, "small": small}, 1e10, weights)
+        return {each.kind: ((told[each.stage] or 0) - start) / each.amount for each in found}
+
+    assert units(10**5) == units(10**6) == pytest.approx(kinds)
+    assert units(10**9) == units(10**8) == pytest.approx({"evaluate": 1e-10, "stitch": 3e-9})
+    assert units(10**7) == pytest.approx({"evaluate": 10**-9.5, "stitch": 3e-9}), "half way in logarithms"
 
 
 def write_records(folder: Path, study: Study, works: list[Work], took: dict[str, float]) -> None:
@@ -205,7 +221,8 @@ def test_rates_are_learnt_from_records_and_predict_them(tmp_path: Path, monkeypa
     monkeypatch.setattr("featdiff.tracking.record.runs_folder", lambda: tmp_path)
     rates = plan.learn(study, 1e10)
     assert rates["start"] == pytest.approx(3.5)
-    told = seconds(found, rates, 1e10)
+    assert rates["weights"] == size_of(study).weights
+    told = seconds(found, {"this": rates}, 1e10, rates["weights"])
     for each in found:
         assert told[each.stage] == pytest.approx(1e-9 * each.amount * (1 + (each.kind == "crosscoder")) + 3.5)
 

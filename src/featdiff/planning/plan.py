@@ -3,9 +3,9 @@
 python -m featdiff.planning.plan [profile] [--config <folder of a model>] [--gpus <of a node> [--nodes N] [--gpu <kind>]]
 
 Operations, bytes and memory follow from params (featdiff.planning.work). Time follows from how fast this machine multiplies
-matrices, measured in a second, and from what each kind of stage took for its work in a study that was run and recorded:
-``python -m featdiff.planning.plan --learn`` reads that from the records here and writes metrics/rates.json. ``--gpus`` asks
-about nodes with GPUs that need not be here (featdiff.planning.gpus).
+matrices, measured in a second, and from what each kind of stage took for its work in studies that were run and recorded:
+``python -m featdiff.planning.plan --learn`` reads that from the records here and writes it into metrics/rates.json, where
+there is an entry for each profile. ``--gpus`` asks about nodes with GPUs that need not be here (featdiff.planning.gpus).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -114,13 +116,22 @@ def peak() -> float:
     return best
 
 
-def seconds(works: Iterable[Work], rates: Mapping[str, Any], speed: float) -> dict[str, float | None]:
-    """Expected seconds of each stage on a machine of this ``speed``; None for a kind that no recorded study had."""
-    scale = rates["peak"] / speed
-    return {
-        each.stage: rates["kinds"][each.kind] * each.amount * scale + rates["start"] if each.kind in rates["kinds"] else None
-        for each in works
-    }
+def seconds(works: Iterable[Work], rates: Mapping[str, Any], speed: float, weights: int) -> dict[str, float | None]:
+    """Expected seconds of each stage on a machine of this ``speed``, for models with so many ``weights``; None for a kind that
+    no recorded study had. A large model makes more of a machine than a small one: ``rates`` of studies are taken for the sizes
+    of their models, what lies between follows on a line in logarithms, and beyond them the nearest holds."""
+    studies = sorted(rates.values(), key=itemgetter("weights"))
+    sizes = np.log([study["weights"] for study in studies])
+    start = float(np.interp(np.log(weights), sizes, [study["start"] for study in studies]))
+
+    def took(each: Work) -> float | None:
+        had = [i for i, study in enumerate(studies) if each.kind in study["kinds"]]
+        if not had:
+            return None
+        per_unit = np.log([studies[i]["kinds"][each.kind] * studies[i]["peak"] for i in had])
+        return float(np.exp(np.interp(np.log(weights), sizes[had], per_unit))) * each.amount / speed + start
+
+    return {each.stage: took(each) for each in works}
 
 
 def learn(study: Study, speed: float) -> dict[str, Any]:
@@ -134,7 +145,8 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
     for each in done:
         walls[each["label"]].append(each["observed"]["wall_seconds"])
     amounts, spent = defaultdict[str, float](float), defaultdict[str, float](float)
-    works = work(study, size_of(study))
+    size = size_of(study)
+    works = work(study, size)
     before = {stage.stage for each in works for stage in each.alone}  # their records do not hold what made them
     for planned in works:
         if planned.stage not in before and (took := walls.get(planned.stage.replace(" ", "@"))):
@@ -145,7 +157,7 @@ def learn(study: Study, speed: float) -> dict[str, Any]:
         raise ContractError(runs_folder(), "records", f"a pipeline of profile {study.profile}", "none", "dvc repro first")
     rates = {kind: spent[kind] / amounts[kind] for kind in spent}
     return {
-        "profile": study.profile, "peak": speed, "threads": torch.get_num_threads(), "start": median(starts), "kinds": rates,
+        "weights": size.weights, "peak": speed, "threads": torch.get_num_threads(), "start": median(starts), "kinds": rates,
     }  # fmt: skip
 
 
@@ -200,20 +212,22 @@ def main(words: list[str]) -> int:
         torch.set_num_threads(study.threads or torch.get_num_threads())
         speed = peak()
         if given.learn:
-            place_json(RATES, learn(study, speed))
+            place_json(RATES, read_json(RATES) | {study.profile: learn(study, speed)})
             print(f"{RATES}: written")
             return 0
         memory = psutil.virtual_memory().total
-        works = [each.within(memory) for each in work(study, size_of(study, given.config))]
+        size = size_of(study, given.config)
+        works = [each.within(memory) for each in work(study, size)]
         rates = read_json(RATES)
-        took = seconds(works, rates, speed)
+        took = seconds(works, rates, speed, size.weights)
     except (ConfigError, ContractError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
     print(*lines(works, took, memory, shutil.disk_usage(".").free, side_by_side(study)), sep="\n")
-    threads, known = torch.get_num_threads(), rates["profile"]
-    print(f"Times: {speed / 1e9:.0f} GFLOP/s here ({threads} threads), and what the study {known} made of it.")
-    print("Not tried with larger models, which ought to make more of it and take less.")
+    known = ", ".join(f"{name} ({each['weights'] / 1e6:.3g}M weights)" for name, each in rates.items())
+    print(f"Times: {speed / 1e9:.0f} GFLOP/s here ({torch.get_num_threads()} threads), and what studies made of that: {known}.")
+    if size.weights > max(each["weights"] for each in rates.values()):
+        print("Not tried with models this large, which ought to make more of it and take less.")
     return 0
 
 

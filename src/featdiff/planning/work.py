@@ -210,7 +210,8 @@ class _Plan:
             asked = {ROLES: questions * (1 + study.evaluate.draws)}
             yield self._answers(f"evaluate {model}", "evaluate", asked, study.evaluate)
         for name in study.arms:
-            asked = {ROLES: study.checkpoints.questions * len(self.tasks) * self._checkpoints(name)}
+            questions_of_each = min(study.checkpoints.questions, prepare.samples.report)
+            asked = {ROLES: questions_of_each * len(self.tasks) * self._checkpoints(name)}
             answered = self._answers(f"checkpoints {name}", "checkpoints", asked, study.checkpoints)
             # Each checkpoint is one rank's, who holds the base beside it.
             yield replace(answered, fixed=answered.fixed + self.number * self.size.weights, parts=self._checkpoints(name))
@@ -411,11 +412,11 @@ class _Plan:
         held = LIBRARIES + 2 * self.number * size.weights
         yield Work("localize", "localize", operations, 2e6, held, way="forward")
         seams = 2 * (study.stitch.depths + 1)
-        yield self._answers(
-            "stitch", "stitch", {ROLES: seams * study.stitch.questions * len(self.tasks)}, study.stitch, models=2
-        )
+        asked = seams * min(study.stitch.questions, split.report) * len(self.tasks)
+        yield self._answers("stitch", "stitch", {ROLES: asked}, study.stitch, models=2)
         lengths = [length for length, _ in self._lengths(study.evaluate, EDITED_ROLES)]
-        read = study.describe.corpus_tokens + 2 * sum(lengths) * (study.describe.samples + study.describe.shaded)
+        questions = min(study.describe.samples, split.find) + min(study.describe.shaded, split.report)
+        read = study.describe.corpus_tokens + 2 * sum(lengths) * questions
         held = LIBRARIES + 2 * (self.number * size.weights + FLOAT * read * size.d_model)
         yield Work("describe", "describe", 4 * size.forward(read, max(lengths) / 2), 5e6, held, way="forward")
         for side in SIDES:
@@ -423,13 +424,14 @@ class _Plan:
 
     def _edited(self, side: str) -> dict[tuple[str, ...], float]:
         """Answers under edits: a search on the tune split, and every purpose of ``side`` on the report split."""
-        study, p = self.study, self.study.intervene
+        study, p, split = self.study, self.study.intervene, self.study.prepare.samples
         find = sum(task.role == "find" for task in self.tasks)
         draws, others = p.random_sets + p.random_directions, 8
         settings = len(p.positions) * (len(p.doses) + 2)
-        search = find * settings * ((draws + others) * p.control_questions + 3 * study.prepare.samples.tune)
-        measured = draws * p.draw_questions + (others + 3) * study.prepare.samples.report
-        fewer = 2 * p.other_draws * p.draw_questions + (others + 3) * study.prepare.samples.report
+        search = find * settings * ((draws + others) * min(p.control_questions, split.tune) + 3 * split.tune)
+        drawn = min(p.draw_questions, split.report)
+        measured = draws * drawn + (others + 3) * split.report
+        fewer = 2 * p.other_draws * drawn + (others + 3) * split.report
         asked = [purpose for purpose in purposes(study.roles, study.repeats(study.roles.tuned)) if purpose.side == side]
         tasks = sum(task.role in EDITED_ROLES for task in self.tasks)
         return {("find",): search, EDITED_ROLES: tasks * (measured + (len(asked) - 1) * fewer)}
