@@ -28,7 +28,7 @@ with stage("describe", out="analysis/describe") as run:
         corpus = token_stream(texts, tokenizer, run.study.activations).first(run.params.corpus_tokens)
         editor = Editor(crosscoder, roles.original, layer, run.device, largest, donor_name=roles.tuned)
         edits = {k: editor.edit("add", [k], "prompt_last", 1.0) for k in found["features"]}
-        samples = [sample for sample in load_samples(data, "eval") if tasks[sample.task].role != "reported"]
+        samples = [sample for sample in load_samples(data, "eval") if tasks[sample.task].edited]
         asked = tokenizer, tasks, samples, answers, texts, corpus
         sources = Sources(roles, crosscoder, layer, models, *asked, stores, largest, edits)
         described, contexts, values = describe(sources, run.params, run.seed)

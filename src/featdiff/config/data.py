@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from featdiff.config.reading import flatten, legible
-from featdiff.config.values import Fraction, Grading, Many, Name, Params, Place, Positive, Role
+from featdiff.config.values import REPORTED, Fraction, Grading, Many, Name, Params, Place, Positive, Role
 
 
 class FamilyTask(Params):
@@ -103,7 +103,7 @@ class SplitSizes(Params):
 
     def of(self, role: Role) -> dict[str, int]:
         """Samples of a task of this role, by split."""
-        if role == "reported":
+        if role == REPORTED:
             return {"find": 0, "tune": 0, "report": self.reported}
         return {"find": self.find, "tune": self.tune, "report": self.report}
 

@@ -49,6 +49,8 @@ Rate = Annotated[float, Field(gt=0)]
 BASE = "base"
 """Name of the model from which every arm starts."""
 Role = Literal["train", "find", "control", "heldout", "reported"]
+REPORTED: Role = "reported"
+"""Of a task that is asked without edits and decides nothing."""
 Position = Literal["prompt_last", "prompt", "generated", "all"]
 Grading = Literal["strict", "flexible"]
 Readout = Literal["swap", "slot", "contribution"]

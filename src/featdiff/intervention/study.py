@@ -57,7 +57,7 @@ class Questions:
     @property
     def report(self) -> list[Sample]:
         """Those on which effects are measured: report split, but for tasks that are reported without edits."""
-        return [sample for sample in self.samples if sample.split == "report" and self.tasks[sample.task].role != "reported"]
+        return [sample for sample in self.samples if sample.split == "report" and self.tasks[sample.task].edited]
 
 
 Edits = dict[tuple[str, int], Change | None]

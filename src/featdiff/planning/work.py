@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from featdiff.activations.mixing import BUFFER_ROWS
 from featdiff.config.data import FamilyTask
 from featdiff.config.params import Study
-from featdiff.config.values import Role
+from featdiff.config.values import REPORTED, Role
 from featdiff.crosscoder.together import SURE, TRAINED, groups, held, in_a_step
 from featdiff.intervention.purposes import SIDES, purposes
 from featdiff.pipeline.repro import ONE_READ
@@ -32,7 +32,7 @@ together, where those are read and nothing is generated."""
 TRAINING, REMADE = 3, 4
 """Passes of a training step: forward, twice as much backward, and one more where the way back makes again what it needs."""
 ROLES: tuple[str, ...] = get_args(Role)
-EDITED_ROLES = tuple(role for role in ROLES if role != "reported")
+EDITED_ROLES = tuple(role for role in ROLES if role != REPORTED)
 LIBRARIES = 550 * 2**20
 """Bytes of a process that has computed nothing yet."""
 TEXT, ANSWER, EDITED = 20, 20, 2

@@ -16,7 +16,7 @@ import numpy as np
 
 from featdiff.artifacts.artifact import ContractError, read_json, write_json
 from featdiff.artifacts.tables import CORPUS, EVAL, PRETRAIN, TRAIN
-from featdiff.config.values import Grading
+from featdiff.config.values import REPORTED, Grading
 
 TABLES = {"train": TRAIN, "eval": EVAL, "corpus": CORPUS, "pretrain": PRETRAIN}
 """Of the data artifact, by the field of :class:`Data` that is in it."""
@@ -33,7 +33,7 @@ class TaskInfo:
 
     name: str
     role: str
-    """``train``, ``find``, ``control`` or ``heldout``."""
+    """``train``, ``find``, ``control``, ``heldout`` or ``reported`` (featdiff.config.values.Role)."""
     domain: str
     """``math`` for the training domain, otherwise what the task is about."""
     scoring: str
@@ -48,6 +48,11 @@ class TaskInfo:
     """Number of options of a question, 0 where there are none (the most common number where it varies)."""
     learnable: bool = True
     """False for a negative control: an ability that no training can elicit."""
+
+    @property
+    def edited(self) -> bool:
+        """Whether it is asked under edits and described, too."""
+        return self.role != REPORTED
 
     @property
     def chance(self) -> float:
