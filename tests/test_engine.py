@@ -25,7 +25,8 @@ from trl import GRPOConfig
 
 from featdiff.artifacts.artifact import MANIFEST, ContractError
 from featdiff.language.models import checkpoint_folders, end_tokens, load_model, load_tokenizer, save_model
-from featdiff.processes.ranks import VLLM, hardware
+from featdiff.processes import ranks as ranks_module
+from featdiff.processes.ranks import VLLM
 from featdiff.training import engine as engine_module
 from featdiff.training import grpo, imitation
 from featdiff.training.engine import RECOMPUTE, Engine, Replica
@@ -210,16 +211,16 @@ def test_vllm_stops_at_every_end_and_what_is_graded_is_without_it(
 ) -> None:
     """``d`` ends an answer and is no special token: texts of the trainer would show it."""
     model, tokenizer = load_model(world / "base"), load_tokenizer(world / "base")
-    eos, (c, d) = tokenizer.eos_token_id, tokenizer("cd", add_special_tokens=False)["input_ids"]
+    eos, (c, d, dot) = tokenizer.eos_token_id, tokenizer("cd.", add_special_tokens=False)["input_ids"]
     model.generation_config.eos_token_id = [eos, d]
     save_model(model, tokenizer, tmp_path / "world/base")
     (tmp_path / "world/data").symlink_to(world / "data")
     told = asked(tmp_path / "world", tmp_path / "grpo", monkeypatch, vllm="colocate")
     assert told["args"].generation_kwargs == {"stop_token_ids": sorted([eos, d])}
     (reward,) = told["reward_funcs"]
-    ids, texts = [[c, d], [c, eos], [c], [d, c]], ["cd", "c", "c", "dc"]
+    ids, texts = [[c, dot, d], [c, dot, eos], [c, dot], [c, d]], ["c.d", "c.", "c.", "cd"]
     assert reward(completions=texts, completion_ids=ids, sample_id=["t-0"] * 4) == [1.0, 1.0, 1.0, 0.0]
-    assert [row["completion"] for row in reward.state["kept"]] == ["c", "c", "c", "dc"]
+    assert [row["completion"] for row in reward.state["kept"]] == ["c.", "c.", "c.", "c"]
 
 
 def test_the_correction_is_logged_under_the_names_that_the_library_has() -> None:
@@ -238,9 +239,9 @@ def test_the_audit_and_the_checkpoints_name_what_drew(monkeypatch: pytest.Monkey
     found = []
     for value in ("", "colocate", "http://a:1", "http://b:2"):
         monkeypatch.setenv(VLLM, value)
-        found.append(hardware())
+        found.append(ranks_module.hardware())
     monkeypatch.delenv(VLLM)
-    assert found[0] == hardware()
+    assert found[0] == ranks_module.hardware()
     assert found[2] == found[3]
     assert found[0] != found[1] != found[2] != found[0]
 
