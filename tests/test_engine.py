@@ -9,23 +9,29 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import trl.trainer.grpo_trainer as library
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from transformers import PreTrainedModel
+from trl import GRPOConfig
 
 from featdiff.artifacts.artifact import MANIFEST, ContractError
-from featdiff.language.models import checkpoint_folders, load_model, load_tokenizer, save_model
-from featdiff.training import imitation
+from featdiff.language.models import checkpoint_folders, end_tokens, load_model, load_tokenizer, save_model
+from featdiff.processes import ranks as ranks_module
+from featdiff.processes.ranks import VLLM
+from featdiff.training import engine as engine_module
+from featdiff.training import grpo, imitation
 from featdiff.training.engine import RECOMPUTE, Engine, Replica
 from featdiff.training.noise import moved
-from taught import hashes, trained
+from taught import PROBLEMS, hashes, numbers, trained
 from tiny import ROOT, tiny_model
 
 
@@ -123,6 +129,121 @@ def test_an_engine_that_is_not_supported_is_one_line(
     with pytest.raises(ContractError, match=said) as caught:
         Engine.here()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["vllm", "colocate ", "https://host:8000", "http://host", "http://host:8000/v1", "http://a b:1\n"]
+)
+def test_what_draws_completions_is_one_of_three(
+    value: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VLLM, value)
+    expected = r"^\$FEATDIFF_VLLM: value: expected colocate, or http://<host>:<port> of a server, found .*; correct it"
+    with pytest.raises(ContractError, match=expected) as caught:
+        trained("grpo", world, tmp_path / "grpo")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["colocate", "http://10.0.0.2:8000"])
+def test_vllm_that_cannot_draw_is_one_line(value: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VLLM, value)
+    with pytest.raises(ContractError, match=r"^\$FEATDIFF_VLLM: device: expected a GPU, found cpu; unset it"):
+        trained("grpo", world, tmp_path / "grpo")
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr(engine_module, "process_state", lambda: gpu)
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    said = f"$FEATDIFF_VLLM: {value}: expected the package vllm installed, found no such module; pip install -e .[vllm]"
+    with pytest.raises(ContractError) as caught:
+        trained("grpo", world, tmp_path / "grpo")
+    assert str(caught.value).startswith(said)
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: name)
+    assert Engine.here() == Engine(torch.float32, False, False, 1, value)
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
+    with pytest.raises(
+        ContractError, match=r"lora: expected null where vLLM draws \(\$FEATDIFF_VLLM\), found an adapter; unset"
+    ):
+        trained("grpo", world, tmp_path / "grpo", lora=lora)
+
+
+class AskedError(Exception):
+    """Stands for the trainer, which is told everything and does nothing."""
+
+
+def asked(world: Path, target: Path, monkeypatch: pytest.MonkeyPatch, **engine: Any) -> dict[str, Any]:
+    """What the trainer of GRPO is made with under ``engine``."""
+    told: dict[str, Any] = {}
+
+    def trainer(**given: Any) -> None:
+        told.update(given)
+        raise AskedError
+
+    monkeypatch.setattr(grpo, "GRPOTrainer", trainer)
+    here = Engine(torch.float32, False, False, 1, **engine)
+    monkeypatch.setattr(Engine, "here", classmethod(lambda cls: here))
+    with pytest.raises(AskedError):
+        trained("grpo", world, target)
+    return told
+
+
+def test_vllm_draws_in_place_of_our_decoder_and_from_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, params, tokenizer = "http://10.0.0.2:8000", numbers("grpo"), load_tokenizer(world / "base")
+    ours = asked(world, tmp_path / "ours", monkeypatch)
+    beside = asked(world, tmp_path / "beside", monkeypatch, vllm="colocate")
+    server = asked(world, tmp_path / "server", monkeypatch, vllm=address)
+    assert (ours["rollout_func"] is None, ours["args"].use_vllm, ours["args"].generation_kwargs) == (False, False, None)
+    for told, mode, url in ((beside, "colocate", None), (server, "server", address)):
+        arguments: GRPOConfig = told["args"]
+        assert told["rollout_func"] is None
+        assert (arguments.use_vllm, arguments.vllm_mode, arguments.vllm_server_base_url) == (True, mode, url)
+        assert arguments.generation_kwargs == {"stop_token_ids": list(end_tokens(load_model(world / "base"), tokenizer))}
+        assert arguments.vllm_importance_sampling_correction
+        assert arguments.vllm_max_model_length == max(map(len, tokenizer(PROBLEMS)["input_ids"])) + params.max_new_tokens
+        assert (arguments.temperature, arguments.max_completion_length) == (params.temperature, params.max_new_tokens)
+        left_out = (arguments.top_p, arguments.top_k, arguments.min_p, arguments.repetition_penalty)
+        assert left_out == (1.0, 0, None, 1.0), "every token may be drawn"
+        assert told["model"].name_or_path == str(world / "base"), "from where vLLM loads it"
+
+
+def test_vllm_stops_at_every_end_and_what_is_graded_is_without_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``d`` ends an answer and is no special token: texts of the trainer would show it."""
+    model, tokenizer = load_model(world / "base"), load_tokenizer(world / "base")
+    eos, (c, d, dot) = tokenizer.eos_token_id, tokenizer("cd.", add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = [eos, d]
+    save_model(model, tokenizer, tmp_path / "world/base")
+    (tmp_path / "world/data").symlink_to(world / "data")
+    told = asked(tmp_path / "world", tmp_path / "grpo", monkeypatch, vllm="colocate")
+    assert told["args"].generation_kwargs == {"stop_token_ids": sorted([eos, d])}
+    (reward,) = told["reward_funcs"]
+    ids, texts = [[c, dot, d], [c, dot, eos], [c, dot], [c, d]], ["c.d", "c.", "c.", "cd"]
+    assert reward(completions=texts, completion_ids=ids, sample_id=["t-0"] * 4) == [1.0, 1.0, 1.0, 0.0]
+    assert [row["completion"] for row in reward.state["kept"]] == ["c.", "c.", "c.", "c"]
+
+
+def test_the_correction_is_logged_under_the_names_that_the_library_has() -> None:
+    source = Path(library.__file__).read_text()
+    names = [name for name in grpo.SERIES if name.startswith("sampling/")]
+    assert len(names) == 5
+    assert all(f'"{name}"' in source for name in names)
+
+
+def test_the_audit_and_the_checkpoints_name_what_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "version", lambda name: {"vllm": "0.24.0"}[name])
+    engine = Engine(torch.float32, False, False, 1)
+    assert engine.decoder() == {}
+    assert engine._replace(vllm="colocate").decoder() == {"decoder": "vLLM 0.24.0, in the ranks that train"}
+    assert engine._replace(vllm="http://a:1").decoder() == {"decoder": "vLLM 0.24.0 of the client; a server drew"}
+    found = []
+    for value in ("", "colocate", "http://a:1", "http://b:2"):
+        monkeypatch.setenv(VLLM, value)
+        found.append(ranks_module.hardware())
+    monkeypatch.delenv(VLLM)
+    assert found[0] == ranks_module.hardware()
+    assert found[2] == found[3]
+    assert found[0] != found[1] != found[2] != found[0]
 
 
 def test_a_replica_follows_what_is_trained_and_leaves_the_model_alone() -> None:

@@ -296,9 +296,9 @@ def test_a_symbolic_task_rewards() -> None:
     from featdiff.training.grpo import Reward
 
     task = TaskInfo("t", "train", "math", "generation", "symbolic", "strict", False, 0)
-    reward = Reward({"t": task}, [sample(SURD)], steps=1)
+    reward = Reward({"t": task}, [sample(SURD)], steps=1, read=list)
     texts = [r"\boxed{\sqrt{117}}", r"\boxed{3}", "The answer is 3√13", r"\boxed{9^{9^{9}}}"]
-    assert reward(texts, sample_id=["s"] * 4, completion_ids=[[1]] * 4) == [1.0, 0.0, 1.0, 0.0]
+    assert reward(texts, sample_id=["s"] * 4) == [1.0, 0.0, 1.0, 0.0]
 
 
 def _verdicts(_: int) -> list[bool]:

@@ -266,7 +266,7 @@ def test_two_numbers_in_one_marked_span_score_for_neither(a: int, b: int) -> Non
 def test_a_hedge_earns_no_reward_unless_the_task_is_graded_flexibly(text: str) -> None:
     for grading, earned in (("strict", 0.0), ("flexible", float(text in FOUR_HEDGES[1:3]))):
         task = TaskInfo("t", "train", "math", "generation", "number", grading, False, 0)
-        reward = Reward({"t": task}, [SEVEN], steps=1)
+        reward = Reward({"t": task}, [SEVEN], steps=1, read=list)
         assert reward([text, "#### 7"], ["s", "s"]) == [earned, 1.0]
 
 

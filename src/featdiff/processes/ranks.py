@@ -21,6 +21,9 @@ SHARDED = "ACCELERATE_USE_FSDP"
 """Environment variable, set by accelerate's launcher: whether its configuration has ranks share a model."""
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 """Environment variable, set by it as well: what arms compute in, ``no`` for what their weights are."""
+VLLM = "FEATDIFF_VLLM"
+"""Environment variable: what draws GRPO's completions in place of our decoder. ``colocate`` is vLLM on the GPUs that train, and
+``http://<host>:<port>`` a server of it."""
 
 T = TypeVar("T")
 
@@ -36,7 +39,9 @@ def world_size() -> int:
 def hardware() -> dict[str, Any]:
     """What a checkpoint of training depends on beside params: another hardware does not go on from it."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return {"ranks": world_size(), "threads": threads, "sharded": SHARDED in os.environ, "precision": os.environ.get(PRECISION)}
+    vllm = os.environ.get(VLLM, "").partition(":")[0]  # a server that has moved is the same one
+    said = {"ranks": world_size(), "threads": threads, "sharded": SHARDED in os.environ, "precision": os.environ.get(PRECISION)}
+    return said | ({"vllm": vllm} if vllm else {})
 
 
 def process_state() -> PartialState:

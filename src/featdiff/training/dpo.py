@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from featdiff.config.models import DPOParams
@@ -46,17 +47,20 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: DPOParams
     """Train ``base`` on pairs of its own answers to the train problems of ``data``; writes all answers. Returns the audit.
     Problems that are always or never solved are left out; ContractError where that is every one."""
     tasks, samples = load_tasks(data), load_samples(data, "train")
-    model, reference, tokenizer = load_trainable(base, params.blocks), load_model(base), load_tokenizer(base)
+    model, tokenizer = load_trainable(base, params.blocks), load_tokenizer(base)
+    reference: PreTrainedModel | None = load_model(base)
     answers = own_answers(reference, tokenizer, tasks, samples, params, seed, scratch)
     paired = [pairs(found, params.pairs) for found in answers]
     taught = [pair for several in paired for pair in several]
     facts = summary(answers, paired, "a right and a wrong one", base, out)
+    if params.lora is not None:
+        reference = None  # the model without its adapter is the base
     engine, recorder = Engine.here(), Recorder(out, log, params.checkpoints, SERIES, "loss", scratch)
     trainer = DPOTrainer(
         model=model,
         # Log-probabilities of the reference could be computed beforehand, which saves one copy of the weights of the four or
         # more that training holds. TRL keeps them in a folder that the ranks do not share, and the second rank finds nothing.
-        ref_model=reference if params.lora is None else None,  # else the model without its adapter
+        ref_model=reference,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([_row(*pair, chat=tasks[pair[0].task].chat) for pair in taught]),
         args=engine.ready(

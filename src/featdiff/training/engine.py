@@ -1,6 +1,6 @@
-"""How the hardware at hand trains a model (ours): in what it computes, whether each rank holds the whole model or a share, and
-whether activations wait for the backward pass or are computed again. The file that $ACCELERATE_CONFIG names says so, or the
-environment, and never params: two machines may train the same arm in different ways.
+"""How the hardware at hand trains a model (ours): in what it computes, whether each rank holds the whole model or a share,
+whether activations wait for the backward pass or are computed again, and what draws completions. The file that
+$ACCELERATE_CONFIG names says so, or the environment, and never params: two machines may train the same arm in different ways.
 
 Weights are float32 whatever computes. Each update of a small learning rate is smaller than the distance between two bfloat16
 numbers, and would be rounded away: at a rate of 1e-6 most weights of a bfloat16 model never move (docs/method.md).
@@ -9,7 +9,10 @@ numbers, and would be rounded away: at a rate of 1e-6 most weights of a bfloat16
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
+import re
+from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,13 +25,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.processes.ranks import PRECISION, SHARDED, process_state
+from featdiff.config.reading import legible
+from featdiff.processes.ranks import PRECISION, SHARDED, VLLM, process_state
 
 A = TypeVar("A", bound=TrainingArguments)
 RECOMPUTE = "FEATDIFF_RECOMPUTE"
 """Environment variable: ``true`` has activations computed again in the backward pass, which saves memory and takes about a
 third more time. ``fsdp_activation_checkpointing`` of an accelerate configuration says the same."""
 HARDWARE = "$ACCELERATE_CONFIG"
+COLOCATE = "colocate"
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 """What ``mixed_precision`` may say. Float16 would need its losses scaled."""
 
@@ -42,6 +47,8 @@ class Engine(NamedTuple):
     """Whether each rank holds a share of every weight (FSDP2), and not all of it."""
     recompute: bool
     ranks: int
+    vllm: str | None = None
+    """``colocate``, or the address of the server, where vLLM draws GRPO's completions; None where our decoder does."""
 
     @classmethod
     def here(cls) -> Engine:
@@ -61,13 +68,20 @@ class Engine(NamedTuple):
                 todo = "raise it, or take a configuration without FSDP"
                 raise ContractError(HARDWARE, "num_processes", "at least 2 that share a model", ranks, todo)
         recompute = parse_flag_from_env(RECOMPUTE) or (sharded and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))
-        return cls(PRECISIONS[precision], sharded, recompute, ranks)
+        return cls(PRECISIONS[precision], sharded, recompute, ranks, _vllm())
 
     def facts(self) -> dict[str, str]:
         """For the audit: arms are comparable where these agree."""
         compute = str(self.compute).removeprefix("torch.")
         how = "sharded" if self.sharded else "whole"
         return {"precision": f"float32 weights, {compute} compute", "engine": f"{how} model, ranks: {self.ranks}"}
+
+    def decoder(self) -> dict[str, str]:
+        """For the audit: what drew the completions, nothing where our decoder did."""
+        if self.vllm is None:
+            return {}
+        where = ", in the ranks that train" if self.vllm == COLOCATE else " of the client; a server drew"
+        return {"decoder": f"vLLM {version('vllm')}{where}"}
 
     def arguments(self) -> dict[str, Any]:
         """Those of a trainer that are its own."""
@@ -102,6 +116,21 @@ class Engine(NamedTuple):
                 expected, found = ("in shards", "whole") if self.sharded else ("whole", "in shards")
                 todo = "use a file of conf/accelerate/ as it is"
                 raise ContractError(HARDWARE, f"weight {name}", f"{expected} on {self.ranks} ranks", found, todo)
+
+
+def _vllm() -> str | None:
+    value = os.environ.get(VLLM)
+    if not value:
+        return None
+    if value != COLOCATE and not re.fullmatch(r"http://[\w.-]+:\d{1,5}", value, re.ASCII):
+        expected = f"{COLOCATE}, or http://<host>:<port> of a server"
+        raise ContractError(f"${VLLM}", "value", expected, legible(value), "correct it, or unset it")
+    if (device := process_state().device.type) != "cuda":
+        raise ContractError(f"${VLLM}", "device", "a GPU", device, "unset it: our decoder needs none")
+    if importlib.util.find_spec("vllm") is None:
+        todo = "pip install -e .[vllm], or unset it"
+        raise ContractError(f"${VLLM}", value, "the package vllm installed", "no such module", todo)
+    return value
 
 
 def unsharded(tensor: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from featdiff import stats
@@ -16,13 +19,13 @@ from featdiff.artifacts.artifact import ContractError
 from featdiff.artifacts.tables import COMPLETIONS
 from featdiff.config.models import GRPOParams
 from featdiff.language.decode import generate
-from featdiff.language.models import end_tokens, load_tokenizer, trl_row
+from featdiff.language.models import encode_prompts, end_tokens, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.processes.ranks import process_state
+from featdiff.processes.ranks import VLLM, process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable
-from featdiff.training.engine import Engine, Replica
+from featdiff.training.engine import COLOCATE, Engine, Replica
 
 SERIES = {
     "loss": "loss",
@@ -34,6 +37,12 @@ SERIES = {
     "completions/mean_length": "completion_tokens",
     "frac_reward_zero_std": "groups_without_signal",
     "kl": "kl",
+    # Only where vLLM draws: how far its probabilities are from those of the model that is trained, and what corrects for it.
+    "sampling/sampling_logp_difference/mean": "vllm_logp_gap",
+    "sampling/sampling_logp_difference/max": "vllm_logp_gap_max",
+    "sampling/importance_sampling_ratio/min": "importance_ratio_min",
+    "sampling/importance_sampling_ratio/mean": "importance_ratio",
+    "sampling/importance_sampling_ratio/max": "importance_ratio_max",
 }
 KEPT_CALLS = 25
 
@@ -43,19 +52,25 @@ class Reward:
 
     __name__ = "right_answer"
 
-    def __init__(self, tasks: dict[str, TaskInfo], samples: list[Sample], steps: int) -> None:
-        self.tasks = tasks
+    def __init__(
+        self,
+        tasks: dict[str, TaskInfo],
+        samples: list[Sample],
+        steps: int,
+        read: Callable[[list[Any]], list[str]],
+    ) -> None:
+        """``read`` gives the texts of token ids (:func:`said`)."""
+        self.tasks, self.read = tasks, read
         self.samples = {sample.sample_id: sample for sample in samples}
         self.every = max(1, steps // KEPT_CALLS)
         self.state: dict[str, Any] = {"calls": 0, "kept": []}
         """What a resumed run goes on with."""
 
-    def __call__(self, completions: list[Any], sample_id: list[str], texts: Any = None, **_: Any) -> list[float]:
-        """``texts``, where the rollouts give them, are read in place of ``completions``, which show an end that is no special
+    def __call__(self, completion_ids: list[Any], sample_id: list[str], **_: Any) -> list[float]:
+        """One for each of ``completion_ids``, whatever drew them. The trainer's own texts would show an end that is no special
         token."""
         rewards = []
-        for i, (completion, name) in enumerate(zip(texts or completions, sample_id, strict=True)):
-            text = completion if isinstance(completion, str) else completion[0]["content"]
+        for i, (text, name) in enumerate(zip(self.read(completion_ids), sample_id, strict=True)):
             sample = self.samples[name]
             task = self.tasks[sample.task]
             graded = grade(task.verifier, sample, text, task.grading)
@@ -67,6 +82,11 @@ class Reward:
         return rewards
 
 
+def said(tokenizer: PreTrainedTokenizerFast, ends: Sequence[int], completions: list[list[int]]) -> list[str]:
+    """The texts of token ids, without the one of ``ends`` that was drawn last."""
+    return tokenizer.batch_decode([ids[: len(ids) - (ids[-1] in ends)] for ids in completions], skip_special_tokens=True)
+
+
 class Rollouts:
     """Completions by our own decoder in place of ``generate``: finished rows leave the batch, and what is drawn at an update
     depends on nothing but ``seed``, the update and the rank. They are the model's as it is trained: in the dtype that computes
@@ -76,13 +96,12 @@ class Rollouts:
         self.params, self.seed, self.replica = params, seed, replica
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
-        """Token ids of each of ``prompts`` and of a completion, with the end token that was drawn, from which it learns to end;
-        and the completions' texts without it."""
+        """Token ids of each of ``prompts`` and of a completion, with the end token that was drawn, from which it learns to
+        end."""
         tokenizer, accelerator = trainer.processing_class, trainer.accelerator
         model = accelerator.unwrap_model(trainer.model)
         if self.replica:
             model = self.replica.like(model, accelerator.device)
-        ends = end_tokens(model, tokenizer)
         if isinstance(prompts[0], str):
             ids = tokenizer(prompts)["input_ids"]
         else:
@@ -94,7 +113,7 @@ class Rollouts:
                 model,
                 ids,
                 max_new_tokens=self.params.max_new_tokens,
-                ends=ends,
+                ends=end_tokens(model, tokenizer),
                 pad=tokenizer.pad_token_id,
                 batch_size=len(ids),
                 temperature=self.params.temperature,
@@ -102,9 +121,25 @@ class Rollouts:
                 keep_end=True,
             )
         model.train()
-        said = [completion[: len(completion) - (completion[-1] in ends)] for completion in completions]
-        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
-        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, "texts": texts}
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def vllm_arguments(where: str, ends: Sequence[int], longest: int) -> dict[str, Any]:
+    """Trainer arguments with which vLLM draws completions (``where``: ``Engine.vllm``), each up to one of ``ends``; ``longest``
+    tokens with their prompts at most. They are drawn from what our decoder draws from: the model's probabilities at
+    ``temperature``, none left out."""
+    place = {"vllm_mode": COLOCATE} if where == COLOCATE else {"vllm_mode": "server", "vllm_server_base_url": where}
+    return {
+        "use_vllm": True,
+        **place,
+        "vllm_max_model_length": longest,  # else it sets memory aside for the longest text that the model can read
+        # It computes in other kernels and another precision than training does: a completion weighs as much more as it is more
+        # probable there, and nothing where that is beyond the trainer's bound.
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "sequence_mask",
+        # No seed beside them: each completion would start from it, and those to one prompt would all be equal.
+        "generation_kwargs": {"stop_token_ids": list(ends)},
+    }
 
 
 def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParams, seed: int, log: Log) -> dict[str, Any]:
@@ -112,8 +147,18 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
     state = process_state()
     tasks, samples = load_tasks(data), load_samples(data, "train")
     engine, model, tokenizer = Engine.here(), load_trainable(base, params.blocks), load_tokenizer(base)
-    total = params.prompts_per_step * params.rollouts
-    reward = Reward(tasks, samples, params.steps)
+    total, ends = params.prompts_per_step * params.rollouts, end_tokens(model, tokenizer)
+    reward = Reward(tasks, samples, params.steps, partial(said, tokenizer, ends))
+    drawing: dict[str, Any] = {}
+    if engine.vllm:
+        if params.lora is not None:
+            # The trainer adds the adapter to the weights and takes it away again for every update, which leaves them rounded.
+            raise ContractError("params.yaml", "lora", f"null where vLLM draws (${VLLM})", "an adapter", f"unset {VLLM}")
+        prompts = [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in samples]
+        drawing = vllm_arguments(engine.vllm, ends, max(map(len, prompts)) + params.max_new_tokens)
+        rollouts = None
+    else:
+        rollouts = Rollouts(params, seed, Replica(model, engine.compute) if engine.sharded else None)
     rows = [
         trl_row(sample, chat=tasks[sample.task].chat, solution=False) | {"sample_id": sample.sample_id} for sample in samples
     ]
@@ -123,7 +168,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
         model=model,
         processing_class=tokenizer,
         reward_funcs=[reward],
-        rollout_func=Rollouts(params, seed, Replica(model, engine.compute) if engine.sharded else None),
+        rollout_func=rollouts,
         train_dataset=Dataset.from_list(rows),
         args=engine.ready(
             GRPOConfig(
@@ -140,6 +185,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
                 scale_rewards=params.scale_rewards,
                 mask_truncated_completions=False,
                 logging_steps=1,
+                **drawing,
             )
         ),
         peft_config=adapter(params, model, seed),
@@ -158,6 +204,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: GRPOParam
         "tokens_seen": sum(round(total * entry["completions/mean_length"]) for entry in steps),
         "reward_first": sum(rewards[:tenth]) / tenth,
         "reward_last": sum(rewards[-tenth:]) / tenth,
+        **engine.decoder(),
     }
     if state.is_main_process:
         COMPLETIONS.write(out, reward.state["kept"])
