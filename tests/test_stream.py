@@ -51,6 +51,26 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folders
 
 
+def test_a_model_that_several_stores_read_is_hashed_and_loaded_once(
+    both: dict[str, Folders], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    for name in ("load_model", "sha256_file"):
+        original = getattr(stream, name)
+        monkeypatch.setattr(
+            stream, name, lambda path, name=name, original=original: (done.append((name, path.name)), original(path))[1]
+        )
+    stream._hashed.cache_clear()
+    stream._loaded.cache_clear()
+    folders = both["models"]
+    rows = [ActivationStore({"a": folders["base"], "b": folders["grpo"]}).read(3, 40) for _ in range(3)]
+    assert torch.equal(rows[0], rows[2])
+    assert sorted(done) == [
+        ("load_model", "base"), ("load_model", "grpo"),
+        *([("sha256_file", "config.json")] * 2), *([("sha256_file", "model.safetensors")] * 2),
+    ]  # fmt: skip
+
+
 def test_nothing_is_kept_but_the_tokens(both: dict[str, Folders]) -> None:
     stored, streamed = (both[source]["grpo"] for source in ("activations", "models"))
     assert {path.name for path in streamed.iterdir()} == {"index.json", "tokens.safetensors", "texts.safetensors"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -45,7 +45,20 @@ def fingerprint(folder: Path) -> str:
         raise ContractError(
             folder, "weights", "the model, which streamed activations are read from", "none", "rerun: dvc repro"
         )
-    return hash_json({path.name: sha256_file(path) for path in files})
+    return _hashed(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=64)
+def _hashed(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files with size and time of change: what has neither changed since is not read again."""
+    return hash_json({path.name: sha256_file(path) for path, *_ in files})
+
+
+@lru_cache(maxsize=3)
+def _loaded(path: Path, layer: int, weights: str) -> torch.nn.Module:
+    """The trunk of the model in ``path``, whose :func:`fingerprint` is ``weights``. The last three are kept: a stage that goes
+    through many crosscoders reads rows of the same models for each."""
+    return truncate(load_model(path), layer).to(process_state().device)
 
 
 class Runs:
@@ -59,7 +72,7 @@ class Runs:
     def __init__(self, folder: Path, index: Mapping[str, Any], series: str) -> None:
         self._streamed, self._layer = Streamed(**index["streamed"]), index["layer"]
         path, weights, texts = self._streamed.series[series]
-        self.path, self.dtype = Path(path), getattr(torch, index["dtype"])
+        self.path, self.dtype, self._weights = Path(path), getattr(torch, index["dtype"]), weights
         if fingerprint(self.path) != weights:
             found = "others than when it was written"
             raise ContractError(self.path, "weights", f"those of {folder / 'index.json'}", found, "rerun: dvc repro")
@@ -75,7 +88,7 @@ class Runs:
 
     @cached_property
     def _trunk(self) -> torch.nn.Module:
-        return truncate(load_model(self.path), self._layer).to(process_state().device)
+        return _loaded(self.path, self._layer, self._weights)
 
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Rows ``start`` to ``stop`` [n, D] in stretches that lie anyhow, each with its place after ``start``."""
