@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from featdiff.activations import residual
 from featdiff.activations.harvest import harvest
@@ -91,7 +91,26 @@ def test_columns_say_of_every_row_its_token_its_text_and_its_place(stream: Token
     assert list(zip(*(column.tolist() for column in columns.values()), strict=True)) == wanted
 
 
-def test_a_stream_takes_few_bytes_a_token_and_no_more_of_the_corpus_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STREAMS)
+def test_files_that_are_written_in_pieces_are_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: TokenStream
+) -> None:
+    monkeypatch.setattr(residual, "TOKENIZED_TEXTS", 3)
+    found, wanted = tmp_path / "found.safetensors", tmp_path / "wanted.safetensors"
+    stream.save_columns(found)
+    save_file({name: torch.tensor(column) for name, column in stream.columns().items()}, wanted)
+    assert found.read_bytes() == wanted.read_bytes()
+    stream.save(found)
+    ids, lengths = [token for text in stream.texts for token in text], [len(text) for text in stream.texts]
+    save_file({"ids": torch.tensor(ids, dtype=torch.int32), "lengths": torch.tensor(lengths)}, wanted)
+    assert found.read_bytes() == wanted.read_bytes()
+    assert list(TokenStream.load(found, stream.skip).texts) == list(stream.texts)
+
+
+def test_a_stream_takes_little_memory_and_no_more_of_the_corpus_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(residual, "TOKENIZED_TEXTS", 50)
     _, tokenizer = tiny_model()
     texts = [Text("add 1 2=" * 40, "3." * 40, "add")] * 700
@@ -105,13 +124,16 @@ def test_a_stream_takes_few_bytes_a_token_and_no_more_of_the_corpus_than_it_need
     asked.clear()
     tracemalloc.start()
     stream = token_stream(texts, counted, params(tokens=200_000, max_length=400))
-    columns = stream.columns()
-    held, peak = tracemalloc.get_traced_memory()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    stream.save_columns(tmp_path / "tokens.safetensors")
+    stream.save(tmp_path / "texts.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(asked) == 550, "of 700: 399 rows a text"
-    assert len(columns["token_id"]) == stream.rows >= 200_000
-    assert held < 24 * stream.rows
-    assert peak < 60 * stream.rows
+    assert len(load_file(tmp_path / "tokens.safetensors")["token_id"]) == stream.rows >= 200_000
+    assert held < stream.rows / 2
+    assert peak - held < 50 * 40 * 400, "a few times the columns of 50 texts, of which there are ten times as many"
 
 
 @pytest.mark.parametrize("skip", [0, 1])

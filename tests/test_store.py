@@ -62,6 +62,21 @@ def test_other_tokens_are_refused_by_name(tmp_path: Path) -> None:
         ActivationStore(folders)
 
 
+@pytest.mark.parametrize("compared", [1, 3, 4, 100])
+@pytest.mark.parametrize("tokens", [[*range(8), 77], list(range(8)), list(range(10)), list(range(12))])
+def test_tokens_that_differ_late_are_found(
+    compared: int, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "COMPARED_ROWS", compared)
+    acts, given = numbered(9), torch.tensor(tokens, dtype=torch.int32)
+    folders = {"base": write_store(tmp_path / "base", acts[:, 0]), "grpo": write_store(tmp_path / "grpo", acts[:, 1])}
+    assert ActivationStore(folders).rows == 9
+    write_store(folders["grpo"], acts[:, 1], tokens=given)
+    for order in (folders, dict(reversed(folders.items()))):
+        with pytest.raises(ContractError, match=r"tokens\.safetensors: token_id"):
+            ActivationStore(order)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("layer", 3), ("d_model", 4), ("rows", 8), ("drop_first_token", False), ("tokenizer", "other")]
 )

@@ -63,7 +63,7 @@ def harvest(folder: Path, corpus: list[Text], out: Path, params: ActivationsPara
     else:
         index["shards"] = _write_shards(series, final, layer, tokenizer.pad_token_id, out, params, scratch)
     if state.is_main_process:
-        save_file({name: torch.from_numpy(column) for name, column in stream.columns().items()}, out / "tokens.safetensors")
+        stream.save_columns(out / "tokens.safetensors")
         if params.source == "models":
             stream.save(out / TEXTS)
         write_json(out / "index.json", index)

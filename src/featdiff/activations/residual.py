@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import IO, Any, overload
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
+from numpy.typing import DTypeLike
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -24,12 +30,31 @@ TOKENIZED_TEXTS = 1000
 """Texts that are turned into tokens together."""
 
 
-class PackedTexts(Sequence[list[int]]):
-    """Texts as token ids that lie one after the other in one array: 4 bytes a token and 16 a text."""
+class StoredIds:
+    """Token ids in a file of int32, of which only those come into memory that are asked for."""
 
-    def __init__(self, ids: Int[np.ndarray, " T"], lengths: Int[np.ndarray, " texts"]) -> None:
-        self.ids, self.lengths = ids, lengths
-        self.ends = np.cumsum(lengths)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __getitem__(self, where: slice) -> Int[np.ndarray, " T"]:
+        # Not mapped: pages of a mapped file count as memory of the process once they were read.
+        size = np.dtype(np.int32).itemsize
+        return np.frombuffer(os.pread(self._file.fileno(), size * (where.stop - where.start), size * where.start), np.int32)
+
+
+class PackedTexts(Sequence[list[int]]):
+    """Texts as token ids that lie one after the other, in an array or in a file, and 16 bytes a text beside them: the
+    ``lengths`` of texts and where they end (``ends``)."""
+
+    def __init__(
+        self, ids: Int[np.ndarray, " T"] | StoredIds, lengths: Int[np.ndarray, " texts"], ends: Int[np.ndarray, " texts"]
+    ) -> None:
+        self._ids, self.lengths, self.ends = ids, lengths, ends
+
+    @property
+    def ids(self) -> Int[np.ndarray, " T"]:
+        """Tokens of all texts."""
+        return self._ids[int(self.ends[0] - self.lengths[0]) : int(self.ends[-1])] if len(self) else np.empty(0, np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -40,11 +65,9 @@ class PackedTexts(Sequence[list[int]]):
     def __getitem__(self, which: slice) -> PackedTexts: ...
     def __getitem__(self, which: int | slice) -> list[int] | PackedTexts:
         if isinstance(which, slice):
-            start, stop, _ = which.indices(len(self))
-            low, high = (int(self.ends[i - 1]) if i else 0 for i in (start, max(start, stop)))
-            return PackedTexts(self.ids[low:high], self.lengths[start:stop])
+            return PackedTexts(self._ids, self.lengths[which], self.ends[which])
         end = int(self.ends[which])
-        found: list[int] = self.ids[end - int(self.lengths[which]) : end].tolist()
+        found: list[int] = self._ids[end - int(self.lengths[which]) : end].tolist()
         return found
 
 
@@ -75,35 +98,77 @@ class TokenStream:
         """The fewest texts from the start that give at least ``rows`` rows together, or all where they give fewer."""
         return self.part(0, int(np.searchsorted(np.cumsum(self.kept), rows)) + 1)
 
+    @cached_property
+    def packed(self) -> PackedTexts:
+        """Its texts."""
+        return self.texts if isinstance(self.texts, PackedTexts) else packed(self.texts)
+
     def save(self, path: Path) -> None:
-        texts = self.texts if isinstance(self.texts, PackedTexts) else packed(self.texts)
-        save_file({"ids": torch.tensor(texts.ids), "lengths": torch.tensor(texts.lengths)}, path)
+        """Write ``ids`` [T], int32, of all texts one after the other, and the ``lengths`` of the texts, int64."""
+        texts = self.packed
+        ids = (texts[low : low + TOKENIZED_TEXTS].ids for low in range(0, len(texts), TOKENIZED_TEXTS))
+        whole = {"ids": (np.int32, int(texts.lengths.sum())), "lengths": (np.int64, len(texts))}
+        save_in_pieces(path, whole, {"ids": ids, "lengths": [texts.lengths]})
 
     @classmethod
     def load(cls, path: Path, skip: int) -> TokenStream:
         """What :meth:`save` wrote."""
         found = load_file(path)
-        return cls(PackedTexts(found["ids"].numpy(), found["lengths"].numpy()), skip)
+        lengths = found["lengths"].numpy()
+        return cls(PackedTexts(found["ids"].numpy(), lengths, np.cumsum(lengths)), skip)
 
-    def columns(self) -> dict[str, Int[np.ndarray, " N"]]:
-        """Of every row its ``token_id``, the number of its text (``text_id``) and its place there (``position``)."""
-        texts = self.texts if isinstance(self.texts, PackedTexts) else packed(self.texts)
+    def columns(self, before: int = 0) -> dict[str, Int[np.ndarray, " N"]]:
+        """Of every row its ``token_id``, the number of its text (``text_id``) and its place there (``position``). There are
+        as many texts ``before`` these."""
+        texts = self.packed
         first = np.repeat((np.cumsum(self.kept) - self.kept).astype(np.int32), self.kept)
-        left_out = (texts.ends - texts.lengths)[:, None] + np.arange(self.skip)
+        left_out = (np.cumsum(texts.lengths) - texts.lengths)[:, None] + np.arange(self.skip)
         return {
             "token_id": np.delete(texts.ids, left_out.ravel()),
-            "text_id": np.repeat(np.arange(len(texts), dtype=np.int32), self.kept),
+            "text_id": np.repeat(np.arange(before, before + len(texts), dtype=np.int32), self.kept),
             "position": np.arange(self.skip, self.skip + self.rows, dtype=np.int32) - first,
         }
 
+    def save_columns(self, path: Path) -> None:
+        """Write :meth:`columns`, each [N], int32."""
+        texts = self.packed
+
+        def pieces(name: str) -> Iterator[Int[np.ndarray, " n"]]:
+            for low in range(0, len(texts), TOKENIZED_TEXTS):
+                yield TokenStream(texts[low : low + TOKENIZED_TEXTS], self.skip).columns(low)[name]
+
+        names = list(self.part(0, 0).columns())
+        save_in_pieces(path, dict.fromkeys(names, (np.int32, self.rows)), {name: pieces(name) for name in names})
+
 
 def packed(texts: Iterable[list[int]]) -> PackedTexts:
-    """``texts`` in one array."""
-    ids, lengths = array("i"), array("i")
+    """``texts`` in a temporary file."""
+    file, lengths = tempfile.TemporaryFile(), array("q")  # noqa: SIM115  (open as long as the texts)
     for each in texts:
-        ids.extend(each)
+        file.write(array("i", each))
         lengths.append(len(each))
-    return PackedTexts(np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int32).astype(np.int64))
+    file.flush()
+    held = np.frombuffer(lengths, dtype=np.int64)
+    return PackedTexts(StoredIds(file), held, np.cumsum(held))
+
+
+def save_in_pieces(
+    path: Path, whole: Mapping[str, tuple[DTypeLike, int]], pieces: Mapping[str, Iterable[np.ndarray[Any, Any]]]
+) -> None:
+    """Write a safetensors file of arrays that are never in memory as a ``whole``, of which type and length are given, but in
+    ``pieces``."""
+    sizes = {name: np.dtype(kind).itemsize * length for name, (kind, length) in whole.items()}
+    # The library writes whole arrays. A mapping that nobody has written to reads as zeros and takes no memory. And tensors end
+    # the file, one directly after the other, so that what is written over them from the first on meets each in its place.
+    zeros = mmap.mmap(-1, max(1, *sizes.values()), flags=mmap.MAP_PRIVATE)
+    save_file({name: np.frombuffer(zeros, kind, length) for name, (kind, length) in whole.items()}, path)
+    with safe_open(path, framework="np") as handle:
+        order = handle.offset_keys()
+    with path.open("r+b") as file:
+        file.seek(-sum(sizes.values()), os.SEEK_END)
+        for name in order:
+            for piece in pieces[name]:
+                file.write(np.ascontiguousarray(piece, whole[name][0]).data)
 
 
 def token_stream(texts: list[Text], tokenizer: PreTrainedTokenizerFast, params: ActivationsParams) -> TokenStream:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from featdiff.activations.mixing import Shared, mixed, overlaps, put
@@ -25,6 +24,8 @@ READ_ROWS = 8192
 """Rows read at once when going through a source in order."""
 SUM_ROWS = 64
 """Of them held in float64 at once, a multiple of 16."""
+COMPARED_ROWS = 2**20
+"""Rows of which token ids are compared at once."""
 
 
 class ActivationSource(Protocol):
@@ -133,6 +134,24 @@ class _Shards:
                 yield low - start, handle.get_slice("acts")[low - first : high - first]
 
 
+def _token_ids(folder: Path) -> Iterator[Tensor]:
+    """Token ids of a store, ``COMPARED_ROWS`` at a time."""
+    file, name = folder / "tokens.safetensors", "token_id"
+    with safe_open(file, framework="pt") as handle:
+        rows = handle.get_slice(name).get_shape()[0]
+    for start, stop in pieces(0, rows, COMPARED_ROWS):
+        # Opened for each: what was read of a mapped file counts as memory until the mapping is let go.
+        with safe_open(file, framework="pt") as handle:
+            yield handle.get_slice(name)[start:stop]
+
+
+def _same_tokens(folder: Path, other: Path) -> bool:
+    """Whether two stores hold the same token ids."""
+    ended = torch.empty(0, dtype=torch.int32)
+    both = zip_longest(_token_ids(folder), _token_ids(other), fillvalue=ended)
+    return all(torch.equal(*pair) for pair in both)
+
+
 class ActivationStore:
     """Stores of several models as one :class:`ActivationSource`: rows that lie on disk, or models that are run for them, as
     the index of each says.
@@ -155,7 +174,7 @@ class ActivationStore:
                         index[field],
                         "rerun: dvc repro",
                     )
-            if not torch.equal(self.tokens(folder), self.tokens(self._folders[0])):
+            if folder != self._folders[0] and not _same_tokens(folder, self._folders[0]):
                 raise ContractError(
                     folder / "tokens.safetensors", "token_id", f"the tokens of {self._folders[0]}", "others", "rerun: dvc repro"
                 )
@@ -166,11 +185,6 @@ class ActivationStore:
         self.rows = self._parts[0][0].rows
         if self.rows == 0:
             raise ContractError(self._folders[0], "rows", "at least one token", 0, "raise activations.tokens")
-
-    @staticmethod
-    def tokens(folder: Path) -> Tensor:
-        """Token ids [N] of a store."""
-        return load_file(folder / "tokens.safetensors")["token_id"]
 
     def read(self, start: int, stop: int) -> Tensor:
         rows_NMD = torch.empty(stop - start, len(self.models), self.d_model)
