@@ -196,6 +196,35 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, target: str) -> None:
     assert project.checkpoint() == 0
 
 
+def test_a_second_signal_ends_a_rank_that_heeds_none(tmp_path: Path) -> None:
+    project = stand(tmp_path / "two", 60.0)
+    project.environment["ACCELERATE_CONFIG"] = "conf/accelerate/cpu_2ranks.yaml"
+    script = project.path / "stages/base.py"
+    deaf = "if rank() == 1: __import__('signal').pthread_sigmask(0, range(1, 32))\n            time.sleep(length)"
+    script.write_text(STAGE.replace("time.sleep(length)", deaf), encoding="utf-8")
+    process = project.start_dvc()
+    wait_for(lambda: "step 1\n" in project.said())
+    launcher = project.pid("launcher")
+    for _ in range(2):
+        time.sleep(1)
+        os.kill(launcher, signal.SIGTERM)
+    began = time.monotonic()
+    process.wait(30)
+    wait_for(lambda: not running(project.path))
+    assert time.monotonic() - began < 10
+
+
+def test_ranks_whose_launcher_is_killed_finish_their_step_before_dvc_is_told(tmp_path: Path) -> None:
+    project = stand(tmp_path / "two", 2.0)
+    project.environment["ACCELERATE_CONFIG"] = "conf/accelerate/cpu_2ranks.yaml"
+    process = project.start_dvc()
+    wait_for(lambda: "step 3\n" in project.said())  # they have met, which they do where it is
+    os.kill(project.pid("accelerate"), signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert not running(project.path)
+    assert project.checkpoint() == 3, project.said()
+
+
 def test_a_terminal_that_hangs_up_twice_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
     """Once as its window closes, and once more as its session leader ends, which takes a while on a busy machine."""
     project = stand(tmp_path / "stand", 3.0)
@@ -229,10 +258,12 @@ def test_a_closed_terminal_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads(record.read_text())["status"] == "KILLED"
 
 
-def test_ctrl_z_pauses_the_ranks_and_fg_lets_them_go_on(tmp_path: Path) -> None:
-    project = stand(tmp_path / "stand", 0.5)
+@pytest.mark.parametrize("hardware", ["cpu", "cpu_2ranks"])
+def test_ctrl_z_pauses_the_ranks_and_fg_lets_them_go_on(tmp_path: Path, hardware: str) -> None:
+    project = stand(tmp_path / "stand", 1.0)
+    project.environment["ACCELERATE_CONFIG"] = f"conf/accelerate/{hardware}.yaml"
     process = project.start_dvc()
-    wait_for(lambda: "step 1\n" in project.said())
+    wait_for(lambda: "step 2\n" in project.said())  # several ranks have met
     os.killpg(process.pid, signal.SIGTSTP)
     time.sleep(0.5)
     before = project.said()

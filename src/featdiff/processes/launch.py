@@ -8,10 +8,10 @@ that is a single process, too; on the CPUs of one machine there may be more of t
 process (featdiff.processes.forked).
 
 Signals go to the ranks and to nobody else: accelerate's launcher would die of one, and take its ranks along in the middle
-of a step. It and the ranks are therefore a process group of their own, which no key press reaches, and this process hands on
-each request, waits however long the current step takes, and ends with the status that the ranks left behind: the
-launcher knows only "failed". A second request ends everything at once. Nothing here imports more than it needs: this
-process stays as long as the stage.
+of a step. It and the ranks are therefore in process groups of their own (each of several ranks in one), which no key press
+reaches, and this process hands on each request, waits however long the current step takes, and ends with the status that the
+ranks left behind: the launcher knows only "failed". A second request ends everything at once. Nothing here imports more than
+it needs: this process stays as long as the stage.
 
 Where the hardware is several machines (``num_machines``), this process starts a launcher like itself on each of them, by the
 command in ``$FEATDIFF_NODES``, and hands requests to that command. They share a file system.
@@ -105,14 +105,16 @@ class Launch:
         return os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended)
 
     def _last_of_the_group(self) -> int | None:
-        """Wait status of the process that leads the group, once all of the group have ended."""
+        """Wait status of the process that leads the group, once it, the ranks and all of the group have ended."""
         ended: int | None = None
         with suppress(ChildProcessError):
             while True:  # ranks whose launcher was killed are children of this process now
-                pid, status = os.waitpid(-self._group, 0)
+                pid, status = os.waitpid(-1, 0)
                 ended = status if pid == self._group else ended
-                if ended is not None and not any(map(_exists, self._pids())):  # whatever a rank left behind
-                    signal.alarm(GRACE)
+                if ended is not None and not any(map(_exists, self._pids())):
+                    if not _exists(-self._group):
+                        break
+                    signal.alarm(GRACE)  # for whatever a rank left behind
         signal.alarm(0)
         return ended
 
@@ -133,9 +135,11 @@ class Launch:
         return [int(path.name) for path in self._ranks.iterdir()]
 
     def _signal_group(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            if self._group:
-                os.killpg(self._group, number)
+        """All that belongs to the stage: accelerate's launcher gives each of several ranks a group of its own."""
+        at_work = [int(path.name) for path in self._ranks.iterdir() if not path.stat().st_size]
+        for process in [*([-self._group] if self._group else []), *at_work]:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def _pause(self, _number: int, _frame: FrameType | None) -> None:
         """Ctrl-Z stops the ranks too, and ``fg`` lets them go on."""
@@ -145,6 +149,7 @@ class Launch:
 
 
 def _exists(pid: int) -> bool:
+    """Whether there is such a process, or for a negative number such a group."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
