@@ -90,7 +90,7 @@ def shared_out(jobs: Sequence[Callable[[], T]], label: str = "", done: Callable[
     from tqdm import tqdm
 
     state = process_state()
-    with tqdm(desc=label, total=len(jobs), disable=not (label and jobs and state.is_main_process)) as bar:
+    with tqdm(desc=label, total=len(jobs), unit="part", disable=not (label and jobs and state.is_main_process)) as bar:
 
         def tell(i: int) -> None:
             bar.update(1)
