@@ -278,14 +278,27 @@ def test_stages_take_up_what_was_made_together_with_the_bytes_of_stages_that_ran
     assert json.loads((record / "run.json").read_text())["summary"]["l0"] > 0
 
 
+SCARCE = """
+import sys
+from featdiff.activations import stream
+from featdiff.crosscoder import together
+opened = together.SharedStore
+def store(folders):
+    print(stream._loaded.cache_info().currsize, "models held", file=sys.stderr)
+    return opened(folders)
+together.SharedStore, together.free = store, lambda: 4.8e5
+sys.exit(together.main(sys.argv[1:]))
+"""
+"""Where little memory is free, and it is told how many models are held when a group begins."""
+
+
 @pytest.mark.graph
 def test_those_that_find_no_room_at_once_are_made_in_groups(streamed: Project) -> None:
     alone = {name: made(streamed, name)[0] for name in NAMES}
     shutil.rmtree(streamed.path / "crosscoders")
-    scarce = (
-        f"import sys; from featdiff.crosscoder import together as t; t.free = lambda: 4.8e5; sys.exit(t.main({list(NAMES)}))"
-    )
-    reads = re.findall(r"read \d of (\d): (.+); more", done(streamed, "-c", scarce, *NAMES))
+    said = done(streamed, "-c", SCARCE, *NAMES)
+    reads = re.findall(r"read \d of (\d): (.+); more", said)
+    assert re.findall(r"(\d) models held", said) == ["0"] * len(reads), "none of the group before takes room"
     parts = [names.split(", ") for _, names in reads]
     assert {int(of) for of, _ in reads} == {len(parts)}
     assert [*chain(*parts)] == list(NAMES)

@@ -99,6 +99,15 @@ def stand(path: Path, length: float) -> Stand:
     return project
 
 
+def ask_twice(project: Stand, number: signal.Signals) -> None:
+    """Send it to the launcher of a stage at work, and again a second later."""
+    wait_for(lambda: "step 1\n" in project.said())
+    launcher = project.pid("launcher")
+    for _ in range(2):
+        time.sleep(1)
+        os.kill(launcher, number)
+
+
 class Cell(NamedTuple):
     number: signal.Signals
     target: str
@@ -203,11 +212,7 @@ def test_a_second_signal_ends_a_rank_that_heeds_none(tmp_path: Path) -> None:
     deaf = "if rank() == 1: __import__('signal').pthread_sigmask(0, range(1, 32))\n            time.sleep(length)"
     script.write_text(STAGE.replace("time.sleep(length)", deaf), encoding="utf-8")
     process = project.start_dvc()
-    wait_for(lambda: "step 1\n" in project.said())
-    launcher = project.pid("launcher")
-    for _ in range(2):
-        time.sleep(1)
-        os.kill(launcher, signal.SIGTERM)
+    ask_twice(project, signal.SIGTERM)
     began = time.monotonic()
     process.wait(30)
     wait_for(lambda: not running(project.path))
@@ -229,11 +234,7 @@ def test_a_terminal_that_hangs_up_twice_does_not_cost_the_checkpoint(tmp_path: P
     """Once as its window closes, and once more as its session leader ends, which takes a while on a busy machine."""
     project = stand(tmp_path / "stand", 3.0)
     process = project.start_dvc()
-    wait_for(lambda: "step 1\n" in project.said())
-    launcher = project.pid("launcher")
-    for _ in range(2):
-        time.sleep(1)
-        os.kill(launcher, signal.SIGHUP)
+    ask_twice(project, signal.SIGHUP)
     assert process.wait(60) != 0
     assert "once more stops at once" in project.said()
     assert project.checkpoint() == 1

@@ -87,6 +87,13 @@ def _running(folder: Path) -> float:
     return float(sum(weight.numel() * weight.element_size() for weight in trunk.parameters()))
 
 
+def _forget_models() -> None:
+    """Let go of models that are kept for whoever reads next: those of the next group may be others, and need the room."""
+    from featdiff.activations import stream  # with transformers, which takes seconds
+
+    stream._loaded.cache_clear()
+
+
 class _Fits:
     """Crosscoders that are made in turns."""
 
@@ -111,6 +118,7 @@ class _Fits:
             store = SharedStore(self._models(names))
             with signals.deferred():
                 in_turns({name: self._work(name, store) for name in names}, self._keep, self._leave, _stops)
+            _forget_models()
 
     def _models(self, names: list[str]) -> dict[str, Path]:
         """Stores of all models that the fits ``names`` have."""

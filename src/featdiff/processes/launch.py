@@ -131,13 +131,13 @@ class Launch:
         if not first:
             signal.alarm(GRACE)
 
-    def _pids(self) -> list[int]:
-        return [int(path.name) for path in self._ranks.iterdir()]
+    def _pids(self, *, at_work: bool = False) -> list[int]:
+        """Of the ranks, or of those that have not said how they ended."""
+        return [int(path.name) for path in self._ranks.iterdir() if not (at_work and path.stat().st_size)]
 
     def _signal_group(self, number: int) -> None:
         """All that belongs to the stage: accelerate's launcher gives each of several ranks a group of its own."""
-        at_work = [int(path.name) for path in self._ranks.iterdir() if not path.stat().st_size]
-        for process in [*([-self._group] if self._group else []), *at_work]:
+        for process in [*([-self._group] if self._group else []), *self._pids(at_work=True)]:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
 
