@@ -1,15 +1,18 @@
 """The features behind what the tuned model gained: scores on flipped samples of the find split, thresholded and intersected."""
 
+from functools import partial
+
 from safetensors.torch import save_file
 
 from featdiff.artifacts.artifact import read_json, write_json
 from featdiff.artifacts.tables import EVAL_SAMPLES, SCORES, SWEEP
 from featdiff.crosscoder.model import Crosscoder
 from featdiff.language.models import load_model, load_tokenizer, truncate
-from featdiff.localization.flipped import flipped_answers, read_flipped
+from featdiff.localization.flipped import find_tasks, flipped_answers, read_flipped
 from featdiff.localization.localize import as_json, score_rows, select
 from featdiff.localization.search import Search
 from featdiff.pipeline.stage import stage
+from featdiff.processes.ranks import rank, shared_out
 from featdiff.tasks.task import load_samples, load_tasks
 
 with stage("localize", out="analysis/localize") as run:
@@ -21,20 +24,17 @@ with stage("localize", out="analysis/localize") as run:
     layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders[roles.original])
     trunks = {name: truncate(load_model(folder).to(run.device), layer) for name, folder in folders.items()}
     before, after = (EVAL_SAMPLES.read(run.read(f"evals/{name}")) for name in (roles.original, roles.tuned))
-    flipped = flipped_answers(before, after, tasks, "find")
-    readings, skipped = {}, {}
-    for name, task in tasks.items():
-        if task.role == "find" and len(flipped[name]) < params.min_flipped:
-            skipped[name] = f"{len(flipped[name])} flipped samples, {params.min_flipped} needed"
-        elif task.role == "find":
-            chosen = [samples[sample_id] for sample_id in flipped[name]]
-            readings[name] = read_flipped(trunks, tokenizer, task, chosen, list(flipped[name].values()), params.batch_size)
+    asked, skipped = find_tasks(flipped_answers(before, after, tasks, "find"), tasks, params.min_flipped)
+    ask = partial(read_flipped, trunks, tokenizer, batch_size=params.batch_size)
+    jobs = [partial(ask, tasks[name], [samples[i] for i in asked[name]], list(asked[name].values())) for name in asked]
+    readings = dict(zip(asked, shared_out(jobs, "flipped samples"), strict=True))
     search = Search(crosscoders, readings, params, roles)
     found = select(search.differences(), skipped, params, run.seed)
     facts, sweep = search.robustness(found.features, found.threshold, run.seed) if readings else ({}, [])
-    write_json(run.out / "features.json", as_json(found, params) | facts)
-    SCORES.write(run.out, score_rows(found))
-    SWEEP.write(run.out, sweep)
-    save_file(search.directions(found.features, run.seed) if readings else {}, run.out / "directions.safetensors")
+    if rank() == 0:
+        write_json(run.out / "features.json", as_json(found, params) | facts)
+        SCORES.write(run.out, score_rows(found))
+        SWEEP.write(run.out, sweep)
+        save_file(search.directions(found.features, run.seed) if readings else {}, run.out / "directions.safetensors")
     run.attach("features.json")
     run.metrics({"status": found.status, "features": len(found.features), "expected_intersection": found.expected_intersection})

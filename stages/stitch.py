@@ -7,18 +7,25 @@ from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import load_model, load_tokenizer, resolve_layer
 from featdiff.localization.stitching import seams
 from featdiff.pipeline.stage import stage
+from featdiff.processes.ranks import rank
 from featdiff.tasks.task import first_of_each, load_samples, load_tasks
 
 with stage("stitch", out="analysis/stitch") as run:
     data, roles = run.read("data", "tasks.json", "eval.parquet"), run.study.roles
     folders = {part: run.read(f"models/{name}") for part, name in (("original", roles.original), ("tuned", roles.tuned))}
     models = {part: load_model(folder).to(run.device) for part, folder in folders.items()}
-    tasks, tokenizer, scratch = load_tasks(data), load_tokenizer(folders["original"]), run.scratch()
+    tasks, tokenizer, once = load_tasks(data), load_tokenizer(folders["original"]), run.shared_scratch().parts
     questions = first_of_each([each for each in load_samples(data, "eval") if each.split == "report"], run.params.questions)
-    hooked, rows = resolve_layer(models["original"], run.study.activations.layer), []
-    for lower, depth, model in seams(models, hooked, run.params.depths):
-        asked = Evaluator(model, tokenizer, tasks, batch_size=run.params.batch_size, max_new_tokens=run.params.max_new_tokens)
-        given = scratch.part(f"{lower} {depth}", partial(asked.answer, questions, progress=f"{lower} below {depth}"))
-        rows += [STITCHED.kept({"lower": lower, "depth": depth} | row) for row in given]
-    STITCHED.write(run.out, rows)
-    run.metrics({"questions": len(questions), "seams": len({(row["lower"], row["depth"]) for row in rows})})
+    hooked = resolve_layer(models["original"], run.study.activations.layer)
+    limits = {"batch_size": run.params.batch_size, "max_new_tokens": run.params.max_new_tokens}
+    asked = {
+        (lower, depth): partial(
+            Evaluator(each, tokenizer, tasks, **limits).answer, questions, progress=f"{lower} below {depth}"
+        )
+        for lower, depth, each in seams(models, hooked, run.params.depths)
+    }
+    given = zip(asked, once([(f"{lower} {depth}", ask) for (lower, depth), ask in asked.items()]), strict=True)
+    if rank() == 0:
+        rows = [STITCHED.kept({"lower": lower, "depth": depth} | row) for (lower, depth), found in given for row in found]
+        STITCHED.write(run.out, rows)
+    run.metrics({"questions": len(questions), "seams": len(asked)})

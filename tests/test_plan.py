@@ -264,7 +264,8 @@ def test_stages_use_the_gpus_that_the_graph_lets_them_use() -> None:
     by_stage = {each.stage: cluster(2, 8).ranks(each) for each in found}
     assert by_stage["arm grpo"] == by_stage["activations base"] == by_stage["crosscoder joint_topk"] == 16
     assert by_stage["intervene remove"] == by_stage["intervene amplify"] == 16
-    assert by_stage["localize"] == by_stage["prepare"] == 1
+    assert (by_stage["localize"], by_stage["stitch"]) == (4, 2 * (load_study().stitch.depths + 1))
+    assert by_stage["describe"] == by_stage["prepare"] == 1
 
 
 def test_memory_of_sharded_training() -> None:

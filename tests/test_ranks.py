@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from featdiff.artifacts.tables import EVAL_SAMPLES, STITCHED
 from project import Project
 
 STAGES = [
@@ -46,7 +47,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         subprocess.run(
             [sys.executable, "-m", "featdiff.config.profiles", "use", "nano"], cwd=project.path, check=True, capture_output=True
         )
-        project.set({"grpo.lr": 1e-4, "grpo.steps": 2, "base.pretraining.steps": 30, "crosscoder.training.steps": 30})
+        small = {"grpo.lr": 1e-4, "grpo.steps": 2, "base.pretraining.steps": 30, "crosscoder.training.steps": 30}
+        project.set(small | {"prepare.tasks.reverse.role": "find"})
         assert project.run("stages/prepare.py").returncode == 0
         _run(project, "cpu", "stages/base.py")
         for command in STAGES:
@@ -55,18 +57,44 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folders[0], folders[1]
 
 
+SHARED_OUT = {
+    "evaluate": ("evals/base", "--model", "base"),
+    "checkpoints": ("checkpoints/sft", "--arm", "sft"),
+    "stitch": ("analysis/stitch",),
+    "localize": ("analysis/localize",),
+}
+
+
 @pytest.mark.graph
-def test_questions_that_are_shared_out_get_the_same_answers(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Not within a tolerance: the same files, bit for bit."""
-    project, made = Project(pair[0]), {"evaluate.py": "evals/base", "checkpoints.py": "checkpoints/sft"}
+def test_work_that_is_shared_out_gives_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not within a tolerance: the same files, bit for bit. Two tasks have flipped samples, so that each rank can read one."""
+    project = Project(pair[0])
+    project.set({"localize.seeds": [], "localize.random_dictionary": None})
     for hardware in ("cpu", "cpu_2ranks"):
-        for script, option, key in (("evaluate.py", "--model", "base"), ("checkpoints.py", "--arm", "sft")):
-            _run(project, hardware, "--shared", f"stages/{script}", option, key)
-            shutil.copytree(project.path / made[script], tmp_path / hardware / script)
+        for stage, (made, *options) in SHARED_OUT.items():
+            if stage == "localize":
+                _flip(project, {"quiz": 3, "reverse": 5})
+            _run(project, hardware, "--shared", f"stages/{stage}.py", *options)
+            shutil.copytree(project.path / made, tmp_path / hardware / stage)
+    found = json.loads((tmp_path / "cpu/localize/features.json").read_text())
+    assert {task: told["n_flipped"] for task, told in found["per_task"].items()} == {"quiz": 3, "reverse": 5}
+    assert len(STITCHED.read(tmp_path / "cpu/stitch")) == 2 * 5 * 6, "seams, tasks, questions"
     files = [path.relative_to(tmp_path / "cpu") for path in (tmp_path / "cpu").rglob("*") if path.is_file()]
-    assert len(files) > 6
+    assert {file.parts[0] for file in files} == set(SHARED_OUT)
     for file in files:
         assert (tmp_path / "cpu" / file).read_bytes() == (tmp_path / "cpu_2ranks" / file).read_bytes(), file
+
+
+def _flip(project: Project, flipped: dict[str, int]) -> None:
+    """Publish as GRPO's answers those of the base, of whose wrong ones to find questions so many of a task are called right."""
+    told, left = [], dict(flipped)
+    for row in EVAL_SAMPLES.read(project.path / "evals/base"):
+        counts = row["split"] == "find" and row["mode"] in ("greedy", "option_text") and not row["correct"]
+        chosen = counts and left.get(row["task"], 0) > 0
+        left[row["task"]] = left.get(row["task"], 0) - chosen
+        told.append(row | {"correct": row["correct"] or chosen})
+    with project.publishing("evals/grpo") as folder:
+        EVAL_SAMPLES.write(folder, told)
 
 
 def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -48,6 +48,16 @@ def flipped_answers(
     return flipped
 
 
+def find_tasks(
+    flipped: dict[str, dict[str, str]], tasks: dict[str, TaskInfo], least: int
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Of ``flipped`` (see :func:`flipped_answers`) the tasks on which features are sought, and for those with fewer samples
+    than ``least``, which are left out, why."""
+    sought = {name: answers for name, answers in flipped.items() if tasks[name].role == "find"}
+    few = {name: f"{len(answers)} flipped samples, {least} needed" for name, answers in sought.items() if len(answers) < least}
+    return {name: answers for name, answers in sought.items() if name not in few}, few
+
+
 def sequences(
     tokenizer: PreTrainedTokenizerFast, task: TaskInfo, samples: list[Sample], answers: list[str]
 ) -> tuple[list[list[int]], list[int]]:
