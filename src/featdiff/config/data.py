@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from featdiff.config.reading import flatten, legible
 from featdiff.config.values import REPORTED, Fraction, Grading, Many, Name, Params, Place, Positive, Role
@@ -108,6 +108,28 @@ class SplitSizes(Params):
         return {"find": self.find, "tune": self.tune, "report": self.report}
 
 
+ORGANISM = "organism"
+GENERAL = "general"
+
+
+class TextSource(Params):
+    """One file or data set that general text comes from."""
+
+    path: Place
+    """In the same forms as a task's; of a hub data set no more is fetched than is taken."""
+    column: str
+    """Which column holds the text, with dots for nesting; the texts of a list, such as the turns of a conversation, are
+    joined."""
+    share: Fraction
+    """Of the general text."""
+
+
+Texts = Annotated[
+    Annotated[Place, Tag("place")] | Annotated[dict[Name, TextSource], Tag("sources")],
+    Discriminator(lambda found: "sources" if isinstance(found, dict) else "place"),
+]
+
+
 class CorpusParams(Params):
     """Text on which crosscoders are fitted."""
 
@@ -115,10 +137,26 @@ class CorpusParams(Params):
     """Number of texts."""
     math_share: Fraction
     """Share of worked math among the texts; the rest is general text."""
-    general: Place
-    """``organism`` (generated texts of every family) or a jsonl file with a ``text`` column, or ``hub:…``."""
+    general: Texts
+    """``organism`` (generated texts of every family), a jsonl file or ``hub:…`` with a column ``text``, or several sources by
+    name."""
     max_chars: Positive
     """Texts are cut to this many characters."""
+
+    @property
+    def sources(self) -> dict[str, TextSource]:
+        """Where general text comes from, by what it is called in the corpus; nothing where it is generated."""
+        if self.general == ORGANISM:
+            return {}
+        if isinstance(self.general, str):
+            return {GENERAL: TextSource(path=self.general, column="text", share=1.0)}
+        return self.general
+
+    @model_validator(mode="after")
+    def _shares_are_all(self) -> CorpusParams:
+        if self.sources and abs((total := sum(source.share for source in self.sources.values())) - 1) > 1e-6:
+            raise ValueError(f"general: the shares of its sources add up to {total:g}, and must to 1")
+        return self
 
 
 class PretrainTexts(Params):

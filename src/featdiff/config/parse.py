@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from featdiff.config.reading import ConfigError, closest, legible
 from featdiff.config.values import Params
@@ -26,6 +26,9 @@ def _walk(annotation: Any, location: tuple[Any, ...]) -> tuple[list[str], list[s
         while get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
         if get_origin(annotation) in (Union, UnionType):
+            if named := [member for member in get_args(annotation) if Tag(part) in getattr(member, "__metadata__", ())]:
+                annotation = named[0]
+                continue
             classes = [member for member in get_args(annotation) if _is_class(member)]
             if len(classes) == 1:  # or null, of which a location says nothing
                 annotation = classes[0]

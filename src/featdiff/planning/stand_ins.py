@@ -16,7 +16,7 @@ from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from featdiff.config.data import SuiteTask
+from featdiff.config.data import SuiteTask, TextSource
 from featdiff.config.parse import parse
 from featdiff.config.reading import read_yaml
 from featdiff.config.values import Params
@@ -141,12 +141,14 @@ def questions(name: str, task: SuiteTask, count: int) -> Iterator[dict[str, Any]
         yield row
 
 
-def texts(count: int) -> Iterator[dict[str, Any]]:
-    """``count`` rows with a text of some sentences."""
+def texts(name: str, source: TextSource, count: int) -> Iterator[dict[str, Any]]:
+    """``count`` rows of the source ``name``, with a text of some sentences in its column."""
     rng = np.random.default_rng(1)
     for number in range(count):
-        said = [f"Box {number} has {rng.integers(2, 99)} {NOUNS[i]} in it." for i in rng.integers(0, len(NOUNS), 8)]
-        yield {"text": " ".join(said)}
+        said = [f"Box {number} of {name} has {rng.integers(2, 99)} {NOUNS[i]} in it." for i in rng.integers(0, len(NOUNS), 8)]
+        row: dict[str, Any] = {}
+        _put(row, source.column, " ".join(said))
+        yield row
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:

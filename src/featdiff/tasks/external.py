@@ -41,6 +41,8 @@ SUITES = {
 }
 """Hub data set (and configuration) of every suite that can be named without a path; after # its split, where it has but one, of
 another name."""
+SHUFFLED_TOGETHER = 10_000
+"""Rows of a streamed data set."""
 MOST_LINE = 2**24
 """Bytes of one line."""
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -168,7 +170,22 @@ def _jsonl(path: Path) -> Iterator[Row]:
         raise ContractError(legible(str(path)), "file", "a readable .jsonl file", error.strerror, wrong_path) from None
 
 
+def streamed_rows(path: str, seed: int) -> Iterator[Row]:
+    """Rows of the hub data set ``path``, as :func:`located` gives it, in the random order of ``seed``, of which no more are
+    fetched than are taken: its files in random order, and :data:`SHUFFLED_TOGETHER` rows shuffled at a time. ContractError
+    where it cannot be read."""
+    rows = _data_set(path, streaming=True).shuffle(seed=seed, buffer_size=SHUFFLED_TOGETHER)
+    try:
+        yield from from_dataset(rows, path, "shuffled row ")
+    except Exception as error:  # whatever the network may say halfway
+        raise _unread(path, "a stream that can be read to where there is enough", error) from None
+
+
 def _hub(path: str) -> Iterator[Row]:
+    yield from from_dataset(_data_set(path), path)
+
+
+def _data_set(path: str, **how: bool) -> Any:
     match = HUB.fullmatch(path)
     if match is None or not COMMIT.fullmatch(match["revision"]):
         raise ContractError(legible(path), "path", HUB_FORM, "another form", "name revision and split")
@@ -178,20 +195,18 @@ def _hub(path: str) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(match["name"], match["config"], revision=match["revision"], split=match["split"])
+        return datasets.load_dataset(match["name"], match["config"], revision=match["revision"], split=match["split"], **how)
     except Exception as error:  # tables of any content reach the library, which raises all kinds of errors
-        said = legible(" ".join(str(error).split()), 200)
-        raise ContractError(
-            path,
-            "data set",
-            "one that loads",
-            said,
-            "check name, commit and network, or say where a copy lies: SUITES=<folder>",
-        ) from None
-    yield from from_dataset(rows, path)
+        raise _unread(path, "one that loads", error) from None
 
 
-def from_dataset(rows: Any, path: str) -> Iterator[Row]:
+def _unread(path: str, expected: str, error: Exception) -> ContractError:
+    said = legible(" ".join(str(error).split()), 200)
+    todo = "check name, commit and network, or say where a copy lies: SUITES=<folder>"
+    return ContractError(path, "data set", expected, said, todo)
+
+
+def from_dataset(rows: Any, path: str, numbered: str = "") -> Iterator[Row]:
     """Rows of a ``datasets.Dataset``, numbered from 1 like lines."""
     for number, values in enumerate(rows, start=1):
-        yield Row(dict(values), f"{path}:{number}")
+        yield Row(dict(values), f"{path}:{numbered}{number}")

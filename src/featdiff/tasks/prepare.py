@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.data import FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
+from featdiff.config.data import GENERAL, ORGANISM, FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
 from featdiff.tasks import organism
 from featdiff.tasks.corpus import general_texts
 from featdiff.tasks.external import file_facts, located
@@ -16,8 +16,6 @@ from featdiff.tasks.families import FAMILIES
 from featdiff.tasks.gym import GymSource
 from featdiff.tasks.suites import SuiteSource
 from featdiff.tasks.task import Data, Source, Text
-
-ORGANISM = "organism"
 
 
 def _source(name: str, task: Task, params: PrepareParams, seed: int, teacher: str) -> Source:
@@ -69,10 +67,11 @@ def prepare(params: PrepareParams, seed: int) -> Data:
 
 
 def sources_read(params: PrepareParams) -> dict[str, str]:
-    """Which very files of others are read, by task (``corpus`` for its general text): see :func:`file_facts`."""
+    """Which very files of others are read, by task (``corpus`` for its general text, or ``corpus/<source>`` where that has
+    several sources): see :func:`file_facts`."""
     paths = {name: task.path for name, task in params.tasks.items() if isinstance(task, SuiteTask)}
-    if params.corpus.general != ORGANISM:
-        paths["corpus"] = params.corpus.general
+    for name, source in params.corpus.sources.items():
+        paths["corpus" if name == GENERAL else f"corpus/{name}"] = source.path
     return {name: file_facts(located(path, params.suites)) for name, path in paths.items()}
 
 
@@ -122,9 +121,7 @@ def _corpus(params: PrepareParams, banned: set[str], seed: int, rng: np.random.G
         general = draw(wanted - math, _families(params), mixed, share, mixed, banned, rng)
     else:
         worked = _worked(params, math, banned, seed, rng)
-        general = general_texts(
-            located(params.corpus.general, params.suites), wanted - math, params.corpus.max_chars, banned, rng
-        )
+        general = general_texts(params.corpus, params.suites, wanted - math, banned, rng)
     both = worked + general
     return [both[i] for i in rng.permutation(len(both))]
 
