@@ -20,19 +20,20 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from trl import GRPOConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from featdiff.artifacts.artifact import MANIFEST, ContractError
 from featdiff.language.models import checkpoint_folders, end_tokens, load_model, load_tokenizer, save_model
 from featdiff.processes import ranks as ranks_module
-from featdiff.processes.ranks import VLLM
+from featdiff.processes.ranks import PACK, VLLM
 from featdiff.training import engine as engine_module
 from featdiff.training import grpo, imitation
 from featdiff.training.engine import RECOMPUTE, Engine, Replica
 from featdiff.training.noise import moved
 from taught import PROBLEMS, hashes, numbers, trained
-from tiny import ROOT, tiny_model
+from tiny import ROOT, SIZES, random_model, tiny_model
 
 
 @pytest.fixture
@@ -112,6 +113,54 @@ def test_activations_that_are_computed_again_give_the_same_weights(
     assert hashes(out) == hashes(again)
 
 
+@pytest.mark.parametrize("kind", SIZES)
+def test_in_a_packed_row_every_kind_of_model_reads_texts_apart(kind: str) -> None:
+    model, texts = random_model(kind).eval(), ([3, 4, 5, 6, 7], [8, 9, 10])
+    row = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([{"input_ids": text} for text in texts])
+    with torch.no_grad():
+        joint = model(**{key: value for key, value in row.items() if key != "labels"}, use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([text]), use_cache=False).logits[0] for text in texts])
+    torch.testing.assert_close(joint, alone, atol=1e-6, rtol=1e-5)
+
+
+PACKED = {"epochs": 4.0, "batch_size": 12, "micro_batch_size": 6, "checkpoints": 1}
+
+
+def test_packed_texts_teach_the_same_and_see_nothing_of_one_another(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are one where texts are packed; the weights differ by rounding from padded ones. Were the mask of one text only, as
+    it is where positions do not tell texts apart, they would differ by a tenth of what was learned."""
+    shapes: list[tuple[int, ...]] = []
+    real = DataCollatorForLanguageModeling.torch_call
+
+    def collate(self: Any, examples: list[Any]) -> dict[str, Tensor]:
+        batch = real(self, examples)
+        shapes.append((len(examples), len(batch["input_ids"])))
+        return batch
+
+    monkeypatch.setattr(DataCollatorForLanguageModeling, "torch_call", collate)
+    padded, audit = trained("sft", world, tmp_path / "padded", **PACKED)
+    assert set(shapes) == {(6, 6)}
+    assert "packed" not in audit["engine"]
+    assert ranks_module.hardware().keys() == {"ranks", "threads", "sharded", "precision"}
+    monkeypatch.setenv(PACK, "true")
+    shapes.clear()
+    packed, told = trained("sft", world, tmp_path / "packed", **PACKED)
+    assert set(shapes) == {(6, 1)}
+    assert told["engine"] == "whole model, ranks: 1, imitated texts packed"
+    assert {key: told[key] for key in ("updates", "tokens_seen", "samples_seen")} == {
+        key: audit[key] for key in ("updates", "tokens_seen", "samples_seen")
+    }
+    assert ranks_module.hardware()["packed"] == "true", "a checkpoint of the one is none of the other"
+    base, one, other = (load_model(folder) for folder in (world / "base", padded, packed))
+    learned, apart = moved(base, one), moved(one, other)
+    assert 0 < apart < 0.001 * learned
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    joined = load_model(trained("sft", world, tmp_path / "joined", **PACKED)[0])
+    assert moved(one, joined) > 0.1 * learned
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -157,7 +206,7 @@ def test_vllm_that_cannot_draw_is_one_line(value: str, world: Path, tmp_path: Pa
         trained("grpo", world, tmp_path / "grpo")
     assert str(caught.value).startswith(said)
     monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: name)
-    assert Engine.here() == Engine(torch.float32, False, False, 1, value)
+    assert Engine.here() == Engine(torch.float32, False, False, 1, packed=True, vllm=value)
     lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
     with pytest.raises(
         ContractError, match=r"lora: expected null where vLLM draws \(\$FEATDIFF_VLLM\), found an adapter; unset"

@@ -24,6 +24,8 @@ PRECISION = "ACCELERATE_MIXED_PRECISION"
 VLLM = "FEATDIFF_VLLM"
 """Environment variable: what draws GRPO's completions in place of our decoder. ``colocate`` is vLLM on the GPUs that train, and
 ``http://<host>:<port>`` a server of it."""
+PACK = "FEATDIFF_PACK"
+"""Environment variable: whether the texts of a micro batch are packed into one row, where they are imitated."""
 
 T = TypeVar("T")
 
@@ -41,7 +43,8 @@ def hardware() -> dict[str, Any]:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     vllm = os.environ.get(VLLM, "").partition(":")[0]  # a server that has moved is the same one
     said = {"ranks": world_size(), "threads": threads, "sharded": SHARDED in os.environ, "precision": os.environ.get(PRECISION)}
-    return said | ({"vllm": vllm} if vllm else {})
+    packed = os.environ.get(PACK)
+    return said | ({"vllm": vllm} if vllm else {}) | ({"packed": packed} if packed else {})
 
 
 def process_state() -> PartialState:

@@ -1,6 +1,7 @@
 """How the hardware at hand trains a model (ours): in what it computes, whether each rank holds the whole model or a share,
-whether activations wait for the backward pass or are computed again, and what draws completions. The file that
-$ACCELERATE_CONFIG names says so, or the environment, and never params: two machines may train the same arm in different ways.
+whether activations wait for the backward pass or are computed again, whether texts are packed, and what draws completions. The
+file that $ACCELERATE_CONFIG names says so, or the environment, and never params: two machines may train the same arm in
+different ways.
 
 Weights are float32 whatever computes. Each update of a small learning rate is smaller than the distance between two bfloat16
 numbers, and would be rounded away: at a rate of 1e-6 most weights of a bfloat16 model never move (docs/method.md).
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.config.reading import legible
-from featdiff.processes.ranks import PRECISION, SHARDED, VLLM, process_state
+from featdiff.processes.ranks import PACK, PRECISION, SHARDED, VLLM, process_state
 
 A = TypeVar("A", bound=TrainingArguments)
 RECOMPUTE = "FEATDIFF_RECOMPUTE"
@@ -47,6 +48,9 @@ class Engine(NamedTuple):
     """Whether each rank holds a share of every weight (FSDP2), and not all of it."""
     recompute: bool
     ranks: int
+    packed: bool = False
+    """Whether the texts of a micro batch stand in one row without padding, and see nothing of one another, where they are
+    imitated."""
     vllm: str | None = None
     """``colocate``, or the address of the server, where vLLM draws GRPO's completions; None where our decoder does."""
 
@@ -56,7 +60,9 @@ class Engine(NamedTuple):
         precision = os.environ.get(PRECISION, "no")
         if precision not in PRECISIONS:
             raise ContractError(HARDWARE, "mixed_precision", " or ".join(PRECISIONS), precision, "change it")
-        sharded, ranks = parse_flag_from_env(SHARDED), process_state().num_processes
+        state = process_state()
+        sharded, ranks = parse_flag_from_env(SHARDED), state.num_processes
+        packed = parse_flag_from_env(PACK, state.device.type != "cpu")
         if sharded:
             # Shards of a checkpoint would be described by a pickle, which nothing here reads.
             wanted = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
@@ -68,13 +74,13 @@ class Engine(NamedTuple):
                 todo = "raise it, or take a configuration without FSDP"
                 raise ContractError(HARDWARE, "num_processes", "at least 2 that share a model", ranks, todo)
         recompute = parse_flag_from_env(RECOMPUTE) or (sharded and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))
-        return cls(PRECISIONS[precision], sharded, recompute, ranks, _vllm())
+        return cls(PRECISIONS[precision], sharded, recompute, ranks, packed, _vllm())
 
     def facts(self) -> dict[str, str]:
         """For the audit: arms are comparable where these agree."""
         compute = str(self.compute).removeprefix("torch.")
-        how = "sharded" if self.sharded else "whole"
-        return {"precision": f"float32 weights, {compute} compute", "engine": f"{how} model, ranks: {self.ranks}"}
+        how, texts = "sharded" if self.sharded else "whole", ", imitated texts packed" if self.packed else ""
+        return {"precision": f"float32 weights, {compute} compute", "engine": f"{how} model, ranks: {self.ranks}{texts}"}
 
     def decoder(self) -> dict[str, str]:
         """For the audit: what drew the completions, nothing where our decoder did."""

@@ -51,6 +51,7 @@ def imitate(
                 **length,
                 lr_scheduler_type=params.schedule,
                 max_length=None,
+                padding_free=engine.packed,  # a batch stays the same problems, which packs of a fixed length would not leave so
                 completion_only_loss=True,
                 logging_steps=1,
             )
