@@ -60,6 +60,7 @@ def trained(
     *,
     seed: int = 0,
     data: str = "data",
+    base: Path | None = None,
     scratch: Scratch | None = None,
     log: Callable[[int, dict[str, float]], None] = lambda *_: None,
     **changes: Any,
@@ -71,7 +72,7 @@ def trained(
         process_state().wait_for_everyone()
     out = staging_path(target)
     train = import_module(f"featdiff.training.{method}").train
-    audit = train(world / "base", world / data, out, scratch or Scratch(), numbers(method, **changes), seed, log)
+    audit = train(base or world / "base", world / data, out, scratch or Scratch(), numbers(method, **changes), seed, log)
     return out, audit
 
 

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from trl import GRPOTrainer
 
 from featdiff.artifacts.artifact import ContractError, write_json
-from featdiff.artifacts.tables import COMPLETIONS, OWN_ANSWERS
+from featdiff.artifacts.tables import COMPLETIONS, SAMPLED_ANSWERS
 from featdiff.config.models import DPOParams, RFTParams
 from featdiff.language.decode import score_options
 from featdiff.language.models import checkpoint_folders, encode_prompts, load_model, load_tokenizer, save_model, trl_row
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
-from featdiff.training import own_answers as own_answers_module
+from featdiff.training import sampled as sampled_module
 from featdiff.training.dpo import pairs
 from featdiff.training.engine import Engine
 from featdiff.training.grpo import Rollouts
-from featdiff.training.own_answers import Answer, Answers, own_answers
+from featdiff.training.sampled import Answer, Answers, sampled_answers
 from taught import PROBLEMS, SMALL, hashes, numbers, trained, write_data
 
 TRAINED = [method for method in SMALL if method != "noise"]
@@ -214,8 +214,8 @@ def test_a_training_tells_its_steps_and_ends_in_the_same_bytes_after_a_kill(
     with pytest.raises(KilledError):
         trained(method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), log=kill)
     asked: list[int] = []
-    real = own_answers_module.generate
-    monkeypatch.setattr(own_answers_module, "generate", lambda *a, **k: [asked.append(1), real(*a, **k)][1])
+    real = sampled_module.generate
+    monkeypatch.setattr(sampled_module, "generate", lambda *a, **k: [asked.append(1), real(*a, **k)][1])
     steps: list[int] = []
     out, again = trained(
         method, world, tmp_path / "killed", scratch=Scratch(tmp_path / "scratch", 0.0), log=lambda step, _: steps.append(step)
@@ -271,7 +271,7 @@ def answers_of(world: Path, **changes: Any) -> list[Answers]:
     seed = changes.pop("seed", 0)
     tasks, samples = load_tasks(world / "data"), load_samples(world / "data", "train")
     base = world / "base"
-    return own_answers(load_model(base), load_tokenizer(base), tasks, samples, numbers("rft", **changes), seed, Scratch())
+    return sampled_answers(load_model(base), load_tokenizer(base), tasks, samples, numbers("rft", **changes), seed, Scratch())
 
 
 def test_own_answers_are_sampled_and_graded_for_every_problem(world: Path) -> None:
@@ -297,7 +297,7 @@ def test_an_answer_that_was_cut_off_is_neither_right_nor_wrong(world: Path) -> N
 
 def test_rejection_sampling_learns_from_right_answers_alone(world: Path, tmp_path: Path) -> None:
     out, audit = trained("rft", world, tmp_path / "rft", kept=1, steps=24)
-    rows = OWN_ANSWERS.read(out)
+    rows = SAMPLED_ANSWERS.read(out)
     solved = {row["sample_id"] for row in rows if row["correct"] and row["whole"]}
     assert audit["taught"] == len(solved) == 24 - audit["problems_left_out"]
     assert audit["answers"] == len(rows) == 24 * 6
@@ -327,7 +327,7 @@ def preferences(model: Path) -> list[float]:
 
 
 def share_right(model: Path, world: Path) -> float:
-    found = own_answers(
+    found = sampled_answers(
         load_model(model), load_tokenizer(model), load_tasks(world / "data"), load_samples(world / "data", "train"),
         numbers("rft", samples=10), 5, Scratch(),
     )  # fmt: skip
@@ -339,7 +339,7 @@ def test_a_base_that_solves_nothing_is_one_line(method: str, needed: str, world:
     samples = [replace(sample, answer="e") for sample in load_samples(world / "data", "train")]
     write_data(tmp_path / "data", list(load_tasks(world / "data").values()), samples)
     with pytest.raises(
-        ContractError, match=f"own answers: expected {needed} to at least one problem, found 0 right of 144; sample more"
+        ContractError, match=f"answers: expected {needed} to at least one problem, found 0 right of 144; sample more"
     ):
         trained(method, world, tmp_path / method, data=str(tmp_path / "data"))
 

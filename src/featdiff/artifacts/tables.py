@@ -155,8 +155,10 @@ EVAL = Table("data/eval.parquet", SAMPLE)
 CORPUS = Table("data/corpus.parquet", TEXT)
 PRETRAIN = Table("data/pretrain.parquet", TEXT)
 
-# ---- arms
-OWN_ANSWERS = Table("models/<arm>/answers.parquet", text("sample_id task text"), flag("correct"), text("manner"), flag("whole"))
+# ---- arms and teachers
+SAMPLED_ANSWERS = Table(
+    "models/<arm>/answers.parquet", text("sample_id task text"), flag("correct"), text("manner"), flag("whole")
+)
 COMPLETIONS = Table(
     "models/<arm>/completions.parquet", integer("call"), text("task prompt answer completion manner"), number("reward")
 )

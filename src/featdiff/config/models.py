@@ -1,5 +1,5 @@
-"""Sections ``base``, ``arms`` and those of the methods, ``roles``, ``evaluate``, ``checkpoints``: which models are compared,
-and what each is asked."""
+"""Sections ``teachers``, ``base``, ``arms`` and those of the methods, ``roles``, ``evaluate``, ``checkpoints``: which models
+are compared, and what each is asked."""
 
 from __future__ import annotations
 
@@ -23,6 +23,34 @@ from featdiff.config.values import (
     Seed,
     Temperature,
 )
+
+
+class SamplingParams(Params):
+    """Answers that are drawn from a model."""
+
+    samples: Annotated[int, Field(ge=1, le=10**4)]
+    """For every problem."""
+    temperature: Temperature
+    max_new_tokens: Length
+    sampling_batch_size: Positive
+
+
+class TeacherParams(SamplingParams):
+    """A model whose right answers to the train problems are what arms are shown as solutions."""
+
+    source: Place
+    """In the forms of ``base.source``, but ``pretrain``."""
+    dtype: Literal["float32", "bfloat16"]
+    chat: bool
+    """Whether it is asked through its tokenizer's chat template, or with the prompt as arms read it."""
+    instruction: str
+    """In a chat, what is said after the question."""
+
+    @model_validator(mode="after")
+    def _instruction_is_said(self) -> TeacherParams:
+        if self.instruction and not self.chat:
+            raise ValueError("instruction: said in a chat alone; set chat: true, or leave it empty")
+        return self
 
 
 class Pretraining(Params):
@@ -153,14 +181,9 @@ class GRPOParams(LearnedParams):
         return self
 
 
-class OwnAnswersParams(LearnedParams):
+class OwnAnswersParams(LearnedParams, SamplingParams):
     """Training on answers that the base gave itself."""
 
-    samples: Annotated[int, Field(ge=1, le=10**4)]
-    """Answers sampled from the base for every problem."""
-    temperature: Temperature
-    max_new_tokens: Length
-    sampling_batch_size: Positive
     schedule: Literal["linear", "constant_with_warmup"]
     steps: Many
     """Optimizer updates; what is taught is gone through as often as that takes."""

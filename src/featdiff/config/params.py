@@ -40,12 +40,13 @@ from featdiff.config.models import (
     RFTParams,
     Roles,
     SFTParams,
+    TeacherParams,
 )
 from featdiff.config.parse import parse
 from featdiff.config.reading import PARAMS, ConfigError, closest, legible, read_yaml, refuse_secrets
 from featdiff.config.report import ReportParams
 from featdiff.config.sets import DescribeParams, InterveneParams, LocalizeParams, StitchParams
-from featdiff.config.values import BASE, Name, Params, Seed
+from featdiff.config.values import BASE, Name, Params, Place, Seed
 
 
 class ResumeParams(Params):
@@ -66,6 +67,10 @@ class Study(Params):
     """Of each process of a stage on a CPU, and part of no stage's signature; None: all cores. One thread leaves the other cores
     to other stages, and gives the same bytes whatever number of cores there is."""
     prepare: PrepareParams
+    teachers: dict[Name, TeacherParams]
+    """Models that solve the train problems."""
+    problems: Place
+    """The folder with the train problems of all arms and their solutions: ``data``, or ``teachers/<name>``."""
     base: BaseParams
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]
     roles: Roles
@@ -138,6 +143,12 @@ class Study(Params):
                 raise ValueError(f"{key}: {absent[0]!r} is no arm; {closest(absent[0], known[key])}")
         if len(set(self.roles.models)) != len(self.roles.models) or self.roles.tuned not in self.arms:
             raise ValueError("roles: original, tuned and contrast are different models, and tuned is an arm")
+        return self
+
+    @model_validator(mode="after")
+    def _problems_are_made(self) -> Study:
+        if self.problems not in (made := ["data", *(f"teachers/{name}" for name in self.teachers)]):
+            raise ValueError(f"problems: {legible(self.problems)} is no folder of problems; {closest(self.problems, made)}")
         return self
 
     @model_validator(mode="after")

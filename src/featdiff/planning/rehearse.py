@@ -20,7 +20,7 @@ from typing import Any
 
 from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.documents import markdown
-from featdiff.config.data import SuiteTask
+from featdiff.config.data import GENERAL, SuiteTask
 from featdiff.config.params import Study
 from featdiff.config.parse import parse
 from featdiff.config.profiles import render_profile
@@ -29,6 +29,7 @@ from featdiff.config.values import Params
 from featdiff.pipeline.studies import clone, head, shell, status
 from featdiff.planning import stand_ins
 from featdiff.planning.plan import configuration, kept_of, of_profile
+from featdiff.processes.ranks import PACK
 from featdiff.processes.signals import say
 from featdiff.tasks.external import SUITE
 from featdiff.tracking.record import finished
@@ -41,6 +42,7 @@ OPEN = [
     ["pace", "share of the peak reached; sampling by an inference engine"],
     ["numerics of the GPU", "bfloat16 kernels, attention kernels, NCCL in place of gloo"],
     ["weights, tokenizer, questions and texts themselves", "stand-ins of the same form were used"],
+    ["a teacher", "random weights solve nothing; solutions are those of the stand-ins"],
     ["any finding", "the weights are random"],
 ]
 """What a rehearsal leaves open, and what would show it."""
@@ -61,9 +63,18 @@ def rehearsal(profile: str, rule: Rule) -> str:
     tasks = [name for name, task in prepare.tasks.items() if isinstance(task, SuiteTask) and task.path.startswith(HUB)]
     small = over.setdefault("prepare", {})
     small |= {"suites": str(STAND_INS), "tasks": {name: {"path": f"{STAND_INS}/{name}.jsonl"} for name in tasks}}
-    if prepare.corpus.general.startswith(HUB):
-        small.setdefault("corpus", {})["general"] = f"{STAND_INS}/general.jsonl"
-    return render_profile(profile, over=over | {"base": {"source": f"{STAND_INS}/model"}}, over_from=f"{RULE}: params")
+    texts = {
+        name: f"{STAND_INS}/texts/{name}.jsonl"
+        for name, source in prepare.corpus.sources.items()
+        if source.path.startswith(HUB)
+    }
+    if texts:
+        one = isinstance(prepare.corpus.general, str)
+        general = texts[GENERAL] if one else {name: {"path": path} for name, path in texts.items()}
+        small.setdefault("corpus", {})["general"] = general
+    # What random weights stand in for solves nothing: there is no teacher among them.
+    over |= {"base": {"source": f"{STAND_INS}/model"}, "teachers!": {}, "problems": "data"}
+    return render_profile(profile, over=over, over_from=f"{RULE}: params")
 
 
 def _file(path: str) -> Path:
@@ -79,7 +90,8 @@ def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
         if isinstance(task, SuiteTask):
             count = asked + (prepare.train_problems + prepare.corpus.texts) * (task.role in prepare.trained_on)
             yield _file(task.path), list(stand_ins.questions(name, task, int(SPARE * count)))
-    yield _file(prepare.corpus.general), list(stand_ins.texts(int(SPARE * prepare.corpus.texts)))
+    for name, source in prepare.corpus.sources.items():
+        yield _file(source.path), list(stand_ins.texts(name, source, int(SPARE * prepare.corpus.texts)))
 
 
 def furnish(folder: Path, profile: str, rule: Rule) -> Study:
@@ -117,7 +129,7 @@ def rehearse(profile: str) -> None:
     kept_of(of_profile(profile).base.source)  # a model to be like is asked for before anything is written
     clone(folder, head())
     study = furnish(folder, profile, rule)
-    hardware = {"ACCELERATE_CONFIG": os.environ.get("ACCELERATE_CONFIG", rule.accelerate)}
+    hardware = {"ACCELERATE_CONFIG": os.environ.get("ACCELERATE_CONFIG", rule.accelerate), PACK: "true"}  # as on GPUs
     say(f"{profile}: small, in {folder}, on {hardware['ACCELERATE_CONFIG']}")
     shell(folder, sys.executable, "-m", "featdiff.pipeline.repro", environment=hardware)
     os.chdir(folder)

@@ -203,6 +203,8 @@ class _Plan:
         study, prepare = self.study, self.study.prepare
         texts = prepare.pretrain.texts + prepare.corpus.texts + prepare.train_problems
         yield Work("prepare", "prepare", texts, disk=TEXT * texts)
+        for name in study.teachers:
+            yield self._teacher(name)
         yield self._base()
         for name in study.arms:
             yield self._arm(name)
@@ -237,6 +239,17 @@ class _Plan:
         return Work(
             "base", "base", operations, size.weights * self.bytes, fixed + PACKED * self.study.prepare.pretrain.texts,
             size.training(1, self.engine), "base.pretraining.batch_tokens", p.batch_tokens, "train", divided=divided,
+        )  # fmt: skip
+
+    def _teacher(self, name: str) -> Work:
+        """As if it were as large as the base: its size is nowhere said."""
+        p, size, problems = self.study.teachers[name], self.size, self.study.prepare.train_problems
+        length = self.question + p.max_new_tokens
+        operations = size.forward(problems * p.samples * length, length / 2)
+        return Work(
+            f"teacher {name}", "teacher", operations, CHARS_A_TOKEN * problems * p.samples * p.max_new_tokens,
+            LIBRARIES + self.number * size.weights, size.cache(length, self.number), f"teachers.{name}.sampling_batch_size",
+            p.sampling_batch_size, "sample", operations,
         )  # fmt: skip
 
     def _trained(self) -> tuple[float, float]:
@@ -407,14 +420,14 @@ class _Plan:
 
     def _about_the_set(self) -> Iterator[Work]:
         study, size, split = self.study, self.size, self.study.prepare.samples
-        roles = ("train", "find")
+        roles = ("find",)
         find = sum(task.role in roles for task in self.tasks)
         operations, _ = self._reading(find * split.find * 2 * len(study.localize.fits), study.evaluate, roles)
         held = LIBRARIES + 2 * self.number * size.weights
-        yield Work("localize", "localize", operations, 2e6, held, way="forward")
+        yield Work("localize", "localize", operations, 2e6, held, way="forward", parts=find)
         seams = 2 * (study.stitch.depths + 1)
         asked = seams * min(study.stitch.questions, split.report) * len(self.tasks)
-        yield self._answers("stitch", "stitch", {ROLES: asked}, study.stitch, models=2)
+        yield replace(self._answers("stitch", "stitch", {ROLES: asked}, study.stitch, models=2), parts=seams)
         lengths = [length for length, _ in self._lengths(study.evaluate, EDITED_ROLES)]
         questions = min(study.describe.samples, split.find) + min(study.describe.shaded, split.report)
         read = study.describe.corpus_tokens + 2 * sum(lengths) * questions

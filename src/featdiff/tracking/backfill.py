@@ -134,7 +134,7 @@ def _params(entry: dict[str, Any], stage: str) -> tuple[int | None, dict[str, An
                 target = target.setdefault(part, {})
                 require(isinstance(target, dict), Path(LOCK), name, "a name in a mapping", target, REPAIR)
             target[last] = value
-        elif stage == "arm" and name.startswith("arms.") and isinstance(value, dict):
+        elif name.startswith(f"{stage}s.") and isinstance(value, dict):  # one of several; an arm changes numbers of its method
             method = found.get(value.get("method"), {})
             require(isinstance(method, dict), Path(LOCK), str(value.get("method")), "a mapping", method, REPAIR)
             section |= method | {key: change for key, change in value.items() if key not in ("method", "seed")}

@@ -16,7 +16,7 @@ from featdiff.pipeline.checkpoint import Scratch
 from featdiff.tasks.task import Sample, load_samples, load_tasks
 from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable, token_counts
 from featdiff.training.engine import Engine
-from featdiff.training.own_answers import Answers, own_answers, summary
+from featdiff.training.sampled import Answers, sampled_answers, summary
 
 SERIES = {
     "loss": "loss",
@@ -49,7 +49,7 @@ def train(base: Path, data: Path, out: Path, scratch: Scratch, params: DPOParams
     tasks, samples = load_tasks(data), load_samples(data, "train")
     model, tokenizer = load_trainable(base, params.blocks), load_tokenizer(base)
     reference: PreTrainedModel | None = load_model(base)
-    answers = own_answers(reference, tokenizer, tasks, samples, params, seed, scratch)
+    answers = sampled_answers(reference, tokenizer, tasks, samples, params, seed, scratch)
     paired = [pairs(found, params.pairs) for found in answers]
     taught = [pair for several in paired for pair in several]
     facts = summary(answers, paired, "a right and a wrong one", base, out)

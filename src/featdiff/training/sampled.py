@@ -1,4 +1,5 @@
-"""The base's own answers to the train problems, sampled and graded: what rejection sampling and DPO learn from.
+"""A model's answers to the train problems, sampled and graded: the base's own, from which rejection sampling and DPO learn, or
+a teacher's.
 
 An answer that was cut off at the limit counts neither as right nor as wrong: trained on, it would teach to end there.
 """
@@ -17,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.artifacts.artifact import ContractError
-from featdiff.artifacts.tables import OWN_ANSWERS
-from featdiff.config.models import DPOParams, RFTParams
+from featdiff.artifacts.tables import SAMPLED_ANSWERS
+from featdiff.config.models import SamplingParams
 from featdiff.language.decode import generate
 from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.pipeline.checkpoint import Scratch
@@ -49,12 +50,12 @@ class Answers(NamedTuple):
         return [replace(self.sample, solution=text) for text in texts]
 
 
-def own_answers(
+def sampled_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     tasks: dict[str, TaskInfo],
     samples: list[Sample],
-    params: RFTParams | DPOParams,
+    params: SamplingParams,
     seed: int,
     scratch: Scratch,
 ) -> list[Answers]:
@@ -65,14 +66,14 @@ def own_answers(
     state = process_state()
     root = None if scratch.root is None else scratch.root / "answers" / str(state.process_index)
     parts = Scratch(root, scratch.seconds, scratch.share)  # of this rank: two that write into one folder would clash
-    size, own = params.sampling_batch_size, {}
+    size, given = params.sampling_batch_size, {}
     model = model.to(state.device)
     starts = range(state.process_index * size, len(samples), state.num_processes * size)
-    for start in tqdm(starts, desc="own answers", unit="group", disable=not state.is_main_process):
+    for start in tqdm(starts, desc="answers", unit="group", disable=not state.is_main_process):
         generator = torch.Generator().manual_seed(stats.stream(seed, start))
         ask = partial(_ask, model, tokenizer, tasks, samples[start : start + size], params, generator)
-        own[start] = parts.part(f"from problem {start}", ask)
-    everyone: dict[int, list[list[Any]]] = {start: drawn for found in gather_object([own]) for start, drawn in found.items()}
+        given[start] = parts.part(f"from problem {start}", ask)
+    everyone: dict[int, list[list[Any]]] = {start: drawn for found in gather_object([given]) for start, drawn in found.items()}
     drawn = [answers for start in sorted(everyone) for answers in everyone[start]]
     return [Answers(sample, [Answer(*answer) for answer in answers]) for sample, answers in zip(samples, drawn, strict=True)]
 
@@ -82,7 +83,7 @@ def _ask(
     tokenizer: PreTrainedTokenizerFast,
     tasks: dict[str, TaskInfo],
     samples: list[Sample],
-    params: RFTParams | DPOParams,
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> list[list[Answer]]:
     asked = [sample for sample in samples for _ in range(params.samples)]
@@ -104,8 +105,8 @@ def _ask(
     return [drawn[i : i + params.samples] for i in range(0, len(drawn), params.samples)]
 
 
-def summary(answers: list[Answers], used: list[list[Any]], what: str, base: Path, out: Path) -> dict[str, Any]:
-    """Write all answers of ``base`` into ``out``; returns how many there are, and how much of them is
+def summary(answers: list[Answers], used: list[list[Any]], what: str, model: Path | str, out: Path) -> dict[str, Any]:
+    """Write all answers of ``model`` into ``out``; returns how many there are, and how much of them is
     taught. ``used`` holds what is taught of each problem. Raises ContractError where that is nothing: ``what`` is missing."""
     rows = [
         {"sample_id": sample.sample_id, "task": sample.task, **answer._asdict()}
@@ -114,10 +115,10 @@ def summary(answers: list[Answers], used: list[list[Any]], what: str, base: Path
     ]
     right, whole = (sum(row[name] for row in rows) for name in ("correct", "whole"))
     if not any(used):
-        todo = "sample more (samples, temperature, max_new_tokens), or train on problems that the base sometimes solves"
-        raise ContractError(base, "own answers", f"{what} to at least one problem", f"{right} right of {len(rows)}", todo)
+        todo = "sample more (samples, temperature, max_new_tokens), or train on problems that it sometimes solves"
+        raise ContractError(model, "answers", f"{what} to at least one problem", f"{right} right of {len(rows)}", todo)
     if process_state().is_main_process:
-        OWN_ANSWERS.write(out, rows)
+        SAMPLED_ANSWERS.write(out, rows)
     return {
         "problems": len(answers),
         "problems_left_out": sum(not several for several in used),
