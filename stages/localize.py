@@ -22,7 +22,7 @@ with stage("localize", out="analysis/localize") as run:
     tasks, samples = load_tasks(data), {sample.sample_id: sample for sample in load_samples(data, "eval")}
     folders = {name: run.read(f"models/{name}") for name in crosscoders[params.fit].models}
     layer, tokenizer = read_json(fits[params.fit] / "config.json")["layer"], load_tokenizer(folders[roles.original])
-    trunks = {name: truncate(load_model(folder).to(run.device), layer) for name, folder in folders.items()}
+    trunks = {name: truncate(load_model(folder), layer).to(run.device) for name, folder in folders.items()}
     before, after = (EVAL_SAMPLES.read(run.read(f"evals/{name}")) for name in (roles.original, roles.tuned))
     asked, skipped = find_tasks(flipped_answers(before, after, tasks, "find"), tasks, params.min_flipped)
     ask = partial(read_flipped, trunks, tokenizer, batch_size=params.batch_size)

@@ -113,6 +113,14 @@ def test_activations_that_are_computed_again_give_the_same_weights(
     assert hashes(out) == hashes(again)
 
 
+@pytest.mark.parametrize(("kind", "told"), [("cuda", "float32 (TF32) compute"), ("cpu", "float32 compute")])
+def test_gpus_compute_products_of_float32_numbers_as_tf32(kind: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1, device=torch.device(kind)))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert told in Engine.here().facts()["precision"]
+    assert torch.backends.cuda.matmul.allow_tf32 is (kind == "cuda")
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_in_a_packed_row_every_kind_of_model_reads_texts_apart(kind: str) -> None:
     model, texts = random_model(kind).eval(), ([3, 4, 5, 6, 7], [8, 9, 10])

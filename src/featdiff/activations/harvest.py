@@ -91,7 +91,7 @@ def _write_shards(
         disable=not state.is_main_process,
     )
     for name, (path, _) in series.items():
-        trunk = truncate((final if name == "acts" else load_model(path)).to(state.device), layer)
+        trunk = truncate(final if name == "acts" else load_model(path), layer).to(state.device)
         files[name] = [{"file": f"{name}-{i:05d}.safetensors", "rows": shard.rows} for i, shard in enumerate(parts[name])]
         for i, shard in enumerate(parts[name]):
             if i % state.num_processes == state.process_index:

@@ -40,6 +40,8 @@ class Gpu(Params):
     memory_gib: Amount
     tflops: Amount
     """Peak of dense products in bfloat16, 10¹² operations a second."""
+    tflops_tf32: Amount
+    """The same of float32 numbers, as TF32."""
     share: Share
     near_gb: Amount
     """10⁹ bytes a second to other GPUs of its node, and across nodes."""
@@ -99,7 +101,8 @@ class Cluster(NamedTuple):
         share, ranks = self.gpu.share, self.ranks(work)
         shared = work.sampled / share.sample + (work.amount - work.sampled - work.repeated) / getattr(share, work.way)
         largest = math.ceil(work.parts / ranks) / work.parts if work.parts else 1 / ranks
-        computing = (shared * largest + work.repeated / share.forward) / (self.gpu.tflops * 1e12)
+        peak = self.gpu.tflops_tf32 if work.single else self.gpu.tflops
+        computing = (shared * largest + work.repeated / share.forward) / (peak * 1e12)
         link = self.gpu.near_gb if self.nodes == 1 else self.gpu.far_gb
         return max(computing, self.traffic(work, size) / (link * 1e9))
 

@@ -64,6 +64,10 @@ class Size:
         """Weights that every token passes."""
         return self.weights - self.embeddings
 
+    def trunk(self, depth: int) -> float:
+        """Weights up to the stream after ``depth`` layers: what tokens become, and the layers."""
+        return self.body * depth / self.layers + self.vocabulary * self.d_model
+
     def forward(self, tokens: float, context: float, depth: int | None = None) -> float:
         """Operations on ``tokens`` with a mean ``context`` through ``depth`` layers, with logits where it is all of them."""
         layers = self.layers if depth is None else depth
@@ -91,7 +95,7 @@ class Engine:
     """What a stage is computed with."""
 
     number: int = FLOAT
-    """Bytes of a number that is computed with."""
+    """Bytes of a number that arms are trained with."""
     sharded: bool = False
     """Whether ranks share out what is trained (FSDP) or each holds all of it."""
     remade: bool = False
@@ -132,6 +136,8 @@ class Work:
     """Operations among ``amount`` that every rank does by itself: models that run again where their activations are read."""
     divided: float = 0.0
     """Bytes of memory that the ranks of a stage have together, each its share."""
+    single: bool = False
+    """Whether products are of float32 numbers, as of models and crosscoders that are read, and not of bfloat16 ones."""
     passes: float = 0.0
     """Passes over a micro batch, for each of which sharded weights are brought together."""
     parts: int = 0
@@ -163,7 +169,7 @@ class Work:
 
     def within(self, memory: float) -> Work:
         """This work where each rank has ``memory`` bytes."""
-        return self.grouped(memory) if self.grouped else self
+        return replace(self.grouped(memory), single=self.single) if self.grouped else self
 
     def fewest(self, memory: float) -> int:
         """The fewest ranks with ``memory`` bytes each on which a batch of one fits; 0 where no number is enough."""
@@ -173,7 +179,8 @@ class Work:
 
 def work(study: Study, size: Size, engine: Engine = CPU) -> list[Work]:
     """Every stage of ``study`` whose models have ``size``, in the order of the graph."""
-    return list(_Plan(study, size, engine).stages())
+    plan = _Plan(study, size, engine)
+    return [plan.marked(each) for each in plan.stages()]
 
 
 def one_by_one(works: Iterable[Work]) -> Iterator[str]:
@@ -198,6 +205,8 @@ class _Plan:
         layer = study.activations.layer
         self.depth = size.layers // 2 if layer == "middle" else int(layer)
         self.bytes = 2 if study.base.dtype == "bfloat16" else FLOAT
+        # What reads a layer's stream holds the model up to there; in the host's memory it was loaded whole.
+        self.trunk = size.trunk(self.depth) if engine.apart else size.weights
 
     def stages(self) -> Iterator[Work]:
         study, prepare = self.study, self.study.prepare
@@ -217,7 +226,7 @@ class _Plan:
             asked = {ROLES: questions_of_each * len(self.tasks) * self._checkpoints(name)}
             answered = self._answers(f"checkpoints {name}", "checkpoints", asked, study.checkpoints)
             # Each checkpoint is one rank's, who holds the base beside it.
-            yield replace(answered, fixed=answered.fixed + self.number * self.size.weights, parts=self._checkpoints(name))
+            yield replace(answered, fixed=answered.fixed + self.bytes * self.size.weights, parts=self._checkpoints(name))
         for model in study.models:
             yield self._activations(model)
         yield from self._crosscoders()
@@ -227,6 +236,12 @@ class _Plan:
         yield from self._about_the_set()
         answers = len(study.models) * questions
         yield Work("report", "report", answers, disk=5e6 + 300.0 * answers)
+
+    def marked(self, each: Work) -> Work:
+        """``each``, which says now whether it is of float32 numbers: models are read in the dtype in which they lie."""
+        trained = each.way == "train" or each.kind == "teacher"
+        single = not trained and (each.way == "fit" or self.bytes == FLOAT)
+        return replace(each, single=single, alone=tuple(map(self.marked, each.alone)))
 
     def _base(self) -> Work:
         size, base = self.size, self.study.base
@@ -302,8 +317,8 @@ class _Plan:
     ) -> Work:
         """``answers`` to the questions of tasks of some roles, under as many models at once."""
         longest = max(length for length, _ in self._lengths(p))
-        fixed = LIBRARIES + models * self.number * self.size.weights
-        each = models * self.size.cache(longest, self.number) + FLOAT * 2 * self.size.vocabulary
+        fixed = LIBRARIES + models * self.bytes * self.size.weights
+        each = models * self.size.cache(longest, self.bytes) + FLOAT * 2 * self.size.vocabulary
         operations, sampled = map(sum, zip(*(self._reading(count, p, roles) for roles, count in answers.items()), strict=True))
         return Work(
             stage, kind, operations, answer * sum(answers.values()), fixed, each, f"{kind}.batch_size", p.batch_size, "forward",
@@ -318,7 +333,7 @@ class _Plan:
         held = LIBRARIES + STREAM * p.tokens
         if p.source == "models":  # which run where rows are read
             return Work(f"activations {model}", "activations", p.tokens, 16.0 * p.tokens, held + FLOAT * size.weights)
-        fixed = held + self.number * size.weights + p.shard_rows * size.d_model * FLOAT
+        fixed = held + self.bytes * self.trunk + self._in_host(p.shard_rows * size.d_model * FLOAT)
         operations, row = size.forward(tokens, p.max_length / 2, self.depth), size.d_model * self._row_number
         each = self._batch(1)
         return Work(
@@ -331,18 +346,21 @@ class _Plan:
         """Bytes of a number of the activations."""
         return HALF if self.study.activations.dtype == "bfloat16" else FLOAT
 
+    def _in_host(self, rows: float) -> float:
+        """Bytes of rows of activations, which wait in the host's memory and go to a GPU in pieces."""
+        return 0.0 if self.engine.apart else rows
+
     def _batch(self, texts: int) -> float:
         """Bytes of what a model that reads ``texts`` together holds at once."""
-        return self.number * self.study.activations.max_length * texts * (8 * self.size.d_model + 2 * self.size.d_mlp)
+        return self.bytes * self.study.activations.max_length * texts * (8 * self.size.d_model + 2 * self.size.d_mlp)
 
     def _again(self, models: int, rows: float) -> tuple[float, float]:
         """Operations and bytes of memory for ``rows`` of activations of ``models`` that run again where they are read."""
         p, size = self.study.activations, self.size
         if p.source == "activations":
             return 0.0, 0.0
-        held = models * (self.number * size.weights + p.shard_rows * size.d_model * self._row_number) + self._batch(
-            p.batch_size
-        )
+        rows_held = self._in_host(p.shard_rows * size.d_model * self._row_number)
+        held = models * (self.bytes * self.trunk + rows_held) + self._batch(p.batch_size)
         return models * size.forward(rows, p.max_length / 2, self.depth), held
 
     def _step(self, models: int, steps: float) -> float:
@@ -356,7 +374,7 @@ class _Plan:
         p, tokens = self.study.crosscoder.training, self.study.activations.tokens
         again, held = self._again(models, 2 * tokens + (tokens if tokens <= BUFFER_ROWS else p.steps * p.batch_tokens))
         buffer = min(tokens, BUFFER_ROWS) * columns * self.size.d_model * self._row_number
-        return again, held + (0.0 if self.engine.apart else buffer)
+        return again, held + self._in_host(buffer)
 
     def _crosscoders(self) -> Iterator[Work]:
         """Where models run for their rows, the fits among them are made of one read (featdiff.crosscoder.together)."""
@@ -405,7 +423,8 @@ class _Plan:
         operations = sum(8.0 * rows * len(fit.slots) * d_model * features for fit in study.fits.values())
         again = [self._again(len(set(fit.models)), 2 * rows) for fit in study.fits.values()]
         operations += sum(each for each, _ in again)
-        held = LIBRARIES + 8 * FLOAT * rows * d_model + max(running for _, running in again)
+        sums = 2 * 8 * max(len(fit.slots) for fit in study.fits.values()) * d_model * features  # in float64
+        held = LIBRARIES + sums + self._in_host(8 * FLOAT * rows * d_model) + max(running for _, running in again)
         return Work("attribution", "attribution", operations, 200.0 * features * len(study.fits), held, way="fit")
 
     def _dynamics(self, name: str) -> Work:
@@ -414,7 +433,7 @@ class _Plan:
         refits = kept * self._step(2, study.dynamics.refit_steps)
         reads = kept * 8.0 * study.activations.checkpoint_tokens * self.size.d_model * p.n_features
         # Base and checkpoint, as they are and in normalised units.
-        held = 4 * FLOAT * study.activations.checkpoint_tokens * self.size.d_model
+        held = self._in_host(4 * FLOAT * study.activations.checkpoint_tokens * self.size.d_model)
         again, running = self._again(2, (kept + 1) / 2 * study.activations.checkpoint_tokens)
         return Work(f"dynamics {name}", "dynamics", refits + reads + again, 1e6, LIBRARIES + held + running, way="fit")
 
@@ -423,7 +442,7 @@ class _Plan:
         roles = ("find",)
         find = sum(task.role in roles for task in self.tasks)
         operations, _ = self._reading(find * split.find * 2 * len(study.localize.fits), study.evaluate, roles)
-        held = LIBRARIES + 2 * self.number * size.weights
+        held = LIBRARIES + len(study.fits[study.localize.fit].slots) * self.bytes * self.trunk
         yield Work("localize", "localize", operations, 2e6, held, way="forward", parts=find)
         seams = 2 * (study.stitch.depths + 1)
         asked = seams * min(study.stitch.questions, split.report) * len(self.tasks)
@@ -431,7 +450,7 @@ class _Plan:
         lengths = [length for length, _ in self._lengths(study.evaluate, EDITED_ROLES)]
         questions = min(study.describe.samples, split.find) + min(study.describe.shaded, split.report)
         read = study.describe.corpus_tokens + 2 * sum(lengths) * questions
-        held = LIBRARIES + 2 * (self.number * size.weights + FLOAT * read * size.d_model)
+        held = LIBRARIES + 2 * (self.bytes * size.weights + self._in_host(FLOAT * read * size.d_model))
         yield Work("describe", "describe", 4 * size.forward(read, max(lengths) / 2), 5e6, held, way="forward")
         for side in SIDES:
             yield self._answers(f"intervene {side}", "intervene", self._edited(side), study.intervene, models=2, answer=EDITED)

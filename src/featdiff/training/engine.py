@@ -79,6 +79,8 @@ class Engine(NamedTuple):
     def facts(self) -> dict[str, str]:
         """For the audit: arms are comparable where these agree."""
         compute = str(self.compute).removeprefix("torch.")
+        if self.compute is torch.float32 and process_state().device.type == "cuda":
+            compute += " (TF32)"
         how, texts = "sharded" if self.sharded else "whole", ", imitated texts packed" if self.packed else ""
         return {"precision": f"float32 weights, {compute} compute", "engine": f"{how} model, ranks: {self.ranks}{texts}"}
 
