@@ -116,9 +116,12 @@ def test_activations_that_are_computed_again_give_the_same_weights(
 @pytest.mark.parametrize(("kind", "told"), [("cuda", "float32 (TF32) compute"), ("cpu", "float32 compute")])
 def test_gpus_compute_products_of_float32_numbers_as_tf32(kind: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1, device=torch.device(kind)))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    assert told in Engine.here().facts()["precision"]
-    assert torch.backends.cuda.matmul.allow_tf32 is (kind == "cuda")
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        assert told in Engine.here().facts()["precision"]
+        assert torch.backends.cuda.matmul.allow_tf32 is (kind == "cuda")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("kind", SIZES)
