@@ -217,7 +217,6 @@ def test_suites_that_the_params_refuse(task: dict[str, Any], said: str) -> None:
 
 
 def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("reasoning_gym", reason="the extra smollm2 is not installed")
     if not (ROOT.parent / "shared/data/qa").is_dir():
         pytest.skip("../shared/data is not here")
     from featdiff.config.params import Study
@@ -232,4 +231,6 @@ def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
     data.check()
     assert {task.role for task in data.tasks} == {"train", "find", "heldout"}
     assert len(data.train) == study.prepare.train_problems >= study.grpo.steps * study.grpo.prompts_per_step, "none comes twice"
-    assert all(task.scoring == "option_text_norm" and not task.chat for task in data.tasks if task.options)
+    assert all(task.scoring == "generation" and task.chat and task.options for task in data.tasks)
+    assert all(sample.solution == sample.answer for sample in data.train), "the letter that is asked for"
+    assert Counter(sample.answer for sample in data.train).keys() == set("ABCD")

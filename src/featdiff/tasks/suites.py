@@ -214,7 +214,8 @@ class SuiteSource:
             prompt = listed_prompt(prompt, options)
         if self.listed:
             prompt = listed_prompt(prompt, options).removesuffix(ANSWER) + LETTER_ONLY + ANSWER
-        solution = question.solution if self.info.chat or not question.solution else f" {question.solution}"
+        solution = question.solution or (answer if self.listed and split == "train" else "")
+        solution = solution if self.info.chat or not solution else f" {solution}"
         return Sample(sample_id, self.info.name, split, prompt, answer, options, solution)
 
     def _too_few(self, wanted: int, found: int, what: str) -> ContractError:
@@ -234,8 +235,9 @@ class SuiteSource:
         ]
 
     def train_samples(self, count: int, banned: set[str], rng: np.random.Generator) -> list[Sample]:
-        """Only rows whose solution ends in the right answer, as in the paper."""
-        if "solution" not in self.columns:
+        """Only rows whose solution ends in the right answer, as in the paper. Where a letter is asked for and the file has no
+        solutions, the letter is the solution."""
+        if "solution" not in self.columns and not self.listed:
             field = f"prepare.tasks.{self.info.name}.columns"
             raise ContractError("params.yaml", field, "a solution column for role train", "none", "add solution: <column>")
         kept: list[Sample] = []
