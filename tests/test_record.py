@@ -124,7 +124,7 @@ def test_close_records_the_end_once():
     assert info_of(record) == first
     assert first["status"] == "KILLED"
     assert first["ended"] >= first["started"]
-    assert first["observed"].keys() == {"device", "tokens_per_second", "wall_seconds", "peak_memory_mib"}
+    assert first["observed"].keys() == {"cpu", "device", "tokens_per_second", "wall_seconds", "peak_memory_mib"}
 
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path):

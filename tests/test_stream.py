@@ -61,7 +61,7 @@ def test_a_model_that_several_stores_read_is_hashed_and_loaded_once(
             stream, name, lambda path, name=name, original=original: (done.append((name, path.name)), original(path))[1]
         )
     stream._hashed.cache_clear()
-    stream._loaded.cache_clear()
+    stream.forget()
     folders = both["models"]
     rows = [ActivationStore({"a": folders["base"], "b": folders["grpo"]}).read(3, 40) for _ in range(3)]
     assert torch.equal(rows[0], rows[2])

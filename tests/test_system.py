@@ -4,7 +4,8 @@ import json
 import threading
 import time
 
-from featdiff.tracking.system import Sampler
+from featdiff.tracking import system
+from featdiff.tracking.system import Sampler, processor
 
 
 def test_samples_are_whole_lines_with_their_time_until_the_stage_ends(tmp_path):
@@ -38,3 +39,14 @@ def test_a_folder_that_goes_away_ends_the_samples_without_a_word(tmp_path, monke
     assert not any(thread.name == "system metrics" for thread in threading.enumerate())
     sampler.close()
     assert said == []
+
+
+def test_the_processor_is_told_by_name_and_vectors(tmp_path, monkeypatch):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nmodel name\t: Fast 9000\nflags\t\t: fpu avx avx2 sse\n\nmodel name\t: another\n")
+    monkeypatch.setattr(system, "CPUINFO", told)
+    assert processor() == "Fast 9000 avx2"
+    told.write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert processor().endswith(" asimd")
+    monkeypatch.setattr(system, "CPUINFO", tmp_path / "none")
+    assert "asimd" not in processor()

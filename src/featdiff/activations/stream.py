@@ -61,6 +61,11 @@ def _loaded(path: Path, layer: int, weights: str) -> torch.nn.Module:
     return truncate(load_model(path), layer).to(process_state().device)
 
 
+def forget() -> None:
+    """Let go of the models that are kept."""
+    _loaded.cache_clear()
+
+
 class Runs:
     """The ``series`` of the model that the index of ``folder`` names, which runs when rows are read.
 

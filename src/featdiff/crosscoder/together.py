@@ -89,9 +89,9 @@ def _running(folder: Path) -> float:
 
 def _forget_models() -> None:
     """Let go of models that are kept for whoever reads next: those of the next group may be others, and need the room."""
-    from featdiff.activations import stream  # with transformers, which takes seconds
+    from featdiff.activations.stream import forget  # with transformers, which takes seconds
 
-    stream._loaded.cache_clear()
+    forget()
 
 
 class _Fits:

@@ -26,7 +26,7 @@ from typing import Any
 from featdiff.artifacts.artifact import read_json
 from featdiff.artifacts.dvc import read_yaml
 from featdiff.processes.ranks import pipeline_process, process_start
-from featdiff.tracking.system import SYSTEM, Sampler
+from featdiff.tracking.system import SYSTEM, Sampler, processor
 
 WORDS = ("report.title", "report.about")
 METRICS = "metrics.jsonl"
@@ -150,7 +150,7 @@ class Record:
             "params": dict(params),
             "inputs": {},
             "summary": {},
-            "observed": {},
+            "observed": {"cpu": processor()},
         }
         self._write()
         self._stream = (self.folder / METRICS).open("w", encoding="utf-8")

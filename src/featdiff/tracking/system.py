@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,24 @@ SYSTEM = "system.jsonl"
 SECONDS = 10.0
 """From one sample to the next; a stage that takes no longer has none."""
 MIB = 1 << 20
+
+
+CPUINFO = Path("/proc/cpuinfo")
+VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
+"""Sets of vector instructions, of which libraries take the first that a CPU has."""
+
+
+def processor() -> str:
+    """The CPU's name and its widest vectors, by both of which libraries choose how they sum: two kinds of CPU may give a model
+    other bits. Beside Linux, what Python knows."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = (told.get("flags") or told.get("features") or "").split()
+    widest = next((name for name in VECTORS if name in flags), "")
+    return " ".join(filter(None, [told.get("model name") or platform.machine(), widest]))
 
 
 class Sampler:
