@@ -197,19 +197,21 @@ def test_flipped_samples_are_read(elsewhere: torch.device) -> None:
 
 
 def test_every_stage_hands_its_models_to_the_device() -> None:
-    """Each model that a stage loads is moved at once, and so is each crosscoder, but for those that are read by what takes a
-    device of its own: editors and fits."""
+    """Each model that a stage loads is moved at once, or as far as it is read, and so is each crosscoder, but for those that are
+    read by what takes a device of its own: editors and fits."""
     told = {"intervene.py": {"Crosscoder.load(fit)"}, "describe.py": {"Crosscoder.load(fit)"},
             "dynamics.py": {"Crosscoder.load(run.read(f'crosscoders/{PAIR}{arm}'))"}}  # fmt: skip
     loaded = set()
     for path in sorted((ROOT / "stages").glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        moved = {
-            ast.dump(call.func.value)
+        handed = [
+            call.func.value
             for call in calls
             if isinstance(call.func, ast.Attribute) and call.func.attr == "to" and ast.unparse(call.args[0]) == "run.device"
-        }
+        ]
+        cut = [each.args[0] for each in handed if isinstance(each, ast.Call) and ast.unparse(each.func) == "truncate"]
+        moved = set(map(ast.dump, [*handed, *cut]))
         for call in calls:
             if ast.unparse(call.func) in ("load_model", "Crosscoder.load"):
                 loaded.add(path.name)
