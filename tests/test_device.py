@@ -197,8 +197,8 @@ def test_flipped_samples_are_read(elsewhere: torch.device) -> None:
 
 
 def test_every_stage_hands_its_models_to_the_device() -> None:
-    """Each model that a stage loads is moved at once, or as far as it is read, and so is each crosscoder, but for those that are
-    read by what takes a device of its own: editors and fits."""
+    """Each model that a stage loads is moved at once, or as far as it is read, and so is each crosscoder, but for those that
+    are read by what takes a device of its own: editors and fits."""
     told = {"intervene.py": {"Crosscoder.load(fit)"}, "describe.py": {"Crosscoder.load(fit)"},
             "dynamics.py": {"Crosscoder.load(run.read(f'crosscoders/{PAIR}{arm}'))"}}  # fmt: skip
     loaded = set()
