@@ -1,6 +1,9 @@
 """The whole data artifact, from generated families and from files."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +219,14 @@ def test_suites_that_the_params_refuse(task: dict[str, Any], said: str) -> None:
         organism_params(tasks={"add": {"source": "family", "role": "train"}, "own": task})
 
 
+def test_the_problems_of_smollm2_are_what_their_program_writes(tmp_path: Path) -> None:
+    program = ROOT / "conf/profiles/smollm2_letters.py"
+    subprocess.run([sys.executable, shutil.copy(program, tmp_path)], check=True)
+    written = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    assert written.keys() == {"smollm2_sums.jsonl", "smollm2_differences.jsonl"}
+    assert written == {name: program.with_name(name).read_bytes() for name in written}
+
+
 def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT.parent / "shared/data/qa").is_dir():
         pytest.skip("../shared/data is not here")
@@ -230,7 +241,7 @@ def test_the_smollm2_profile_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sources.keys() == {"corpus", *(task.name for task in data.tasks if task.options)}
     data.check()
     assert {task.role for task in data.tasks} == {"train", "find", "heldout"}
-    assert len(data.train) == study.prepare.train_problems >= study.grpo.steps * study.grpo.prompts_per_step, "none comes twice"
+    assert len(data.train) == study.prepare.train_problems == study.grpo.steps * study.grpo.prompts_per_step
     assert all(task.scoring == "generation" and task.chat and task.options for task in data.tasks)
     assert all(sample.solution == sample.answer for sample in data.train), "the letter that is asked for"
     assert Counter(sample.answer for sample in data.train).keys() == set("ABCD")

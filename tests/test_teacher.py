@@ -69,7 +69,7 @@ def test_in_a_chat_the_question_alone_is_asked(world: Path, tmp_path: Path, monk
     assert (kept.prompt, kept.solution) == (prompt, " c.")
 
 
-def test_one_that_solves_nothing_is_one_line(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_solves_nothing_is_one_line(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"answers: expected a right one to at least one problem, found 0 right of 24"):
         taught(world, tmp_path / "none", samples=1, max_new_tokens=1)
     assert list((tmp_path / "none").iterdir()) == []
