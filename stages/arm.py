@@ -10,7 +10,7 @@ from featdiff.processes.ranks import rank
 name = stage_key("--arm", __doc__, lambda study: study.arms)
 
 with stage("arm", key=name, out=f"models/{name}", numbers=lambda study: study.numbers(name)) as run:
-    base, data = run.read("models/base"), run.read(f"{run.study.problems}", "tasks.json", "train.parquet")
+    base, data = run.read("models/base"), run.read(run.study.problems, "tasks.json", "train.parquet")
     arm = run.study.arms[name]
     method = import_module(f"featdiff.training.{arm.method}")
     audit = method.train(base, data, run.out, run.scratch(), run.params, run.seed + arm.seed, run.log)

@@ -56,7 +56,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
     def make(seed: int = 0, layers: int = 2) -> Any:
         size = Pretraining(
             layers=layers, d_model=16, d_mlp=32, heads=2, row_tokens=64, batch_tokens=64, steps=1, lr=1.0, warmup_steps=0,
-            decay_share=0.0, prompt_weight=1.0, weight_decay=0.0,
+            decay_share=0.0, prompt_weight=1.0, weight_decay=0.0, threads=None,
         )  # fmt: skip
         model = organism_model(size, tokenizer, seed).eval()
         generator = torch.Generator().manual_seed(seed)

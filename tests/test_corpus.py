@@ -103,6 +103,10 @@ def test_a_data_set_of_the_hub_is_read_as_far_as_needed(monkeypatch: pytest.Monk
     assert set(texts) != {text.completion for text in drawn(HUB, 50, 1000, seed=1)}
     with pytest.raises(ContractError, match="expected 100001 texts, found 100000"):
         drawn(HUB, 100_001, 1000)
+    read.clear()
+    shares = {"all": {"path": HUB, "column": "text", "share": 1.0}, "none": {"path": HUB, "column": "text", "share": 0.0}}
+    assert Counter(text.source for text in drawn(shares, 5, 1000)) == {"all": 5}
+    assert len(read) < 25_000, "of what has no share hardly more than is shuffled together"
 
 
 def test_a_stream_that_breaks_off_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def test_params_are_the_sections_that_are_read(name: str) -> None:
     assert ("profile" in sections) == (".profile" in source)
 
 
+def pattern(argument: ast.expr) -> str:
+    """The path that an argument stands for, with ``*`` for what is not written out."""
+    if isinstance(argument, ast.JoinedStr):
+        return "".join(map(pattern, argument.values))
+    return str(argument.value) if isinstance(argument, ast.Constant) else "*"
+
+
 @pytest.mark.parametrize("name", COMPUTING)
 def test_artifacts_read_and_written_are_declared(name: str) -> None:
     entry = stages()[name]
@@ -97,11 +104,12 @@ def test_artifacts_read_and_written_are_declared(name: str) -> None:
     source = script(name).read_text(encoding="utf-8")
     deps = [plain(dep) for dep in entry["deps"]]
     outs = [plain(out if isinstance(out, str) else next(iter(out))) for out in entry["outs"]]
-    calls = [re.findall(r'"([^"]+)"', call) for call in re.findall(r"run\.read\(([^)]*)\)", source)]
-    for read in (
-        plain("/".join(part)) for folder, *files in calls for part in ([(folder, file) for file in files] or [(folder,)])
-    ):
-        assert any(fnmatch(dep, read) or fnmatch(read, dep) or read.startswith(f"{dep}/") for dep in deps), read
+    calls = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.read"
+    ]
+    for folder, *files in ([pattern(argument) for argument in call.args] for call in calls):
+        for read in [f"{folder}/{file}" for file in files] or [folder]:
+            assert any(fnmatch(dep, read) or fnmatch(read, dep) or read.startswith(f"{dep}/") for dep in deps), read
     written = re.findall(r'"([^"]+)"', re.findall(r"out=(.*)", source)[0])
     assert any(fnmatch(out, plain(pattern)) for pattern in written for out in outs)
 

@@ -117,6 +117,7 @@ def params(**changes: Any) -> Pretraining:
         "batch_tokens": 8 * ROW,
         "steps": 30,
         "warmup_steps": 3,
+        "threads": None,
     }
     return params_of(Pretraining, "base", "pretraining", **small | changes)
 
@@ -137,6 +138,15 @@ def test_a_short_run_learns_repeats_exactly_and_knows_every_character() -> None:
     model, made = pretrain(corpus(900), params(steps=1), 0, lambda *_: None, Scratch())
     assert made.decode(made("xyz(w)7ab", add_special_tokens=False)["input_ids"]) == "xyz(w)7ab"
     assert not model.training
+
+
+def test_it_takes_the_threads_it_is_given() -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+    try:
+        pretrain(corpus(900), params(steps=1, threads=before + 1), 0, lambda *_: seen.add(torch.get_num_threads()), Scratch())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {before + 1}
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

@@ -113,6 +113,9 @@ def test_inputs_have_the_digest_of_dvc_and_survive_a_kill():
     record.input("data")
     record.input("models/unknown")
     assert info_of(record)["inputs"] == {"data": "0123456789abcdef0123456789abcdef.dir", "models/unknown": ""}
+    Path("dvc.lock").write_text(f"schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - {{path: data, md5: {'f' * 32}}}\n")
+    record.input("data")
+    assert info_of(record)["inputs"]["data"] == "f" * 32
 
 
 def test_close_records_the_end_once():

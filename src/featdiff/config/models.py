@@ -72,6 +72,8 @@ class Pretraining(Params):
     prompt_weight: Fraction
     """Loss weight of prompt tokens, which are random and cannot be predicted."""
     weight_decay: Annotated[float, Field(ge=0)]
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
+    """Of each process on a CPU, while all other stages wait for the base; None: as many as any stage has."""
 
     @model_validator(mode="after")
     def _can_be_built(self) -> Pretraining:

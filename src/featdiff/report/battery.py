@@ -94,7 +94,7 @@ def controls(evidence: Evidence, purpose: str) -> Table | None:
 
 def _moved(evidence: Evidence, purpose: str, control: str) -> list[Cell]:
     """Dose, relative length of the change, and what it was before it was made as long as the set's, as chosen."""
-    chosen = [row for row in evidence.search if (row["purpose"], row["control"]) == (purpose, control) and row["chosen"]]
+    chosen = [row for row in evidence.tried_with.get((purpose, control), []) if row["chosen"]]
     if not chosen:
         return [Cell(MISSING)] * 3
     return [_range([row[column] for row in chosen], digits) for column, digits in (("dose", 3), ("norm", 2), ("unscaled", 2))]

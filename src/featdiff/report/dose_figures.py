@@ -72,9 +72,7 @@ def lengths(evidence: Evidence) -> Panel | None:
                 traces.append(_line(curve, INK, name.replace("_", " "), DASHES[name]))
         traces.append(_line(drawn[SET][0], SET_COLOUR, "the set", width=2.5))
         chosen = choice(evidence, purpose.name, SET)
-        at = [
-            row["norm"] for row in evidence.search if row["purpose"] == purpose.name and row["control"] == SET and row["chosen"]
-        ]
+        at = [row["norm"] for row in evidence.tried_with.get((purpose.name, SET), []) if row["chosen"]]
         look = layout({"title": title("‖Δh‖ / ‖h‖"), "rangemode": "tozero"}, {"title": title("change, claimed way")})
         look["shapes"] = [line(at[0], at[0], 0, 1, yref="paper", dash="dot", colour=SET_COLOUR)] if at else []
         label = f"{heading(evidence, purpose)}: {chosen['edit']} at {chosen['positions'].replace('_', ' ')}"

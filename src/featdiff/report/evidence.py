@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,16 @@ NOT_TESTED: dict[str, Any] = {
 """What is known of interventions where no feature set was found."""
 
 Row = dict[str, Any]
+Groups = dict[tuple[Any, ...], list[Row]]
 Curves = dict[str, list[tuple[float, float]]]
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> Groups:
+    """``rows`` by their values of ``keys``, in the order in which these come first."""
+    groups: Groups = {}
+    for row in rows:
+        groups.setdefault(tuple([row[key] for key in keys]), []).append(row)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,16 @@ class Evidence:
     """Per-sample rows without an edit, under the set and along the directions that tell the models apart."""
     outcomes: Callable[[str, int], list[Row]]
     """Reads ``purpose sample_id correct`` of every answer under a control."""
+
+    @cached_property
+    def effects_of(self) -> Groups:
+        """``effects`` by purpose, control and subset."""
+        return grouped(self.effects, "purpose", "control", "subset")
+
+    @cached_property
+    def tried_with(self) -> Groups:
+        """``search`` by purpose and control."""
+        return grouped(self.search, "purpose", "control")
 
     @cached_property
     def names(self) -> Names:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featdiff.report.evidence import Evidence
+from featdiff.report.evidence import Evidence, grouped
 
 
 class Outcomes:
@@ -20,20 +20,20 @@ class Outcomes:
         self._models: dict[tuple[str, str | None], dict[str, float]] = {}
         for model, rows in evidence.answers.items():
             own: dict[str, float] = {}
-            for (mode,), group in _grouped(rows, "mode").items():
+            for (mode,), group in grouped(rows, "mode").items():
                 shares = self._models[model, mode] = _shares(group)
                 own |= {key: share for key, share in shares.items() if evidence.primary_mode(self.tasks[key]) == mode}
             self._models[model, None] = own
-        self._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
+        self._edited = {key: _shares(rows) for key, rows in grouped(evidence.edited, "purpose", "control").items()}
         self._stitched: dict[str, dict[int, dict[str, float]]] = {}
-        for (lower, depth), rows in _grouped(evidence.stitched, "lower", "depth").items():
+        for (lower, depth), rows in grouped(evidence.stitched, "lower", "depth").items():
             self._stitched.setdefault(lower, {})[depth] = _shares(rows)
         self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
 
     def under(self, evidence: Evidence) -> Outcomes:
         """The same models under the edits of ``evidence``."""
         found = copy(self)
-        found._edited = {key: _shares(rows) for key, rows in _grouped(evidence.edited, "purpose", "control").items()}
+        found._edited = {key: _shares(rows) for key, rows in grouped(evidence.edited, "purpose", "control").items()}
         return found
 
     def model(self, model: str, mode: str | None = None) -> dict[str, float]:
@@ -68,13 +68,6 @@ class Outcomes:
             if task in numbers and (before is None or key in before):
                 numbers[task].append(after[key] - (before[key] if before is not None else 0.0))
         return {task: np.array(values) for task, values in numbers.items()}
-
-
-def _grouped(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
 
 
 def _shares(rows: Iterable[dict[str, Any]]) -> dict[str, float]:

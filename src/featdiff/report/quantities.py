@@ -14,8 +14,7 @@ from featdiff.stats import Floats
 
 def effects(evidence: Evidence, purpose: str, control: str, subset: str = "all") -> list[dict[str, Any]]:
     """Rows of the effects table for the set (``set``) or one of its controls."""
-    wanted = (purpose, control, subset)
-    return [row for row in evidence.effects if (row["purpose"], row["control"], row["subset"]) == wanted]
+    return evidence.effects_of.get((purpose, control, subset), [])
 
 
 CONTROLS = ("shared", "base_specific")
@@ -25,9 +24,10 @@ CONTROLS = ("shared", "base_specific")
 def mean_effects(evidence: Evidence, purpose: str, tasks: list[str]) -> dict[str, dict[int, float]]:
     """Mean over ``tasks`` of the change of accuracy (all samples of the report split), by control and set drawn."""
     values: dict[str, dict[int, list[float]]] = {}
-    for row in evidence.effects:
-        if (row["purpose"], row["subset"]) == (purpose, "all") and row["task"] in tasks:
-            values.setdefault(row["control"], {}).setdefault(row["set_draw"], []).append(row["effect"])
+    for (name, control, subset), rows in evidence.effects_of.items():
+        for row in rows if (name, subset) == (purpose, "all") else []:
+            if row["task"] in tasks:
+                values.setdefault(control, {}).setdefault(row["set_draw"], []).append(row["effect"])
     return {name: {draw: sum(found) / len(found) for draw, found in draws.items()} for name, draws in values.items()}
 
 

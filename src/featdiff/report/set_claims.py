@@ -274,11 +274,8 @@ class SetClaims:
 
     def _acting(self, purpose: str) -> Criterion:
         """Random sets that change nothing could not refute anything. They are as long as the set, and so act where it does."""
-        acting = {
-            control: [row["acting"] for row in self.evidence.search
-                      if (row["purpose"], row["control"], row["chosen"]) == (purpose, control, True)]
-            for control in (SET, RANDOM)
-        }  # fmt: skip
+        tried = self.evidence.tried_with
+        acting = {each: [row["acting"] for row in tried.get((purpose, each), []) if row["chosen"]] for each in (SET, RANDOM)}
         if not all(acting.values()):
             return Criterion("random sets act", "none tried", None)
         own, drawn = (float(np.median(acting[control])) for control in (SET, RANDOM))

@@ -36,7 +36,7 @@ def _texts(source: TextSource, path: str, count: int, max_chars: int, banned: se
         text = _text(row, source.column)
         if text and not _HEADING.fullmatch(text) and text not in banned:
             kept[_cut(text, max_chars)] = None
-            if streamed and len(kept) == count:
+            if streamed and len(kept) >= count:
                 break
     texts = list(kept)
     if len(texts) < count:

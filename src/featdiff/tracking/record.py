@@ -20,6 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -307,11 +309,16 @@ def in_force(root: Path) -> dict[str, Any]:
 
 def _dvc_digest(path: str) -> str:
     """md5 that dvc.lock holds for the output ``path``; empty if it has none."""
-    for entry in read_yaml(Path("dvc.lock")).get("stages", {}).values():
-        for output in entry.get("outs", []):
-            if output["path"] == path:
-                return str(output.get("md5", ""))
+    lock = Path("dvc.lock").absolute()
+    with suppress(FileNotFoundError):
+        return _digests(lock, lock.stat().st_mtime_ns).get(path, "")
     return ""
+
+
+@lru_cache(maxsize=1)  # a tenth of a second in a finished study, whose report reads some fifty artifacts
+def _digests(lock: Path, _changed: int) -> dict[str, str]:
+    outputs = (output for entry in read_yaml(lock).get("stages", {}).values() for output in entry.get("outs", []))
+    return {output["path"]: str(output.get("md5", "")) for output in outputs}
 
 
 def _start_mirror() -> None:

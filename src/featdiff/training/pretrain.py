@@ -79,6 +79,8 @@ def pretrain(
     Raises ContractError when there are fewer texts than the steps need, FloatingPointError when loss or gradient is not
     finite."""
     accelerator = replicated()
+    if params.threads:
+        torch.set_num_threads(params.threads)
     tokenizer = character_tokenizer([ALPHABET])
     rows = pack(texts, tokenizer, params.row_tokens, params.prompt_weight)
     rows_per_step = params.batch_tokens // params.row_tokens
