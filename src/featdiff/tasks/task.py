@@ -151,7 +151,7 @@ class Data:
     def save(self, folder: Path) -> None:
         write_json(folder / "tasks.json", [asdict(task) for task in self.tasks])
         for name, table in TABLES.items():
-            table.write(folder, [asdict(row) for row in getattr(self, name)])
+            table.write(folder, [vars(row) for row in getattr(self, name)])
 
 
 def load_tasks(data: Path) -> dict[str, TaskInfo]:
