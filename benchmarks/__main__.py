@@ -107,7 +107,11 @@ CASES = {
     "harvest": Case(
         "Residual stream at half depth, SmolLM2-135M's shape",
         {"texts": 32, "batch": 16, "block": 1},
-        in_two_ways("harvest.py", "whole forward pass"),
+        in_two_ways("harvest.py", "whole forward pass")
+        | {
+            "nnsight, stopped": Contestant("harvest_nnsight.py", "nnsight"),
+            "TransformerLens, stopped": Contestant("harvest_lens.py", "sae-lens"),
+        },
         rounds=5,
     ),
     "reads": Case(
@@ -163,6 +167,7 @@ class Process:
         environment = os.environ | {
             "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT / 'src'}",
             "TQDM_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled",
         }
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process; a pipe that nobody reads would fill)

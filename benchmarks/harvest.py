@@ -7,24 +7,16 @@ import sys
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+import harvest_model
 from featdiff.activations.residual import TokenStream, read_residual
-from featdiff.language.models import block, left_pad, truncate
+from featdiff.language.models import block, truncate
 from pace import case, timed
 
 given, way = case(), sys.argv[2]
-generator = torch.Generator().manual_seed(0)
-lengths = torch.randint(40, 200, (int(given["texts"]),), generator=generator).tolist()
-stream = TokenStream([torch.randint(49_152, (length,), generator=generator).tolist() for length in lengths], 1)
-config = LlamaConfig(
-    vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, tie_word_embeddings=True,
-)  # fmt: skip
-torch.manual_seed(0)
-model = LlamaForCausalLM(config).eval()
-LAYER, BATCH = 15, int(given["batch"])
-trunk, sums = truncate(model, LAYER), [0.0]
+BATCH, LAYER = int(given["batch"]), harvest_model.LAYER
+texts, model = harvest_model.texts(int(given["texts"])), harvest_model.model()
+stream, trunk, sums = TokenStream(texts, 1), truncate(model, LAYER), [0.0]
 
 
 def ours() -> None:
@@ -33,15 +25,13 @@ def ours() -> None:
 
 @torch.inference_mode()
 def whole() -> None:
-    kept: list[Tensor] = []
-    hook = block(model, LAYER).register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    read: list[Tensor] = []
+    hook = block(model, LAYER).register_forward_hook(lambda _module, _inputs, output: read.append(output))
     found: list[Tensor] = []
-    for low in range(0, len(stream.texts), BATCH):
-        texts = stream.texts[low : low + BATCH]
-        ids_BT, mask_BT, places_BT = left_pad(texts, 0, torch.device("cpu"))
-        model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, use_cache=False)
-        resid_BTD = kept.pop()
-        found += [resid_BTD[row, 1 - len(text) :] for row, text in enumerate(texts)]
+    for low in range(0, len(texts), BATCH):
+        some = texts[low : low + BATCH]
+        model(**harvest_model.padded(some), use_cache=False)
+        found += harvest_model.kept(read.pop(), some)
     hook.remove()
     sums[0] = float(torch.cat(found).double().sum())
 
