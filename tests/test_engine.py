@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -211,12 +212,13 @@ def test_vllm_that_cannot_draw_is_one_line(value: str, world: Path, tmp_path: Pa
         trained("grpo", world, tmp_path / "grpo")
     gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     monkeypatch.setattr(engine_module, "process_state", lambda: gpu)
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ranks_module, "process_state", lambda: gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = f"$FEATDIFF_VLLM: {value}: expected the package vllm installed, found no such module; pip install -e .[vllm]"
     with pytest.raises(ContractError) as caught:
         trained("grpo", world, tmp_path / "grpo")
     assert str(caught.value).startswith(said)
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert Engine.here() == Engine(torch.float32, False, False, 1, packed=True, vllm=value)
     lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
     with pytest.raises(

@@ -19,6 +19,7 @@ from featdiff.config.models import CheckpointsParams, EvaluateParams
 from featdiff.language.decode import generate_under, score_options, score_tokens
 from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.language.session import Edit, Guesses, PromptCache
+from featdiff.language.vllm import TRIED, Vllm, in_place
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import shared_out
 from featdiff.tasks.suites import listed_prompt
@@ -48,6 +49,8 @@ class Evaluator:
         self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.ends = end_tokens(model, tokenizer)
+        self.vllm: Vllm | None = None
+        """What answers in place of our decoder where nothing is edited."""
 
     def answer(
         self, samples: list[Sample], *, edit: Edit | None = None, shared: PromptCache | None = None, progress: str = ""
@@ -97,6 +100,23 @@ class Evaluator:
                 ids += encode_prompts(self.tokenizer, [sample], chat=task.chat and task.scoring == GENERATION)
         return ids
 
+    def with_vllm(self, samples: list[Sample], scratch: Scratch, source: str, revision: str | None = None) -> dict[str, float]:
+        """Have vLLM answer where it is asked for and agrees with our decoder on the first of ``samples``, which are answered by
+        generation; how far it does. It loads the model from ``source``, a folder or a name on the hub at ``revision``."""
+        if not samples:
+            return {}
+
+        def ask(vllm: Vllm | None) -> list[tuple[str, bool]]:
+            self.vllm = vllm
+            return [(row["completion"], row["correct"]) for row in self.generate(samples[:TRIED])]
+
+        def make() -> Vllm:
+            longest = max(map(len, self.prompts(samples))) + self.max_new_tokens
+            return Vllm(source, revision, self.model.dtype, self.ends, longest)
+
+        self.vllm, agreement = in_place(make, ask, scratch.part)
+        return agreement
+
     def generate(self, samples: list[Sample], *, edit: Edit | None = None, **how: Any) -> list[Row]:
         """:meth:`generate_under` of one edit, or of none."""
         (rows,) = self.generate_under([edit], samples, **how)
@@ -134,6 +154,9 @@ class Evaluator:
     def _decode(
         self, edits: Sequence[Edit | None], prompts: list[list[int]], model: PreTrainedModel | None = None, **how: Any
     ) -> list[list[list[int]]]:
+        if self.vllm and model is None and not any(edits):
+            drawn = {name: how[name] for name in ("temperature", "generator") if name in how}
+            return [self.vllm.generate(prompts, max_new_tokens=self.max_new_tokens, **drawn) for _ in edits]
         return generate_under(
             edits,
             model or self.model,

@@ -73,7 +73,8 @@ class Run:
     def shared_scratch(self) -> Scratch:
         """:meth:`scratch` of a stage whose ranks share out its parts, for each rank its own: what was finished by some number
         of ranks is taken up by any other."""
-        self.kept = self._scratch({"threads": hardware()["threads"], "device": self.device.type}).of_rank()
+        same = {name: value for name, value in hardware().items() if name in ("threads", "vllm")}
+        self.kept = self._scratch(same | {"device": self.device.type}).of_rank()
         return self.kept
 
     def _scratch(self, hardware: dict[str, Any]) -> Scratch:

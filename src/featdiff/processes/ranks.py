@@ -3,8 +3,10 @@ needed."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -22,8 +24,9 @@ SHARDED = "ACCELERATE_USE_FSDP"
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 """Environment variable, set by it as well: what arms compute in, ``no`` for what their weights are."""
 VLLM = "FEATDIFF_VLLM"
-"""Environment variable: what draws GRPO's completions in place of our decoder. ``colocate`` is vLLM on the GPUs that train, and
-``http://<host>:<port>`` a server of it."""
+"""Environment variable: what draws answers in place of our decoder. ``colocate`` is vLLM on the GPUs of a stage: for the
+completions of GRPO, the solutions of teachers, and evaluation. ``http://<host>:<port>`` is a server of it, for GRPO alone."""
+COLOCATE = "colocate"
 PACK = "FEATDIFF_PACK"
 """Environment variable: whether the texts of a micro batch are packed into one row, where they are imitated."""
 
@@ -45,6 +48,24 @@ def hardware() -> dict[str, Any]:
     said = {"ranks": world_size(), "threads": threads, "sharded": SHARDED in os.environ, "precision": os.environ.get(PRECISION)}
     packed = os.environ.get(PACK)
     return said | ({"vllm": vllm} if vllm else {}) | ({"packed": packed} if packed else {})
+
+
+def vllm_asked() -> str | None:
+    """What :data:`VLLM` says, None for nothing. Raises ContractError for another value, and without a GPU or vLLM."""
+    value = os.environ.get(VLLM)
+    if not value:
+        return None
+    from featdiff.config.reading import legible  # with YAML, which a launcher has no need of
+
+    if value != COLOCATE and not re.fullmatch(r"http://[\w.-]+:\d{1,5}", value, re.ASCII):
+        expected = f"{COLOCATE}, or http://<host>:<port> of a server"
+        raise ContractError(f"${VLLM}", "value", expected, legible(value), "correct it, or unset it")
+    if (device := process_state().device.type) != "cuda":
+        raise ContractError(f"${VLLM}", "device", "a GPU", device, "unset it: our decoder needs none")
+    if importlib.util.find_spec("vllm") is None:
+        todo = "pip install -e .[vllm], or unset it"
+        raise ContractError(f"${VLLM}", value, "the package vllm installed", "no such module", todo)
+    return value
 
 
 def process_state() -> PartialState:

@@ -10,9 +10,7 @@ numbers, and would be rounded away: at a rate of 1e-6 most weights of a bfloat16
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
-import re
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,15 +24,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.reading import legible
-from featdiff.processes.ranks import PACK, PRECISION, SHARDED, VLLM, process_state
+from featdiff.processes.ranks import COLOCATE, PACK, PRECISION, SHARDED, process_state, vllm_asked
 
 A = TypeVar("A", bound=TrainingArguments)
 RECOMPUTE = "FEATDIFF_RECOMPUTE"
 """Environment variable: ``true`` has activations computed again in the backward pass, which saves memory and takes about a
 third more time. ``fsdp_activation_checkpointing`` of an accelerate configuration says the same."""
 HARDWARE = "$ACCELERATE_CONFIG"
-COLOCATE = "colocate"
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 """What ``mixed_precision`` may say. Float16 would need its losses scaled."""
 
@@ -74,7 +70,7 @@ class Engine(NamedTuple):
                 todo = "raise it, or take a configuration without FSDP"
                 raise ContractError(HARDWARE, "num_processes", "at least 2 that share a model", ranks, todo)
         recompute = parse_flag_from_env(RECOMPUTE) or (sharded and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))
-        return cls(PRECISIONS[precision], sharded, recompute, ranks, packed, _vllm())
+        return cls(PRECISIONS[precision], sharded, recompute, ranks, packed, vllm_asked())
 
     def facts(self) -> dict[str, str]:
         """For the audit: arms are comparable where these agree."""
@@ -124,21 +120,6 @@ class Engine(NamedTuple):
                 expected, found = ("in shards", "whole") if self.sharded else ("whole", "in shards")
                 todo = "use a file of conf/accelerate/ as it is"
                 raise ContractError(HARDWARE, f"weight {name}", f"{expected} on {self.ranks} ranks", found, todo)
-
-
-def _vllm() -> str | None:
-    value = os.environ.get(VLLM)
-    if not value:
-        return None
-    if value != COLOCATE and not re.fullmatch(r"http://[\w.-]+:\d{1,5}", value, re.ASCII):
-        expected = f"{COLOCATE}, or http://<host>:<port> of a server"
-        raise ContractError(f"${VLLM}", "value", expected, legible(value), "correct it, or unset it")
-    if (device := process_state().device.type) != "cuda":
-        raise ContractError(f"${VLLM}", "device", "a GPU", device, "unset it: our decoder needs none")
-    if importlib.util.find_spec("vllm") is None:
-        todo = "pip install -e .[vllm], or unset it"
-        raise ContractError(f"${VLLM}", value, "the package vllm installed", "no such module", todo)
-    return value
 
 
 def unsharded(tensor: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ from featdiff.config.models import GRPOParams
 from featdiff.language.decode import generate
 from featdiff.language.models import encode_prompts, end_tokens, load_tokenizer, trl_row
 from featdiff.pipeline.checkpoint import Scratch
-from featdiff.processes.ranks import VLLM, process_state
+from featdiff.processes.ranks import COLOCATE, VLLM, process_state
 from featdiff.tasks.task import Sample, TaskInfo, load_samples, load_tasks
 from featdiff.tasks.verify import grade
 from featdiff.training.arm import Log, Recorder, adapter, common_arguments, finish, load_trainable
-from featdiff.training.engine import COLOCATE, Engine, Replica
+from featdiff.training.engine import Engine, Replica
 
 SERIES = {
     "loss": "loss",

@@ -73,6 +73,15 @@ def load_base(source: str, dtype: str, field: str = "base.source") -> tuple[Any,
     return model.eval(), tokenizer
 
 
+def place(source: str) -> tuple[str, str | None] | None:
+    """From where another program loads the model of ``source``, with the revision on the hub; None for a GGUF file, of which
+    here other weights are made."""
+    if source.startswith("gguf:"):
+        return None
+    hub = HUB.fullmatch(source)
+    return (hub["name"], hub["commit"]) if hub else (source, None)
+
+
 def _check(model: Any, tokenizer: Any, source: str) -> None:
     for name, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():

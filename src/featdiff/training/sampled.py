@@ -6,6 +6,7 @@ An answer that was cut off at the limit counts neither as right nor as wrong: tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from featdiff.artifacts.tables import SAMPLED_ANSWERS
 from featdiff.config.models import SamplingParams
 from featdiff.language.decode import generate
 from featdiff.language.models import encode_prompts, end_tokens
+from featdiff.language.vllm import Vllm
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo
@@ -58,8 +60,9 @@ def sampled_answers(
     params: SamplingParams,
     seed: int,
     scratch: Scratch,
+    vllm: Vllm | None = None,
 ) -> list[Answers]:
-    """``params.samples`` answers of ``model`` to each of ``samples``, in their order.
+    """``params.samples`` answers of ``model`` to each of ``samples``, in their order; drawn by ``vllm`` where it is given.
 
     Problems are asked in groups, each with a generator of its own: the ranks share the groups, the answers do not depend on
     how many ranks there are, and what was answered before a kill is not asked again."""
@@ -71,7 +74,7 @@ def sampled_answers(
     starts = range(state.process_index * size, len(samples), state.num_processes * size)
     for start in tqdm(starts, desc="answers", unit="group", disable=not state.is_main_process):
         generator = torch.Generator().manual_seed(stats.stream(seed, start))
-        ask = partial(_ask, model, tokenizer, tasks, samples[start : start + size], params, generator)
+        ask = partial(_ask, model, tokenizer, tasks, samples[start : start + size], params, generator, vllm)
         given[start] = parts.part(f"from problem {start}", ask)
     everyone: dict[int, list[list[Any]]] = {start: drawn for found in gather_object([given]) for start, drawn in found.items()}
     drawn = [answers for start in sorted(everyone) for answers in everyone[start]]
@@ -85,24 +88,20 @@ def _ask(
     samples: list[Sample],
     params: SamplingParams,
     generator: torch.Generator,
+    vllm: Vllm | None,
 ) -> list[list[Answer]]:
     asked = [sample for sample in samples for _ in range(params.samples)]
-    ids = generate(
-        model,
-        [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in asked],
-        max_new_tokens=params.max_new_tokens,
-        ends=end_tokens(model, tokenizer),
-        pad=tokenizer.pad_token_id,
-        batch_size=params.sampling_batch_size,
-        temperature=params.temperature,
-        generator=generator,
-    )
-    drawn = []
+    prompts = [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in asked]
+    ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
+    ours = partial(generate, model, ends=ends, pad=pad, batch_size=params.sampling_batch_size)
+    draw: Callable[..., list[list[int]]] = vllm.generate if vllm else ours
+    ids = draw(prompts, max_new_tokens=params.max_new_tokens, temperature=params.temperature, generator=generator)
+    answers = []
     for sample, text, tokens in zip(asked, tokenizer.batch_decode(ids, skip_special_tokens=True), ids, strict=True):
         task = tasks[sample.task]
         graded = grade(task.verifier, sample, text, task.grading)
-        drawn.append(Answer(text, graded.correct, graded.manner, len(tokens) < params.max_new_tokens))
-    return [drawn[i : i + params.samples] for i in range(0, len(drawn), params.samples)]
+        answers.append(Answer(text, graded.correct, graded.manner, len(tokens) < params.max_new_tokens))
+    return [answers[i : i + params.samples] for i in range(0, len(answers), params.samples)]
 
 
 def summary(answers: list[Answers], used: list[list[Any]], what: str, model: Path | str, out: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from featdiff.artifacts.tables import TRAIN
 from featdiff.config.models import TeacherParams
+from featdiff.language.evaluation import Evaluator
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import ANSWER, QUESTION, Sample, load_samples, load_tasks
-from featdiff.training.imported import load_base
+from featdiff.training.imported import load_base, place
 from featdiff.training.sampled import sampled_answers, summary
 
 
@@ -25,9 +26,12 @@ def solve(name: str, data: Path, out: Path, scratch: Scratch, params: TeacherPar
     tasks, samples = load_tasks(data), load_samples(data, "train")
     asked = [_put(sample, params) for sample in samples]
     as_asked = {task.name: replace(task, chat=params.chat) for task in tasks.values()}
-    answers = sampled_answers(model, tokenizer, as_asked, asked, params, seed, scratch)
+    sizes = {"batch_size": params.sampling_batch_size, "max_new_tokens": params.max_new_tokens}
+    evaluator = Evaluator(model.to(process_state().device), tokenizer, as_asked, **sizes)
+    agreement = evaluator.with_vllm(asked, scratch, *where) if (where := place(params.source)) else {}
+    answers = sampled_answers(model, tokenizer, as_asked, asked, params, seed, scratch, evaluator.vllm)
     right = [found.solved(correct=True)[:1] for found in answers]
-    facts = summary(answers, right, "a right one", params.source, out)
+    facts = agreement | summary(answers, right, "a right one", params.source, out)
     # However the teacher was asked, an arm goes on from its own prompt: from "Answer:" with a blank, from others with none.
     solved = [
         replace(sample, solution=" " * sample.prompt.endswith(ANSWER) + first.solution.strip())
