@@ -23,11 +23,13 @@ from featdiff.artifacts.tables import SAMPLED_ANSWERS
 from featdiff.config.models import SamplingParams
 from featdiff.language.decode import generate
 from featdiff.language.models import encode_prompts, end_tokens
-from featdiff.language.vllm import Vllm
 from featdiff.pipeline.checkpoint import Scratch
 from featdiff.processes.ranks import process_state
 from featdiff.tasks.task import Sample, TaskInfo
 from featdiff.tasks.verify import grade
+
+Draw = Callable[..., list[list[int]]]
+"""Draws token ids after prompts as :func:`featdiff.language.decode.generate` does."""
 
 
 class Answer(NamedTuple):
@@ -60,9 +62,9 @@ def sampled_answers(
     params: SamplingParams,
     seed: int,
     scratch: Scratch,
-    vllm: Vllm | None = None,
+    draw: Draw | None = None,
 ) -> list[Answers]:
-    """``params.samples`` answers of ``model`` to each of ``samples``, in their order; drawn by ``vllm`` where it is given.
+    """``params.samples`` answers of ``model`` to each of ``samples``, in their order; ``draw`` takes the place of our decoder.
 
     Problems are asked in groups, each with a generator of its own: the ranks share the groups, the answers do not depend on
     how many ranks there are, and what was answered before a kill is not asked again."""
@@ -74,7 +76,7 @@ def sampled_answers(
     starts = range(state.process_index * size, len(samples), state.num_processes * size)
     for start in tqdm(starts, desc="answers", unit="group", disable=not state.is_main_process):
         generator = torch.Generator().manual_seed(stats.stream(seed, start))
-        ask = partial(_ask, model, tokenizer, tasks, samples[start : start + size], params, generator, vllm)
+        ask = partial(_ask, model, tokenizer, tasks, samples[start : start + size], params, generator, draw)
         given[start] = parts.part(f"from problem {start}", ask)
     everyone: dict[int, list[list[Any]]] = {start: drawn for found in gather_object([given]) for start, drawn in found.items()}
     drawn = [answers for start in sorted(everyone) for answers in everyone[start]]
@@ -88,14 +90,13 @@ def _ask(
     samples: list[Sample],
     params: SamplingParams,
     generator: torch.Generator,
-    vllm: Vllm | None,
+    draw: Draw | None,
 ) -> list[list[Answer]]:
     asked = [sample for sample in samples for _ in range(params.samples)]
     prompts = [encode_prompts(tokenizer, [sample], chat=tasks[sample.task].chat)[0] for sample in asked]
     ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
     ours = partial(generate, model, ends=ends, pad=pad, batch_size=params.sampling_batch_size)
-    draw: Callable[..., list[list[int]]] = vllm.generate if vllm else ours
-    ids = draw(prompts, max_new_tokens=params.max_new_tokens, temperature=params.temperature, generator=generator)
+    ids = (draw or ours)(prompts, max_new_tokens=params.max_new_tokens, temperature=params.temperature, generator=generator)
     answers = []
     for sample, text, tokens in zip(asked, tokenizer.batch_decode(ids, skip_special_tokens=True), ids, strict=True):
         task = tasks[sample.task]

@@ -29,7 +29,8 @@ def solve(name: str, data: Path, out: Path, scratch: Scratch, params: TeacherPar
     sizes = {"batch_size": params.sampling_batch_size, "max_new_tokens": params.max_new_tokens}
     evaluator = Evaluator(model.to(process_state().device), tokenizer, as_asked, **sizes)
     agreement = evaluator.with_vllm(asked, scratch, *where) if (where := place(params.source)) else {}
-    answers = sampled_answers(model, tokenizer, as_asked, asked, params, seed, scratch, evaluator.vllm)
+    draw = evaluator.vllm.generate if evaluator.vllm else None
+    answers = sampled_answers(model, tokenizer, as_asked, asked, params, seed, scratch, draw)
     right = [found.solved(correct=True)[:1] for found in answers]
     facts = agreement | summary(answers, right, "a right one", params.source, out)
     # However the teacher was asked, an arm goes on from its own prompt: from "Answer:" with a blank, from others with none.
