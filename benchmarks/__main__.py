@@ -98,6 +98,12 @@ CASES = {
         WIDE | {"dead_after": 4096, "lr": 1e-9},
         {OURS: steps(dead=0.1), "none dead": steps(dead_after=NEVER)},
     ),
+    "wider": Case(
+        "BatchTopK step as in the first row, with more features, and with fewer and more models",
+        WIDE | {"dead_after": NEVER},
+        {OURS: steps(), "F 32768": steps(features=32_768), "M 2": steps(models=2), "M 5": steps(models=5)},
+        rounds=6,
+    ),
     "answers": Case(
         "120 questions under 24 edits, model of the default study",
         {"questions": 120, "edits": 24, "block": 1},
