@@ -219,6 +219,14 @@ def test_suites_that_the_params_refuse(task: dict[str, Any], said: str) -> None:
         organism_params(tasks={"add": {"source": "family", "role": "train"}, "own": task})
 
 
+def test_what_was_read_is_named_as_params_name_it() -> None:
+    corpus = organism_params().corpus.model_dump() | {"texts": 1}
+    texts = str(DATA / "texts.jsonl")
+    one = {"general": {"path": texts, "column": "text", "share": 0.4}, "more": {"path": texts, "column": "text", "share": 0.6}}
+    assert sources_read(organism_params(corpus=corpus | {"general": texts})).keys() == {"corpus"}
+    assert sources_read(organism_params(corpus=corpus | {"general": one})).keys() == {"corpus/general", "corpus/more"}
+
+
 def test_the_problems_of_smollm2_are_what_their_program_writes(tmp_path: Path) -> None:
     program = ROOT / "conf/profiles/smollm2_letters.py"
     subprocess.run([sys.executable, shutil.copy(program, tmp_path)], check=True)

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from featdiff.artifacts.artifact import ContractError
-from featdiff.config.data import GENERAL, ORGANISM, FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
+from featdiff.config.data import ORGANISM, FamilyTask, PrepareParams, ReasoningGymTask, SuiteTask, Task
 from featdiff.tasks import organism
 from featdiff.tasks.corpus import general_texts
 from featdiff.tasks.external import file_facts, located
@@ -70,8 +70,9 @@ def sources_read(params: PrepareParams) -> dict[str, str]:
     """Which very files of others are read, by task (``corpus`` for its general text, or ``corpus/<source>`` where that has
     several sources): see :func:`file_facts`."""
     paths = {name: task.path for name, task in params.tasks.items() if isinstance(task, SuiteTask)}
+    alone = isinstance(params.corpus.general, str)
     for name, source in params.corpus.sources.items():
-        paths["corpus" if name == GENERAL else f"corpus/{name}"] = source.path
+        paths["corpus" if alone else f"corpus/{name}"] = source.path
     return {name: file_facts(located(path, params.suites)) for name, path in paths.items()}
 
 
