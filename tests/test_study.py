@@ -22,7 +22,18 @@ from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import AMPLIFY_ORIGINAL, DIRECTIONS, SIDES, ZERO_TUNED, purposes
 from featdiff.intervention.search import Job, Searched
 from featdiff.intervention.sensitivity import DRAWS, Otherwise, cases, sensitivity
-from featdiff.intervention.study import FEW, InterventionResult, Questions, answer, chunks, collateral, edits, fewer, intervene
+from featdiff.intervention.study import (
+    FEW,
+    InterventionResult,
+    Questions,
+    answer,
+    chunks,
+    collateral,
+    edits,
+    fewer,
+    intervene,
+    reading,
+)
 from featdiff.language.evaluation import Evaluator
 from featdiff.language.models import save_model
 from featdiff.language.session import PromptCache
@@ -458,7 +469,8 @@ def test_answers_are_marked_and_those_of_directions_kept_whole() -> None:
 def test_collateral_is_at_every_token_and_nothing_for_the_no_op() -> None:
     model = editable(AMPLIFIED)
     made = edits(model, [3, 5], outcome(Setting("add", "prompt_last", 2.0), Setting("add", "generated", 1.0)), CONTROLS)
-    rows = collateral(model, study._everywhere(made), QUESTIONS.texts, params(), 0, once)
+    made = study._everywhere(made)
+    rows = collateral(model.purpose, made, once(reading(model, made, QUESTIONS.texts, params())), params(), 0)
     by_control = {row["control"]: row for row in rows if row["set_draw"] == 0}
     assert len(rows) == len(fewer(made, FEW))
     assert (by_control["noop"]["change"], by_control["noop"]["low"], by_control["noop"]["high"]) == (0, 0, 0)

@@ -23,7 +23,7 @@ from featdiff.crosscoder.edits import Change
 from featdiff.intervention.controls import Control, Draws
 from featdiff.intervention.effects import Marks, effects, marks, questions_under
 from featdiff.intervention.models import EditableModel, EditableModels
-from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE
+from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE, Purpose
 from featdiff.intervention.search import Job, Once, Searched, on_a_bar, search
 from featdiff.language.decode import text_nats
 from featdiff.language.evaluation import Row
@@ -155,30 +155,32 @@ def answer(
     return Answered(found, kept, nats)
 
 
-def collateral(
-    model: EditableModel, made: Edits, texts: list[Text], params: InterveneParams, seed: int, once: Once
-) -> list[dict[str, Any]]:
-    """Perplexity of free text under ``made``, edits at every token (free text has no prompt), the worst case. Mean over texts
-    of the change in nats per token, with its paired bootstrap interval over texts."""
-    purpose, evaluator, before = model.purpose, model.evaluator, np.empty(0)
+def reading(model: EditableModel, made: Edits, texts: list[Text], params: InterveneParams) -> list[Job[Any]]:
+    """Jobs that read ``texts`` under each of ``made``: nats of each text (:func:`featdiff.language.decode.text_nats`)."""
+    evaluator = model.evaluator
     pad, size = evaluator.tokenizer.pad_token_id, evaluator.batch_size
     written = [text.prompt + text.completion for text in texts]
     ids = evaluator.tokenizer(written, truncation=True, max_length=params.collateral_tokens)["input_ids"]
     ids = [text for text in ids if len(text) > 1]
-    jobs = [
+    return [
         (
-            f"{purpose.name} {control} {number}, free text",
+            f"{model.purpose.name} {control} {number}, free text",
             partial(text_nats, evaluator.model, ids, pad=pad, batch_size=size, edit=edit),
         )
         for (control, number), edit in made.items()
     ]
-    rows = []
-    for (control, number), found_nats in zip(made, once(jobs), strict=True):
-        nats = np.array(found_nats)
+
+
+def collateral(purpose: Purpose, made: Edits, read: list[list[float]], params: InterveneParams, seed: int) -> list[Row]:
+    """Perplexity of free text under ``made``, edits at every token (free text has no prompt), the worst case. Mean over texts
+    of the change in nats per token, with its paired bootstrap interval over texts. ``read`` is what :func:`reading` gave."""
+    rows, before = list[Row](), np.empty(0)
+    for (control, number), found in zip(made, read, strict=True):
+        nats = np.array(found)
         before = nats if control == "none" else before
-        found = stats.paired_difference(nats, before, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
+        paired = stats.paired_difference(nats, before, resamples=params.bootstrap, confidence=params.confidence, seed=seed)
         facts = {"purpose": purpose.name, "model": purpose.model, "control": control, "set_draw": number}
-        change = {"change": found.value, "low": found.low, "high": found.high, "n": found.n}
+        change = {"change": paired.value, "low": paired.low, "high": paired.high, "n": paired.n}
         rows.append(facts | {"perplexity": float(np.exp(nats.mean()))} | change)
     return rows
 
@@ -271,8 +273,13 @@ def intervene(
                 for column, values in zip(columns, each, strict=True):
                     column.extend(values)
             unread = _unread(toward, tasks)
-            table += effects(purpose, answered.marks, answered.nats, samples, flipped, unread, tasks, params, seed)
-            spilled += collateral(model, _everywhere(made), questions.texts, params, seed, once)
+            # Counted by one rank, while others read.
+            found_on = answered.marks, answered.nats, samples, flipped, unread, tasks
+            counted, texts = partial(effects, purpose, *found_on, params, seed), _everywhere(made)
+            jobs: list[Job[Any]] = [(f"{purpose.name} effects", counted), *reading(model, texts, questions.texts, params)]
+            lines, *read = once(jobs)
+            table += lines
+            spilled += collateral(purpose, texts, read, params, seed)
     return InterventionResult(
         choice={
             "features": list(found),

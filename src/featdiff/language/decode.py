@@ -25,6 +25,8 @@ from featdiff.language.stream import Stream
 
 OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
+TEXTS = 32
+"""Texts read whole at once, at most: of more, more is padding, and less stays in a processor's cache."""
 
 
 def batches(lengths: list[int], size: int) -> list[list[int]]:
@@ -349,9 +351,10 @@ def last_token_streams(model: PreTrainedModel, prompts: list[list[int]], layer: 
 def text_nats(
     model: PreTrainedModel, texts: list[list[int]], *, pad: int, batch_size: int, edit: Edit | None = None
 ) -> list[float]:
-    """Mean negative log-probability of the tokens of each text after its first, in nats."""
+    """Mean negative log-probability of the tokens of each text after its first, in nats; ``batch_size`` texts at once, or
+    :data:`TEXTS`."""
     nats = [0.0] * len(texts)
-    for rows in batches([len(text) for text in texts], batch_size):
+    for rows in batches([len(text) for text in texts], min(batch_size, TEXTS)):
         session = Session(model, [edit])
         ids, mask, positions = session.start(None, *left_pad([texts[row] for row in rows], pad, model.device))
         with session.hooked():
