@@ -439,8 +439,8 @@ def test_as_many_prompts_as_fit_stay_and_those_no_longer_asked_for_go(
     assert passes(half, other) == [4, 4, later[-1]], "other prompts take the place of those that nobody asks for any longer"
     assert passes(PromptCache(budget=0), model) == [4, 4, 4]
     read.clear()
-    edits = [Push(torch.full((16,), float(i))) for i in range(5)]
-    generate_under(edits, model, longer[:3], max_new_tokens=2, ends=[2], pad=0, batch_size=3, shared=PromptCache(budget=0))
+    edits = [Push(torch.full((16,), float(i))) for i in range(20)]
+    generate_under(edits, model, longer[:3], max_new_tokens=2, ends=[2], pad=0, batch_size=24, shared=PromptCache(budget=0))
     assert len(read) == 1, "a batch at hand is read once for all edits, whatever the budget"
 
 

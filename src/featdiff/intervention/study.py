@@ -25,14 +25,12 @@ from featdiff.intervention.effects import Marks, effects, marks, questions_under
 from featdiff.intervention.models import EditableModel, EditableModels
 from featdiff.intervention.purposes import DRAWN, RIVALS, SET, SINGLE, Purpose
 from featdiff.intervention.search import Job, Once, Searched, on_a_bar, search
-from featdiff.language.decode import text_nats
+from featdiff.language.decode import TOGETHER, text_nats
 from featdiff.language.evaluation import Row
 from featdiff.tasks.task import Sample, TaskInfo, Text, load_samples, load_tasks, load_texts
 
 FEW = 5
 """Random sets and directions whose effect on likelihoods and on free text is measured."""
-TOGETHER = 8
-"""Controls answered under in one part of the work, which a kill costs."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def fewer(made: Edits, draws: int) -> Edits:
 
 
 def chunks(made: Edits) -> Iterator[tuple[str, Edits]]:
-    """``made`` in parts, each with a name."""
+    """``made`` in parts, each with a name: what a kill costs."""
     items = list(made.items())
     for low in range(0, len(items), TOGETHER):
         part = dict(items[low : low + TOGETHER])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config.models import CheckpointsParams, EvaluateParams
-from featdiff.language.decode import generate_under, score_options, score_tokens
+from featdiff.language.decode import TOGETHER, generate_under, score_options, score_tokens
 from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.language.session import Edit, Guesses, PromptCache
 from featdiff.language.vllm import TRIED, Vllm, in_place
@@ -187,7 +187,7 @@ class Evaluator:
                 encode_prompts(self.tokenizer, group, chat=chat),
                 [[text] for text in ids],
                 pad=self.tokenizer.pad_token_id,
-                batch_size=self.batch_size,
+                batch_size=max(1, self.batch_size // TOGETHER),  # the batches in which the answers were asked for under edits
                 edit=edit,
                 shared=shared,
             )

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -309,10 +308,16 @@ def in_force(root: Path) -> dict[str, Any]:
 
 def _dvc_digest(path: str) -> str:
     """md5 that dvc.lock holds for the output ``path``; empty if it has none."""
-    lock = Path("dvc.lock").absolute()
-    with suppress(FileNotFoundError):
-        return _digests(lock, lock.stat().st_mtime_ns).get(path, "")
-    return ""
+    lock, known = Path("dvc.lock").absolute(), dict[str, str]()
+    for wait in (0.0, 0.1, 0.2, 0.4):  # a dvc beside this stage may be writing it, in place
+        time.sleep(wait)
+        try:
+            known = _digests(lock, lock.stat().st_mtime_ns)
+        except FileNotFoundError:
+            break
+        if known:
+            break
+    return known.get(path, "")
 
 
 @lru_cache(maxsize=1)  # a tenth of a second in a finished study, whose report reads some fifty artifacts
