@@ -106,7 +106,7 @@ CASES = {
     ),
     "answers": Case(
         "120 questions under 24 edits, model of the default study",
-        {"questions": 120, "edits": 24, "batch": 512, "block": 1},
+        {"questions": 120, "edits": 24, "batch": 256, "block": 1},
         in_two_ways("answers.py", "generate with a hook"),
         rounds=6,
     ),
