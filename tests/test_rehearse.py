@@ -51,7 +51,7 @@ def test_what_stands_in_can_be_read_as_what_it_stands_for(
     profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = furnish(tmp_path, profile, rule())
-    folder, large = tmp_path / "stand_ins/model", of_profile(profile)
+    folder, large = tmp_path / study.base.source, of_profile(profile)
     check_folder(folder)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     kept = read_yaml(Path("conf/models") / large.base.source.partition("@")[0].rpartition("/")[2] / "tokens.yaml")
@@ -71,6 +71,17 @@ def test_what_stands_in_can_be_read_as_what_it_stands_for(
     sizes = [study.prepare.samples.of(study.prepare.tasks[name].role) for name in suites]
     assert len(made.eval) == sum(sum(size.values()) for size in sizes)
     assert len(made.train) == study.prepare.train_problems
+
+
+def test_where_stand_ins_lie_tells_what_they_are(tmp_path: Path) -> None:
+    """DVC knows a base outside the repository by its path, and one rehearsal would be given what another made."""
+    deeper = rule().model_copy(update={"model": rule().model | {"num_hidden_layers": 6}})
+    same, other, changed = (
+        {furnish(tmp_path / str(i), profile, how).base.source for i in range(2)}
+        for profile, how in (("qwen3_4b", rule()), ("qwen2_5_7b", rule()), ("qwen3_4b", deeper))
+    )
+    assert len(same) == len(other) == len(changed) == 1
+    assert len(same | other | changed) == 3
 
 
 def test_a_mistake_in_the_rule_names_its_file() -> None:

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from featdiff.artifacts.artifact import read_json
+from featdiff.artifacts.artifact import hash_json, read_json, sha256_file
 from featdiff.artifacts.documents import markdown
 from featdiff.config.data import GENERAL, SuiteTask
 from featdiff.config.params import Study
@@ -57,29 +57,27 @@ class Rule(Params):
     params: dict[str, Any]
 
 
-def rehearsal(profile: str, rule: Rule) -> str:
-    """Text of params.yaml: ``profile`` by the rule, with stand-ins in place of what is not on this machine."""
+def rehearsal(profile: str, rule: Rule, place: Path = STAND_INS) -> str:
+    """Text of params.yaml: ``profile`` by the rule, with stand-ins at ``place`` in place of what is not on this machine."""
     over, prepare = copy.deepcopy(rule.params), of_profile(profile).prepare
     tasks = [name for name, task in prepare.tasks.items() if isinstance(task, SuiteTask) and task.path.startswith(HUB)]
     small = over.setdefault("prepare", {})
-    small |= {"suites": str(STAND_INS), "tasks": {name: {"path": f"{STAND_INS}/{name}.jsonl"} for name in tasks}}
+    small |= {"suites": str(place), "tasks": {name: {"path": f"{place}/{name}.jsonl"} for name in tasks}}
     texts = {
-        name: f"{STAND_INS}/texts/{name}.jsonl"
-        for name, source in prepare.corpus.sources.items()
-        if source.path.startswith(HUB)
+        name: f"{place}/texts/{name}.jsonl" for name, source in prepare.corpus.sources.items() if source.path.startswith(HUB)
     }
     if texts:
         one = isinstance(prepare.corpus.general, str)
         general = texts[GENERAL] if one else {name: {"path": path} for name, path in texts.items()}
         small.setdefault("corpus", {})["general"] = general
     # What random weights stand in for solves nothing: there is no teacher among them.
-    over |= {"base": {"source": f"{STAND_INS}/model"}, "teachers!": {}, "problems": "data"}
+    over |= {"base": {"source": f"{place}/model"}, "teachers!": {}, "problems": "data"}
     return render_profile(profile, over=over, over_from=f"{RULE}: params")
 
 
-def _file(path: str) -> Path:
+def _file(path: str, suites: str) -> Path:
     found = SUITE.fullmatch(path)
-    return STAND_INS.joinpath(*found.group("kind", "name"), f"{found['split']}.jsonl") if found else Path(path)
+    return Path(suites).joinpath(*found.group("kind", "name"), f"{found['split']}.jsonl") if found else Path(path)
 
 
 def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
@@ -89,24 +87,30 @@ def rows(study: Study) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     for name, task in prepare.tasks.items():
         if isinstance(task, SuiteTask):
             count = asked + (prepare.train_problems + prepare.corpus.texts) * (task.role in prepare.trained_on)
-            yield _file(task.path), list(stand_ins.questions(name, task, int(SPARE * count)))
+            yield _file(task.path, prepare.suites), list(stand_ins.questions(name, task, int(SPARE * count)))
     for name, source in prepare.corpus.sources.items():
-        yield _file(source.path), list(stand_ins.texts(name, source, int(SPARE * prepare.corpus.texts)))
+        yield _file(source.path, prepare.suites), list(stand_ins.texts(name, source, int(SPARE * prepare.corpus.texts)))
 
 
 def furnish(folder: Path, profile: str, rule: Rule) -> Study:
     """Put params, model, questions and texts of the small study into ``folder``."""
-    text = rehearsal(profile, rule)
-    study = parse(Study, parse_yaml(text, f"profile {profile}"), f"profile {profile}")
+    # DVC knows what lies outside the repository by its path alone, and rehearsals share a cache: a path that tells its content
+    # keeps it from taking one's results for another's.
+    new, name = STAND_INS / "new", f"profile {profile}"
+    study = parse(Study, parse_yaml(rehearsal(profile, rule, new), name), name)
     shutil.rmtree(folder / STAND_INS, ignore_errors=True)
     written = list(rows(study))
     for path, found in written:
         stand_ins.write_rows(found, folder / path)
     said = [" ".join(map(str, row.values())) for row in chain.from_iterable(found for _, found in written)]
     like = kept_of(of_profile(profile).base.source)
-    stand_ins.model_like(like, rule.model, rule.vocabulary, said, study.base.dtype, folder / STAND_INS / "model")
+    stand_ins.model_like(like, rule.model, rule.vocabulary, said, study.base.dtype, folder / new / "model")
+    files = sorted(path for path in (folder / new).rglob("*") if path.is_file())
+    place = new.with_name(hash_json({str(path.relative_to(folder / new)): sha256_file(path) for path in files})[:12])
+    (folder / new).rename(folder / place)
+    text = rehearsal(profile, rule, place)
     (folder / PARAMS).write_text(text, encoding="utf-8")
-    return study
+    return parse(Study, parse_yaml(text, name), name)
 
 
 def table(study: Study) -> str:
