@@ -106,7 +106,7 @@ CASES = {
     ),
     "answers": Case(
         "120 questions under 24 edits, model of the default study",
-        {"questions": 120, "edits": 24, "batch": 256, "block": 1},
+        {"questions": 120, "edits": 24, "block": 1},
         in_two_ways("answers.py", "generate with a hook"),
         rounds=6,
     ),
@@ -249,7 +249,9 @@ def table(results: Mapping[str, Any]) -> str:
     """One line for each case and contestant."""
     body = []
     for name, case in CASES.items():
-        for label, one in results.get(name, {}).items():
+        known = results.get(name, {})
+        for label in [label for label in case.contestants if label in known]:  # ours, which bears the title, before the others
+            one = known[label]
             ratio = "" if label == OURS else f"{one['ratio']:.2f} ({one['least_ratio']:.2f} to {one['most_ratio']:.2f})"
             facts = ", ".join(
                 f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in one["found"].items()

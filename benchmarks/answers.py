@@ -21,8 +21,9 @@ from featdiff.processes.memory import keep_freed
 from featdiff.tasks.task import first_of_each, load_samples
 from pace import case, timed
 
+asking = load_study().intervene
+LIMIT, BATCH = asking.max_new_tokens, asking.batch_size
 given, way = case(), sys.argv[2]
-LIMIT, BATCH = load_study().intervene.max_new_tokens, int(given["batch"])
 model, tokenizer = load_model(Path("models/grpo")), load_tokenizer(Path("models/grpo"))
 FAMILIES = ("reverse", "double", "last", "shift")
 reported = [sample for sample in load_samples(Path("data"), "eval") if sample.split == "report" and sample.task in FAMILIES]

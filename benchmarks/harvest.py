@@ -23,17 +23,16 @@ def ours() -> None:
     sums[0] = float(read_residual(trunk, stream, BATCH, 0, torch.float32).double().sum())
 
 
-@torch.inference_mode()
 def whole() -> None:
-    read: list[Tensor] = []
-    hook = block(model, LAYER).register_forward_hook(lambda _module, _inputs, output: read.append(output))
-    found: list[Tensor] = []
-    for low in range(0, len(texts), BATCH):
-        some = texts[low : low + BATCH]
-        model(**harvest_model.padded(some), use_cache=False)
-        found += harvest_model.kept(read.pop(), some)
+    kept: list[Tensor] = []
+    hook = block(model, LAYER).register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+
+    def read(given: dict[str, Tensor]) -> Tensor:
+        model(**given, use_cache=False)
+        return kept.pop()
+
+    sums[0] = harvest_model.total(texts, BATCH, read)
     hook.remove()
-    sums[0] = float(torch.cat(found).double().sum())
 
 
 timed(

@@ -3,6 +3,8 @@ peers, too: PyTorch and transformers alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,6 +37,12 @@ def padded(texts: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0)}
 
 
-def kept(resid_BTD: Tensor, texts: list[list[int]]) -> list[Tensor]:
-    """The stream at every token of each of ``texts`` but its first."""
-    return [resid_BTD[row, 1 - len(text) :] for row, text in enumerate(texts)]
+@torch.inference_mode()
+def total(texts: list[list[int]], batch: int, read: Callable[[dict[str, Tensor]], Tensor]) -> float:
+    """Sum over the stream at every token of each text but its first; ``read`` gives that of a batch [B, T, D]."""
+    found = []
+    for low in range(0, len(texts), batch):
+        some = texts[low : low + batch]
+        resid_BTD = read(padded(some))
+        found += [resid_BTD[row, 1 - len(text) :] for row, text in enumerate(some)]
+    return float(torch.cat(found).double().sum())

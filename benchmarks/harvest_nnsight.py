@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from nnsight import NNsight
+from torch import Tensor
 
 import harvest_model
 from pace import case, timed
@@ -14,16 +14,15 @@ texts, sums = harvest_model.texts(int(given["texts"])), [0.0]
 model = NNsight(harvest_model.model())
 
 
-@torch.inference_mode()
+def read(given: dict[str, Tensor]) -> Tensor:
+    with model.trace(**given, use_cache=False) as tracer:
+        resid_BTD = model.model.layers[harvest_model.LAYER - 1].output.save()
+        tracer.stop()
+    return resid_BTD
+
+
 def stopped() -> None:
-    found = []
-    for low in range(0, len(texts), BATCH):
-        some = texts[low : low + BATCH]
-        with model.trace(**harvest_model.padded(some), use_cache=False) as tracer:
-            resid_BTD = model.model.layers[harvest_model.LAYER - 1].output.save()
-            tracer.stop()
-        found += harvest_model.kept(resid_BTD, some)
-    sums[0] = float(torch.cat(found).double().sum())
+    sums[0] = harvest_model.total(texts, BATCH, read)
 
 
 timed(stopped, int(given["block"]), lambda: {"tokens": sum(len(text) - 1 for text in texts), "sum": sums[0]})

@@ -6,7 +6,7 @@ from featdiff.language.evaluation import Evaluator, accuracy_table, evaluate
 from featdiff.language.models import load_model, load_tokenizer, require_same_tokenizer
 from featdiff.pipeline.stage import stage, stage_key
 from featdiff.processes.ranks import rank
-from featdiff.tasks.task import GENERATION, load_samples, load_tasks
+from featdiff.tasks.task import load_samples, load_tasks
 
 name = stage_key("--model", __doc__, lambda study: study.models)
 
@@ -22,7 +22,7 @@ with stage("evaluate", key=name, out=f"evals/{name}") as run:
         max_new_tokens=run.params.max_new_tokens,
     )
     samples, scratch = load_samples(data, "eval"), run.shared_scratch()
-    agreement = evaluator.with_vllm([each for each in samples if tasks[each.task].scoring == GENERATION], scratch, str(folder))
+    agreement = evaluator.with_vllm(samples, scratch, str(folder))
     rows = evaluate(evaluator, samples, run.params, run.seed, scratch)
     table = accuracy_table(rows, tasks, run.params, run.seed)
     if rank() == 0:

@@ -38,6 +38,19 @@ def test_a_case_times_each_contestant_in_turns_and_learns(bench: Any) -> None:
     assert "| limit |" in text
 
 
+def test_the_title_stands_before_all_contestants_of_its_case(bench: Any) -> None:
+    """Results are kept in alphabetical order, in which some labels come before ours."""
+    one = {"milliseconds": 1.0, "ratio": 1.0, "least_ratio": 1.0, "most_ratio": 1.0, "found": {}}
+    results = {name: dict.fromkeys(sorted(case.contestants), one) for name, case in bench.CASES.items()}
+    labels = {case.title: list(case.contestants) for case in bench.CASES.values()}
+    found: dict[str, list[str]] = {}
+    for line in bench.table(results).splitlines()[2:]:
+        title, label = (cell.strip() for cell in line.split("|")[1:3])
+        title = title or next(reversed(found))
+        found.setdefault(title, []).append(label)
+    assert found == labels
+
+
 def test_a_contestant_that_stops_is_named_with_what_it_said(bench: Any) -> None:
     without_k = {name: value for name, value in TINY.items() if name != "k"}
     case = bench.Case("tiny", without_k | {"dead_after": 1}, {"featdiff": bench.steps()})

@@ -62,8 +62,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> type[Llm]:
     module.LLM, module.SamplingParams = Llm, lambda **how: SimpleNamespace(**how)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(vllm_module, "vllm_asked", lambda: "colocate")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, {"RANK": "0", "WORLD_SIZE": "1"}.get(name, "0"))
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "here", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))  # they are set where a launcher did not, and are as before after the test
     monkeypatch.setattr(Llm, "made", [])
     monkeypatch.setattr(Llm, "asked", [])
     monkeypatch.setattr(Llm, "spoilt", 0)

@@ -272,12 +272,12 @@ def intervene(
                     column.extend(values)
             unread = _unread(toward, tasks)
             # Counted by one rank, while others read.
-            found_on = answered.marks, answered.nats, samples, flipped, unread, tasks
-            counted, texts = partial(effects, purpose, *found_on, params, seed), _everywhere(made)
-            jobs: list[Job[Any]] = [(f"{purpose.name} effects", counted), *reading(model, texts, questions.texts, params)]
+            facing = answered.marks, answered.nats, samples, flipped, unread, tasks
+            counted, whole = partial(effects, purpose, *facing, params, seed), _everywhere(made)
+            jobs: list[Job[Any]] = [(f"{purpose.name} effects", counted), *reading(model, whole, questions.texts, params)]
             lines, *read = once(jobs)
             table += lines
-            spilled += collateral(purpose, texts, read, params, seed)
+            spilled += collateral(purpose, whole, read, params, seed)
     return InterventionResult(
         choice={
             "features": list(found),

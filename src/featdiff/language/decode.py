@@ -25,10 +25,16 @@ from featdiff.language.stream import Stream
 
 OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
-TOGETHER = 8
-"""Edits that share a batch, if there are so many."""
+TOGETHER, QUESTIONS = 8, 64
+"""Of a batch under several edits: how many of them share it at least, if there are so many, and questions at most."""
 TEXTS = 32
 """Texts read whole at once, at most: of more, more is padding, and less stays in a processor's cache."""
+
+
+def questions_at_once(rows: int, edits: int) -> int:
+    """Questions of a batch of ``rows`` that are asked under so many edits. Few questions of like length are little padding, and
+    what many edits share is read once."""
+    return rows if edits < 2 else max(1, min(QUESTIONS, rows // min(TOGETHER, edits)))
 
 
 def batches(lengths: list[int], size: int) -> list[list[int]]:
@@ -92,15 +98,14 @@ def generate_under(
     unless ``keep_end`` is set: an answer of fewer than ``max_new_tokens`` tokens without it, or one that ends with one of
     ``ends``, was ended by the model.
 
-    A batch holds the same questions under as many edits as fit into ``batch_size`` rows, :data:`TOGETHER` and more where there
-    are so many: what they share is read once for all of them, and few questions of like length are little padding.
-    ``shared`` keeps the prompts read for further passes over the same ones. Raises ValueError for sampling without a
-    generator, for a shared prompt that an edit changes, and for edits of different layers or donors."""
+    A batch holds some questions (:func:`questions_at_once`) under as many edits as fit into ``batch_size`` rows. ``shared``
+    keeps the prompts read for further passes over the same ones. Raises ValueError for sampling without a generator, for a
+    shared prompt that an edit changes, and for edits of different layers or donors."""
     if temperature > 0 and generator is None:
         raise ValueError("sampling needs an explicit generator")
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in edits]
     guesses = shared.guesses if shared is not None and temperature == 0 else {}
-    size = max(1, batch_size // max(1, min(TOGETHER, len(edits))))
+    size = questions_at_once(batch_size, len(edits))
     for rows in tqdm(batches([len(p) for p in prompts], size), desc=progress, unit="batch", disable=not progress):
         padded = left_pad([prompts[row] for row in rows], pad, model.device)
         together = max(1, batch_size // len(rows))

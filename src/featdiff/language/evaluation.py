@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from featdiff import stats
 from featdiff.config.models import CheckpointsParams, EvaluateParams
-from featdiff.language.decode import TOGETHER, generate_under, score_options, score_tokens
+from featdiff.language.decode import TOGETHER, generate_under, questions_at_once, score_options, score_tokens
 from featdiff.language.models import encode_prompts, end_tokens
 from featdiff.language.session import Edit, Guesses, PromptCache
 from featdiff.language.vllm import TRIED, Vllm, in_place
@@ -84,10 +84,13 @@ class Evaluator:
 
     def guesses(self, samples: list[Sample], models: Sequence[PreTrainedModel]) -> Guesses:
         """The greedy answers of ``models`` to the prompts of ``samples``: what this model under an edit may well answer."""
-        asked = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
-        prompts = self.prompts(asked)
+        prompts = self.prompts(self.generated(samples))
         answers = zip(*(self._decode([None], prompts, model)[0] for model in models), strict=True)
         return {tuple(prompt): list(found) for prompt, found in zip(prompts, answers, strict=True)}
+
+    def generated(self, samples: list[Sample]) -> list[Sample]:
+        """Those that are answered by generation."""
+        return [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
 
     def prompts(self, samples: list[Sample]) -> list[list[int]]:
         """Token ids of each sample's prompt as its task's scoring rule reads it."""
@@ -101,17 +104,17 @@ class Evaluator:
         return ids
 
     def with_vllm(self, samples: list[Sample], scratch: Scratch, source: str, revision: str | None = None) -> dict[str, float]:
-        """Have vLLM answer where it is asked for and agrees with our decoder on the first of ``samples``, which are answered by
+        """Have vLLM answer where it is asked for and agrees with our decoder on the first of ``samples`` that are answered by
         generation; how far it does. It loads the model from ``source``, a folder or a name on the hub at ``revision``."""
-        if not samples:
+        if not (asked := self.generated(samples)):
             return {}
 
         def ask(vllm: Vllm | None) -> list[tuple[str, bool]]:
             self.vllm = vllm
-            return [(row["completion"], row["correct"]) for row in self.generate(samples[:TRIED])]
+            return [(row["completion"], row["correct"]) for row in self.generate(asked[:TRIED])]
 
         def make() -> Vllm:
-            longest = max(map(len, self.prompts(samples))) + self.max_new_tokens
+            longest = max(map(len, self.prompts(asked))) + self.max_new_tokens
             return Vllm(source, revision, self.model.dtype, self.ends, longest)
 
         self.vllm, agreement = in_place(make, ask, scratch.part)
@@ -174,10 +177,9 @@ class Evaluator:
         """Of samples that are answered by generation: nats of the first token of the right answer (worked where one is
         known), and nats per token of the rest given that start. The first says which manner, the second whether the
         model can go through with it; by ``sample_id``."""
-        asked = [sample for sample in samples if self.tasks[sample.task].scoring == GENERATION]
         found = {}
         for chat in (False, True):
-            group = [sample for sample in asked if self.tasks[sample.task].chat is chat]
+            group = [sample for sample in self.generated(samples) if self.tasks[sample.task].chat is chat]
             if not group:
                 continue
             right = [sample.solution or " " * sample.prompt.endswith(ANSWER) + sample.answer for sample in group]
@@ -187,7 +189,7 @@ class Evaluator:
                 encode_prompts(self.tokenizer, group, chat=chat),
                 [[text] for text in ids],
                 pad=self.tokenizer.pad_token_id,
-                batch_size=max(1, self.batch_size // TOGETHER),  # the batches in which the answers were asked for under edits
+                batch_size=questions_at_once(self.batch_size, TOGETHER),  # batches that were read for answers under edits
                 edit=edit,
                 shared=shared,
             )
@@ -264,7 +266,7 @@ def evaluate(evaluator: Evaluator, samples: list[Sample], params: EvaluateParams
 
     Questions are asked in groups of a few batches, each with a generator of its own, so that what was answered before a
     kill need not be asked again. Ranks share the groups; each has all the rows in the end, the same as one alone would."""
-    by_generation = [sample for sample in samples if evaluator.tasks[sample.task].scoring == GENERATION]
+    by_generation = evaluator.generated(samples)
     by_options = [sample for sample in samples if sample.options]
     size = GROUP_BATCHES * params.batch_size
 
