@@ -1,17 +1,19 @@
-"""params.yaml as a whole: a name or number that does not hold is one line, before anything is started with it."""
+"""params.yaml as a whole: a name or number that does not hold is one line, before anything is started with it. Then what lies
+where it names files and folders that DVC does not track."""
 
 import sys
-from pathlib import Path
 
+from featdiff.artifacts.artifact import ContractError
 from featdiff.config.params import load_study
 from featdiff.config.published import published
 from featdiff.config.reading import ConfigError
+from featdiff.pipeline.outside import record
 from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
 
 try:
-    published(load_study().report.paper_model)
-except ConfigError as error:
+    published((study := load_study()).report.paper_model)
+    record(study)
+except (ConfigError, ContractError) as error:
     say(str(error))
     sys.exit(EXIT_BAD_INPUT)
-Path(".params.checked").write_text("params.yaml holds\n", encoding="utf-8")

@@ -79,7 +79,7 @@ def test_a_stage_runs_under_dvcs_own_python_where_no_environment_is_activated(re
         command, cwd=repository.path, env=environment, text=True, capture_output=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert (repository.path / ".params.checked").exists()
+    assert (repository.path / ".outside/base.json").exists()
 
 
 @pytest.mark.graph

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from featdiff.artifacts.artifact import ContractError
 from featdiff.crosscoder.edits import Editor
-from featdiff.language.decode import batches, generate, generate_under, next_token_probabilities, score_options
+from featdiff.language.decode import (
+    batches,
+    generate,
+    generate_under,
+    next_token_probabilities,
+    questions_at_once,
+    score_options,
+)
 from featdiff.language.models import block, left_pad
 from featdiff.language.session import PromptCache, Session
 from featdiff.language.stream import Stream
@@ -525,3 +532,10 @@ def test_left_padding() -> None:
     assert ids.tolist() == [[1, 2, 3], [9, 9, 7]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "edits", "questions"), [(2048, 24, 64), (2048, 2, 64), (256, 8, 32), (16, 8, 2), (256, 1, 256), (2, 8, 1)]
+)
+def test_questions_under_edits_are_few_and_of_like_length(rows: int, edits: int, questions: int) -> None:
+    assert questions_at_once(rows, edits) == questions

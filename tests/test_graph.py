@@ -363,6 +363,20 @@ def test_a_changed_comment_reruns_the_stages_with_that_code_and_nothing_after_th
 
 
 @pytest.mark.graph
+def test_a_file_of_others_that_changed_is_read_again(nano: Repository) -> None:
+    """DVC does not track it. A blank line in it changes no question, so that nothing else has to run."""
+    clone = checked_out(nano, "quiz")
+    quiz = clone.path / "conf/profiles/nano_quiz.jsonl"
+    quiz.write_text(quiz.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    output = clone.run(sys.executable, "-m", "featdiff.pipeline.repro")
+    assert "changed since it was read: prepare.tasks.quiz.path" in output
+    assert re.findall(r"^(\S+) \| begins$", output, re.MULTILINE) == ["check", "prepare"]
+    again = clone.run(sys.executable, "-m", "featdiff.pipeline.repro")
+    assert "every stage is up to date" in again
+    assert "begins" not in again
+
+
+@pytest.mark.graph
 def test_crosscoders_from_elsewhere_take_the_place_of_fitted_ones(nano: Repository) -> None:
     """The study's own crosscoder comes back in another library's format, and leads to the same set; an SAE of one model does
     for a crosscoder."""

@@ -217,7 +217,7 @@ def test_a_model_that_is_not_in_the_file_is_one_line_before_anything_runs(projec
         published("qwen3-4b")
     project.set({"report.paper_model": "Qwen3-4b"})
     for command in (["stages/check.py"], ["-m", "featdiff.config.profiles", "check"]):
-        project.refused(project.run(*command), ".params.checked", "report.paper_model", "did you mean Qwen3-4B?")
+        project.refused(project.run(*command), ".outside", "report.paper_model", "did you mean Qwen3-4B?")
 
 
 def test_the_file_is_whole() -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from featdiff.config.reading import flatten, legible
 from featdiff.config.values import REPORTED, Fraction, Grading, Many, Name, Params, Place, Positive, Role
+
+SUITE = re.compile(r"suite:(?P<kind>[a-z0-9_]+)/(?P<name>[a-z0-9_]+)/(?P<split>[a-z0-9_]+)")
+ON_THE_HUB = "hub"
+
+
+def suite_file(path: str, suites: str) -> str | None:
+    """The file of the suite ``path`` in the folder ``suites``; None for a path that names no suite, and where they are found
+    on the hub."""
+    match = SUITE.fullmatch(path)
+    if match is None or suites == ON_THE_HUB:
+        return None
+    return f"{suites}/{match['kind']}/{match['name']}/{match['split']}.jsonl"
 
 
 class FamilyTask(Params):

@@ -25,8 +25,10 @@ from featdiff.language.stream import Stream
 
 OPTIONS_PER_QUESTION = 4
 """Options read at once, per question of a batch: sorted by length, so that little of the work is padding."""
-TOGETHER, QUESTIONS = 8, 64
-"""Of a batch under several edits: how many of them share it at least, if there are so many, and questions at most."""
+TOGETHER = 8
+"""Edits that share a batch at least, if there are so many."""
+QUESTIONS = 64
+"""Of a batch under several edits, at most."""
 TEXTS = 32
 """Texts read whole at once, at most: of more, more is padding, and less stays in a processor's cache."""
 

@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from featdiff.artifacts.artifact import one_line
+from featdiff.artifacts.artifact import ContractError, one_line
 from featdiff.config.params import Study, load_study
 from featdiff.config.reading import ConfigError
+from featdiff.pipeline import outside
 from featdiff.processes import signals, warm
 from featdiff.processes.launch import EXIT_BAD_INPUT, SHARE, Hardware, environment_of, share_of_cores
 from featdiff.processes.ranks import process_start
@@ -365,9 +366,12 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     signals.outlive_terminal()
     try:
-        jobs = asked.jobs or side_by_side(load_study())
+        study = load_study()
+        jobs = asked.jobs or side_by_side(study)
+        if other := outside.forget_changed(study):
+            say(f"changed since it was read: {', '.join(other)}")
         found = stages()
-        if any(stage.startswith(READERS) for stage in found.graph) and load_study().activations.source == "models":
+        if any(stage.startswith(READERS) for stage in found.graph) and study.activations.source == "models":
             found = with_one_read(found)
         if changed := found.changed:
             with ahead(len(affected(found.graph, changed))) as (environment, turns):
@@ -377,7 +381,7 @@ def main(arguments: list[str]) -> int:
             if status:
                 return status
             changed = stages().changed
-    except ConfigError as error:
+    except (ConfigError, ContractError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
     say(f"changed meanwhile: {', '.join(sorted(changed))}; say it again" if changed else "every stage is up to date")

@@ -20,7 +20,7 @@ from typing import Any
 
 from featdiff.artifacts.artifact import hash_json, read_json, sha256_file
 from featdiff.artifacts.documents import markdown
-from featdiff.config.data import GENERAL, SuiteTask
+from featdiff.config.data import GENERAL, SUITE, SuiteTask
 from featdiff.config.params import Study
 from featdiff.config.parse import parse
 from featdiff.config.profiles import render_profile
@@ -31,7 +31,6 @@ from featdiff.planning import stand_ins
 from featdiff.planning.plan import configuration, kept_of, of_profile
 from featdiff.processes.ranks import PACK
 from featdiff.processes.signals import say
-from featdiff.tasks.external import SUITE
 from featdiff.tracking.record import finished
 
 RULE, PLACE, STAND_INS, HUB = Path("conf/rehearsal.yaml"), Path(".featdiff/rehearsals"), Path("stand_ins"), "hub:"

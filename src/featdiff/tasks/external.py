@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from featdiff.artifacts.artifact import ContractError, sha256_file
+from featdiff.config.data import SUITE, suite_file
 from featdiff.config.reading import legible
 from featdiff.config.values import HUB_NAME
 
 HUB = re.compile(rf"hub:(?P<name>{HUB_NAME})(?::(?P<config>[\w.-]+))?@(?P<revision>[\w./-]+)#(?P<split>[\w.-]+)", re.ASCII)
 HUB_FORM = "hub:<owner>/<name>[:<config>]@<commit or branch>#<split>"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ON_THE_HUB = "hub"
-SUITE = re.compile(r"suite:(?P<kind>[a-z0-9_]+)/(?P<name>[a-z0-9_]+)/(?P<split>[a-z0-9_]+)")
 SUITES = {
     "aime24": "HuggingFaceH4/aime_2024#train",
     "aime25": "math-ai/aime25",
@@ -104,8 +103,8 @@ def located(path: str, suites: str) -> str:
             raise ContractError(
                 legible(path), "path", "suite:<kind>/<name>/<split>", "another form", "correct it in params.yaml"
             )
-        if suites != ON_THE_HUB:
-            return f"{suites}/{match['kind']}/{match['name']}/{match['split']}.jsonl"
+        if file := suite_file(path, suites):
+            return file
         if match["name"] not in SUITES:
             known = ", ".join(SUITES)
             raise ContractError(path, "suite", f"one of {known}", match["name"], "name a file, or a hub path, instead")
