@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,3 +142,25 @@ def test_two_are_served_at_once(desk: Desk) -> None:
     for process in (one, two):
         process.terminate()
         assert process.wait(timeout=30) == 75
+
+
+UPDATE = """
+import sys
+from featdiff.processes.dvc import read_lock_fast
+from dvc.dvcfile import modify_yaml
+{before}
+with modify_yaml("dvc.lock") as data:
+    data["stages"]["base"]["params"]["params.yaml"]["base.note"] = [None, 1e-5, "yes", "a word " * 40]
+print(type(data).__name__)
+"""
+
+
+def test_a_lock_file_that_is_read_fast_is_written_as_dvc_writes_it(tmp_path: Path) -> None:
+    kind, written = {}, {}
+    for before in ("", "read_lock_fast()"):
+        shutil.copy(ROOT / "dvc.lock", tmp_path)
+        command = [sys.executable, "-c", UPDATE.format(before=before)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        kind[before], written[before] = done.stdout.strip(), (tmp_path / "dvc.lock").read_bytes()
+    assert kind == {"": "CommentedMap", "read_lock_fast()": "dict"}
+    assert written[""] == written["read_lock_fast()"] != (ROOT / "dvc.lock").read_bytes()
