@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from featdiff.artifacts.artifact import MANIFEST, verify
 from featdiff.config.params import Study
 from featdiff.config.parse import parse
 from featdiff.language.models import save_model
@@ -23,6 +24,11 @@ def fill(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(f"{name}\n", encoding="utf-8")
+
+
+def written() -> dict[Path, bytes]:
+    """What is known of every stage."""
+    return {file: file.read_bytes() for file in outside.OUTSIDE.rglob("*.json") if file.name != MANIFEST}
 
 
 @pytest.fixture
@@ -66,14 +72,13 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 def test_what_changed_is_named_and_forgotten_alone(study: Study, path: str, field: str, stage: str) -> None:
     outside.record(study)
     assert outside.forget_changed(study) == []
-    before = {file: file.read_bytes() for file in outside.OUTSIDE.rglob("*.json")}
+    before = written()
     Path(path).write_text("another content", encoding="utf-8")
     assert outside.forget_changed(study) == [field]
-    left = {file: file.read_bytes() for file in outside.OUTSIDE.rglob("*.json")}
-    assert before.keys() - left.keys() == {outside.OUTSIDE / f"{stage}.json"}
+    assert before.keys() - written().keys() == {outside.OUTSIDE / f"{stage}.json"}
     outside.record(study)
     assert outside.forget_changed(study) == []
-    after = {file: file.read_bytes() for file in outside.OUTSIDE.rglob("*.json")}
+    after = written()
     assert [file for file in before if before[file] != after[file]] == [outside.OUTSIDE / f"{stage}.json"]
 
 
@@ -101,6 +106,7 @@ def test_nothing_is_kept_of_an_arm_that_is_no_more(study: Study) -> None:
     outside.record(study)
     arms = {name: arm for name, arm in study.arms.items() if name != "theirs"}
     outside.record(study.model_copy(update={"arms": arms}))
+    verify(outside.OUTSIDE)
     assert {path.stem for path in (outside.OUTSIDE / "arms").iterdir()} == set(arms)
 
 
@@ -116,7 +122,8 @@ def test_other_weights_in_the_same_folder_make_another_base(tmp_path: Path) -> N
     def base(seed: int) -> str:
         model, tokenizer = tiny_model(seed)
         save_model(model, tokenizer, tmp_path / "mine")
-        asked = "from featdiff.config.params import load_study as s; from featdiff.pipeline.outside import forget_changed as f"
+        asked = "from featdiff.artifacts.artifact import MANIFEST, verify
+from featdiff.config.params import load_study as s; from featdiff.pipeline.outside import forget_changed as f"
         said = project.run("-c", f"{asked}; print(f(s()))")
         assert said.returncode == 0, said.stderr
         done = project.run("-m", "dvc", "repro", "base")

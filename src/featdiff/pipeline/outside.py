@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featdiff.artifacts.artifact import ContractError, one_line, place_json, read_json
+from featdiff.artifacts import artifact
+from featdiff.artifacts.artifact import ContractError, one_line, read_json
 from featdiff.config.data import SuiteTask, suite_file
 from featdiff.config.models import ImportedParams
 from featdiff.config.params import Study
@@ -50,12 +51,11 @@ def named(study: Study) -> dict[str, dict[str, str]]:
 
 def record(study: Study) -> None:
     """Write what lies outside now, a file for each stage that may read of it."""
-    now = dict(_now(study))
-    for name, digests in now.items():
-        place_json(OUTSIDE / name, digests)
-    for path in OUTSIDE.rglob("*"):
-        if path.is_file() and path.relative_to(OUTSIDE).as_posix() not in now:
-            path.unlink()  # of an arm that is no more, or half of what a killed process wrote
+    staging = artifact.begin(OUTSIDE)
+    for name, digests in _now(study):
+        (staging / name).parent.mkdir(exist_ok=True)
+        artifact.write_json(staging / name, digests)
+    artifact.publish(OUTSIDE)
 
 
 def forget_changed(study: Study) -> list[str]:

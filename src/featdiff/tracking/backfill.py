@@ -37,10 +37,11 @@ CURVES_BYTES = 1 << 30
 
 
 def restore(root: Path) -> list[str]:
-    """Write a record for every directory output in ``root``'s dvc.lock that has none; returns what was done, in lines.
+    """Write a record for every directory output in ``root``'s dvc.lock that has none, but hidden ones, which are no results;
+    returns what was done, in lines.
 
     An output counts as recorded where a finished record of its stage has the same curves and final metrics."""
-    outputs = [output for output in locked(root) if output.md5.endswith(".dir")]
+    outputs = [output for output in locked(root) if output.md5.endswith(".dir") and output.path[0] != "."]
     if not outputs:
         return ["dvc.lock: no results; run dvc repro, or git pull and dvc pull"]
     cache = cache_folder(root)
