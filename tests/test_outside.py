@@ -122,8 +122,7 @@ def test_other_weights_in_the_same_folder_make_another_base(tmp_path: Path) -> N
     def base(seed: int) -> str:
         model, tokenizer = tiny_model(seed)
         save_model(model, tokenizer, tmp_path / "mine")
-        asked = "from featdiff.artifacts.artifact import MANIFEST, verify
-from featdiff.config.params import load_study as s; from featdiff.pipeline.outside import forget_changed as f"
+        asked = "from featdiff.config.params import load_study as s; from featdiff.pipeline.outside import forget_changed as f"
         said = project.run("-c", f"{asked}; print(f(s()))")
         assert said.returncode == 0, said.stderr
         done = project.run("-m", "dvc", "repro", "base")
