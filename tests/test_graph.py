@@ -191,6 +191,15 @@ def test_everything_waits_for_the_check_of_params() -> None:
     assert [name for name in found if name != "check" and "check" not in above(name)] == []
 
 
+def test_the_lock_file_holds_the_stages_of_the_pipeline_and_no_others() -> None:
+    """DVC never removes one that is no more, and ``make verify`` would miss its output in every clone."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True
+    )
+    locked = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    assert sorted(locked) == sorted(listed.stdout.split())
+
+
 def test_every_stage_says_what_it_does() -> None:
     assert all(entry.get("desc") for entry in stages().values())
     assert {script(name) for name in stages()} == set((ROOT / "stages").glob("*.py"))
