@@ -191,13 +191,13 @@ def test_everything_waits_for_the_check_of_params() -> None:
     assert [name for name in found if name != "check" and "check" not in above(name)] == []
 
 
-def test_the_lock_file_holds_the_stages_of_the_pipeline_and_no_others() -> None:
-    """DVC never removes one that is no more, and ``make verify`` would miss its output in every clone."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_the_lock_file_holds_no_stage_that_is_no_more() -> None:
+    """DVC never removes one, and ``make verify`` would miss its output in every clone."""
+    kinds = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     locked = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    assert sorted(locked) == sorted(listed.stdout.split())
+    found = {name.partition("@")[0]: "@" in name for name in locked}
+    assert found == {kind: "foreach" in entry for kind, entry in kinds.items() if kind in found}
+    assert len(found) > 10
 
 
 def test_every_stage_says_what_it_does() -> None:
