@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from featdiff.artifacts.dvc import read_yaml
 from featdiff.processes.ranks import alive, process_start
+from featdiff.tracking import record as record_module
 from featdiff.tracking.record import Record, curated, home, numbers, pauses
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -109,13 +111,69 @@ def test_inputs_have_the_digest_of_dvc_and_survive_a_kill():
         "schema: '2.0'\nstages:\n  prepare:\n    cmd: x\n    outs:\n"
         "    - {path: data, md5: 0123456789abcdef0123456789abcdef.dir}\n"
     )
+    os.utime("dvc.lock", (0, 0))
     record = new_record()
     record.input("data")
     record.input("models/unknown")
     assert info_of(record)["inputs"] == {"data": "0123456789abcdef0123456789abcdef.dir", "models/unknown": ""}
     Path("dvc.lock").write_text(f"schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - {{path: data, md5: {'f' * 32}}}\n")
+    os.utime("dvc.lock", (0, 1))
     record.input("data")
     assert info_of(record)["inputs"]["data"] == "f" * 32
+
+
+LOCK = """schema: '2.0'
+stages:
+  prepare:
+    cmd: x
+    outs:
+    - path: data
+      hash: md5
+      md5: 0123456789abcdef0123456789abcdef.dir
+      size: 10
+  base:
+    cmd: y
+    deps:
+    - path: data
+      md5: 0123456789abcdef0123456789abcdef.dir
+    params:
+      params.yaml:
+        base.source: pretrain
+    outs:
+    - path: models/base
+      md5: fedcba9876543210fedcba9876543210.dir
+    - path: provenance/models/base.json
+      md5: ffffffffffffffffffffffffffffffff
+"""
+DIGESTS = {
+    "data": "0123456789abcdef0123456789abcdef.dir",
+    "models/base": "fedcba9876543210fedcba9876543210.dir",
+    "provenance/models/base.json": "f" * 32,
+}
+
+
+@pytest.mark.parametrize("size", range(len(LOCK) + 1))
+def test_of_a_lock_file_that_is_being_written_nothing_wrong_is_believed(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC writes it in place, from its beginning to its end."""
+    Path("dvc.lock").write_text(LOCK[:size])
+    monkeypatch.setattr(record_module.time, "sleep", lambda _seconds: None)
+    found = {path: record_module._dvc_digest(path) for path in DIGESTS}
+    assert all(md5 in ("", DIGESTS[path]) for path, md5 in found.items())
+    if size > LOCK.index("cmd: y"):
+        assert found["data"] == DIGESTS["data"]
+
+
+def test_a_lock_file_is_waited_for_until_it_is_whole() -> None:
+    lock = Path("dvc.lock")
+    lock.write_text(LOCK[: LOCK.index("  base:")])
+    writer = threading.Timer(0.5, lambda: lock.write_text(LOCK))
+    writer.start()
+    assert record_module._dvc_digest("models/base") == DIGESTS["models/base"]
+    writer.join()
+    os.utime(lock, (0, 0))
+    began = time.monotonic()
+    assert record_module._dvc_digest("models/unknown") == ""
+    assert time.monotonic() - began < 0.5
 
 
 def test_close_records_the_end_once():

@@ -306,24 +306,42 @@ def in_force(root: Path) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name not in WORDS}
 
 
+SETTLED = 2.0
+"""Seconds after which nobody is still writing dvc.lock: DVC writes it in place, in half a second."""
+
+
 def _dvc_digest(path: str) -> str:
-    """md5 that dvc.lock holds for the output ``path``; empty if it has none."""
-    lock, known = Path("dvc.lock").absolute(), dict[str, str]()
-    for wait in (0.0, 0.1, 0.2, 0.4):  # a dvc beside this stage may be writing it, in place
-        time.sleep(wait)
+    """md5 that dvc.lock holds for the output ``path``; empty if it has none. A dvc beside this stage may be writing the file: as
+    long as it is so new it is believed up to the stage that it ends in."""
+    lock = Path("dvc.lock").absolute()
+    for _ in range(100):
         try:
-            known = _digests(lock, lock.stat().st_mtime_ns)
+            changed = lock.stat().st_mtime
+            known, last = _digests(lock, changed)
         except FileNotFoundError:
-            break
-        if known:
-            break
-    return known.get(path, "")
+            return ""
+        if time.time() - changed > SETTLED:
+            return (known | last).get(path, "")
+        if path in known:
+            return known[path]
+        time.sleep(0.1)
+    return ""
 
 
 @lru_cache(maxsize=1)  # a tenth of a second in a finished study, whose report reads some fifty artifacts
-def _digests(lock: Path, _changed: int) -> dict[str, str]:
-    outputs = (output for entry in read_yaml(lock).get("stages", {}).values() for output in entry.get("outs", []))
-    return {output["path"]: str(output.get("md5", "")) for output in outputs}
+def _digests(lock: Path, _changed: float) -> tuple[dict[str, str], dict[str, str]]:
+    """md5 by output: of all stages but the last one in the file, and of that."""
+    from featdiff.config.reading import ConfigError, parse_yaml
+
+    try:
+        stages = parse_yaml(lock.read_text(encoding="utf-8"), "dvc.lock").get("stages")
+    except ConfigError:  # half of a line
+        stages = None
+    found: list[dict[str, str]] = [{}, {}]
+    for entry in (stages or {}).values():
+        outputs = (entry or {}).get("outs") or []
+        found.append({output["path"]: str(output.get("md5", "")) for output in outputs if output and "path" in output})
+    return {path: md5 for outputs in found[:-1] for path, md5 in outputs.items()}, found[-1]
 
 
 def _start_mirror() -> None:
