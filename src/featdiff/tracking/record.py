@@ -312,7 +312,7 @@ SETTLED = 2.0
 
 def _dvc_digest(path: str) -> str:
     """md5 that dvc.lock holds for the output ``path``; empty if it has none. A dvc beside this stage may be writing the file: as
-    long as it is so new it is believed up to the stage that it ends in."""
+    long as that is so new, it is believed up to the stage that it ends in."""
     lock = Path("dvc.lock").absolute()
     for _ in range(100):
         try:
@@ -333,14 +333,18 @@ def _digests(lock: Path, _changed: float) -> tuple[dict[str, str], dict[str, str
     """md5 by output: of all stages but the last one in the file, and of that."""
     from featdiff.config.reading import ConfigError, parse_yaml
 
+    def those(value: Any, kind: type[Any]) -> Any:
+        """``value``, or nothing where it is cut off."""
+        return value if isinstance(value, kind) else kind()
+
     try:
-        stages = parse_yaml(lock.read_text(encoding="utf-8"), "dvc.lock").get("stages")
+        data = parse_yaml(lock.read_text(encoding="utf-8"), "dvc.lock")
     except ConfigError:  # half of a line
-        stages = None
+        data = {}
     found: list[dict[str, str]] = [{}, {}]
-    for entry in (stages or {}).values():
-        outputs = (entry or {}).get("outs") or []
-        found.append({output["path"]: str(output.get("md5", "")) for output in outputs if output and "path" in output})
+    for entry in those(data.get("stages"), dict).values():
+        outputs = (those(output, dict) for output in those(those(entry, dict).get("outs"), list))
+        found.append({output["path"]: str(output.get("md5", "")) for output in outputs if "path" in output})
     return {path: md5 for outputs in found[:-1] for path, md5 in outputs.items()}, found[-1]
 
 
