@@ -311,8 +311,8 @@ SETTLED = 2.0
 
 
 def _dvc_digest(path: str) -> str:
-    """md5 that dvc.lock holds for the output ``path``; empty if it has none. A dvc beside this stage may be writing the file: as
-    long as that is so new, it is believed up to the stage that it ends in."""
+    """md5 that dvc.lock holds for the output ``path``; empty if it has none. A dvc beside this stage may be writing the file:
+    while it is so new, it is believed up to the stage that it ends in."""
     lock = Path("dvc.lock").absolute()
     for _ in range(100):
         try:
@@ -338,8 +338,9 @@ def _digests(lock: Path, _changed: float) -> tuple[dict[str, str], dict[str, str
         return value if isinstance(value, kind) else kind()
 
     try:
-        data = parse_yaml(lock.read_text(encoding="utf-8"), "dvc.lock")
-    except ConfigError:  # half of a line
+        whole, _, _half_a_line = lock.read_text(encoding="utf-8").rpartition("\n")
+        data = parse_yaml(whole, "dvc.lock")
+    except ConfigError:
         data = {}
     found: list[dict[str, str]] = [{}, {}]
     for entry in those(data.get("stages"), dict).values():
