@@ -74,7 +74,7 @@ def test_a_false_set_is_held_against_the_other_draws_under_its_own_setting(foole
             assert row["p_random"] == (1 + sum(sign * value >= sign * row["effect"] for value in others)) / 21
         assert choice(found, purpose, "set") == choice(fooled, purpose, "random", 3) | {"control": "set", "set_draw": 0}
     right = {(row["purpose"], row["sample_id"]): row["correct"] for row in found.edited if row["control"] == "set"}
-    assert right == {(row["purpose"], row["sample_id"]): row["correct"] for row in fooled.outcomes("random", 3)}
+    assert right == {(row["purpose"], row["sample_id"]): row["correct"] for row in fooled.outcomes["random", 3]}
 
 
 def test_where_nothing_was_tested_there_is_nothing_to_judge(fooled: Evidence, studied: Studied) -> None:

@@ -317,7 +317,7 @@ def test_what_the_stage_writes_is_what_the_report_reads(done: Done, tmp_path: Pa
         "sensitivity": len(done.tried), "edited": len(done.result.samples),
     }  # fmt: skip
     assert read["choice"] == done.result.choice
-    kept = {(row["purpose"], row["sample_id"]): row["correct"] for row in read["outcomes"]("set", 0)}
+    kept = {(row["purpose"], row["sample_id"]): row["correct"] for row in read["outcomes"]["set", 0]}
     assert kept == {(r["purpose"], r["sample_id"]): r["correct"] for r in done.result.samples if r["control"] == "set"}
     (row,) = rows_of(read["effects"], purpose=ZERO_TUNED, control="set", task="words", subset="all")
     assert row["effect"] == -1

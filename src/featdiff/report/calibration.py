@@ -48,13 +48,11 @@ def as_set(evidence: Evidence, control: str, number: int) -> Evidence:
     """``evidence`` as if the search had found this control."""
 
     def moved(rows: list[Row]) -> list[Row]:
-        kept = []
-        for row in rows:
-            if (row["control"], row["set_draw"]) == (control, number):
-                kept.append(row | {"control": SET, "set_draw": 0})
-            elif row["control"] != SET:
-                kept.append(row)
-        return kept
+        others = [row for row in rows if row["control"] != SET]
+        return [
+            row | {"control": SET, "set_draw": 0} if row["set_draw"] == number and row["control"] == control else row
+            for row in others
+        ]
 
     effects = moved(evidence.effects)
     drawn: dict[tuple[Any, ...], list[float]] = {}
@@ -65,8 +63,7 @@ def as_set(evidence: Evidence, control: str, number: int) -> Evidence:
         if row["control"] == SET and (draws := drawn.get((row["purpose"], row["task"], row["subset"]))):
             effects[i] = row | against_draws(row["effect"], draws, sign_of(row["purpose"]))
     chosen = {purpose: moved(listed) for purpose, listed in evidence.choice["controls"].items()}
-    edited = [row for row in evidence.edited if row["control"] == "none"]
-    edited += [row | {"control": SET, "set_draw": 0} for row in evidence.outcomes(control, number)]
+    edited = moved(evidence.outcomes.get((control, number), []))
     choice = evidence.choice | {"controls": chosen}
     return replace(evidence, effects=effects, search=moved(evidence.search), choice=choice, edited=edited)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ROLES = ("train", "find", "heldout", "control", "reported")
 
 NOT_TESTED: dict[str, Any] = {
     "choice": {}, "search": [], "effects": [], "edited": [], "collateral": [], "sensitivity": [],
-    "outcomes": lambda _control, _number: [],
+    "outcomes": {},
 }  # fmt: skip
 """What is known of interventions where no feature set was found."""
 
@@ -35,8 +36,9 @@ Curves = dict[str, list[tuple[float, float]]]
 def grouped(rows: Iterable[Row], *keys: str) -> Groups:
     """``rows`` by their values of ``keys``, in the order in which these come first."""
     groups: Groups = {}
+    place = itemgetter(*keys) if len(keys) > 1 else lambda row: (row[keys[0]],)
     for row in rows:
-        groups.setdefault(tuple([row[key] for key in keys]), []).append(row)
+        groups.setdefault(place(row), []).append(row)
     return groups
 
 
@@ -119,8 +121,8 @@ class Evidence:
     sensitivity: list[Row]
     edited: list[Row]
     """Per-sample rows without an edit, under the set and along the directions that tell the models apart."""
-    outcomes: Callable[[str, int], list[Row]]
-    """Reads ``purpose sample_id correct`` of every answer under a control."""
+    outcomes: Groups
+    """Every answer under a control, by control and draw."""
 
     @cached_property
     def effects_of(self) -> Groups:
@@ -251,12 +253,8 @@ def _interventions(folders: list[Path]) -> dict[str, Any]:
         "collateral": _joined(tables.COLLATERAL, folders),
         "sensitivity": _joined(tables.SENSITIVITY, folders),
         "edited": _joined(tables.EDITED_SAMPLES, folders),
-        "outcomes": partial(_outcomes, folders),
+        "outcomes": grouped(_joined(tables.OUTCOMES, folders), "control", "set_draw"),
     }
-
-
-def _outcomes(folders: list[Path], control: str, number: int) -> list[Row]:
-    return _joined(tables.OUTCOMES, folders, "purpose sample_id correct", control=control, set_draw=number)
 
 
 def _model(name: str, read: Callable[..., Path]) -> ModelFacts:

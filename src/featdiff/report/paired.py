@@ -24,16 +24,17 @@ class Outcomes:
                 shares = self._models[model, mode] = _shares(group)
                 own |= {key: share for key, share in shares.items() if evidence.primary_mode(self.tasks[key]) == mode}
             self._models[model, None] = own
-        self._edited = {key: _shares(rows) for key, rows in grouped(evidence.edited, "purpose", "control").items()}
+        self._edited = _by_edit(evidence)
         self._stitched: dict[str, dict[int, dict[str, float]]] = {}
         for (lower, depth), rows in grouped(evidence.stitched, "lower", "depth").items():
             self._stitched.setdefault(lower, {})[depth] = _shares(rows)
         self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
 
     def under(self, evidence: Evidence) -> Outcomes:
-        """The same models under the edits of ``evidence``."""
+        """The same models, where they are edited under what ``evidence`` has of it."""
         found = copy(self)
-        found._edited = {key: _shares(rows) for key, rows in grouped(evidence.edited, "purpose", "control").items()}
+        unedited = {key: shares for key, shares in self._edited.items() if key[1] == "none"}
+        found._edited = unedited | _by_edit(evidence)
         return found
 
     def model(self, model: str, mode: str | None = None) -> dict[str, float]:
@@ -68,6 +69,11 @@ class Outcomes:
             if task in numbers and (before is None or key in before):
                 numbers[task].append(after[key] - (before[key] if before is not None else 0.0))
         return {task: np.array(values) for task, values in numbers.items()}
+
+
+def _by_edit(evidence: Evidence) -> dict[tuple[Any, ...], dict[str, float]]:
+    """Share right by sample, by purpose and control."""
+    return {key: _shares(rows) for key, rows in grouped(evidence.edited, "purpose", "control").items()}
 
 
 def _shares(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
