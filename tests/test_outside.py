@@ -102,6 +102,12 @@ def test_what_counts_is_what_could_be_read(study: Study, change: Callable[[Path]
     assert kept is not seen
 
 
+def test_a_path_that_is_new_has_not_changed(study: Study) -> None:
+    outside.record(study.model_copy(update={"base": study.base.model_copy(update={"source": "pretrain"})}))
+    assert outside.forget_changed(study) == []
+    assert not (outside.OUTSIDE / "base.json").exists()
+
+
 def test_nothing_is_kept_of_an_arm_that_is_no_more(study: Study) -> None:
     outside.record(study)
     arms = {name: arm for name, arm in study.arms.items() if name != "theirs"}

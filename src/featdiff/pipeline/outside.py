@@ -60,11 +60,11 @@ def record(study: Study) -> None:
 
 def forget_changed(study: Study) -> list[str]:
     """Remove what was written of that which is otherwise now, so that DVC runs ``check`` again; returns the fields of
-    params.yaml whose paths hold something else."""
+    params.yaml whose paths hold something else than they did."""
     changed = []
     for name, digests in _now(study):
         if (before := _written(name)) is not None and before != digests:
-            changed += [field for field, files in digests.items() if before.get(field) != files]
+            changed += [field for field, files in digests.items() if before.get(field, files) != files]
             (OUTSIDE / name).unlink()
     return changed
 

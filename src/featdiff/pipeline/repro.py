@@ -366,12 +366,11 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     signals.outlive_terminal()
     try:
-        study = load_study()
-        jobs = asked.jobs or side_by_side(study)
-        if other := outside.forget_changed(study):
+        jobs = asked.jobs or side_by_side(load_study())
+        if outside.OUTSIDE.is_dir() and (other := outside.forget_changed(load_study())):
             say(f"changed since it was read: {', '.join(other)}")
         found = stages()
-        if any(stage.startswith(READERS) for stage in found.graph) and study.activations.source == "models":
+        if any(stage.startswith(READERS) for stage in found.graph) and load_study().activations.source == "models":
             found = with_one_read(found)
         if changed := found.changed:
             with ahead(len(affected(found.graph, changed))) as (environment, turns):
