@@ -379,7 +379,8 @@ def test_a_file_of_others_that_changed_is_read_again(nano: Repository) -> None:
     quiz.write_text(quiz.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     output = clone.run(sys.executable, "-m", "featdiff.pipeline.repro")
     assert "changed since it was read: prepare.tasks.quiz.path" in output
-    assert re.findall(r"^(\S+) \| begins$", output, re.MULTILINE) == ["check", "prepare"]
+    assert re.findall(r"^(\S+) \| begins$", output, re.MULTILINE)[:2] == ["check", "prepare"]
+    assert clone.outputs()["base"] == nano.outputs()["base"]
     again = clone.run(sys.executable, "-m", "featdiff.pipeline.repro")
     assert "every stage is up to date" in again
     assert "begins" not in again
