@@ -12,7 +12,8 @@ from featdiff.processes.launch import EXIT_BAD_INPUT
 from featdiff.processes.signals import say
 
 try:
-    published((study := load_study()).report.paper_model)
+    study = load_study()
+    published(study.report.paper_model)
     record(study)
 except (ConfigError, ContractError) as error:
     say(str(error))

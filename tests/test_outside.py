@@ -64,9 +64,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
         ("web.jsonl", "prepare.corpus.general.web", "prepare"),
         ("teacher/model.safetensors", "teachers.big.source", "teachers/big"),
         ("base/model.safetensors", "base.source", "base"),
-        ("early/config.json", "arms.theirs, 1 of 2", "arms/theirs"),
-        ("final/model.safetensors", "arms.theirs, 2 of 2", "arms/theirs"),
-        ("sae/model.safetensors", "crosscoder brought, source", "crosscoders/brought"),
+        ("early/config.json", "arms.theirs.checkpoints[0]", "arms/theirs"),
+        ("final/model.safetensors", "arms.theirs.source", "arms/theirs"),
+        ("sae/model.safetensors", "crosscoder.fits.brought.source", "crosscoders/brought"),
     ],
 )
 def test_what_changed_is_named_and_forgotten_alone(study: Study, path: str, field: str, stage: str) -> None:

@@ -1,10 +1,10 @@
 """Lengths of change at which controls do what the set does, on planted curves."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from featdiff.report.evidence import Evidence
 from featdiff.report.selectivity import Curve, Selectivity, choice, crossing, curves, median_curve, selectivity
 
 NORMS = [0.0, 0.1, 0.2, 0.4, 0.8]
@@ -29,7 +29,9 @@ def evidence(*groups: list[dict[str, Any]], purpose: str = "amplify_original") -
         {"control": "set", "set_draw": 0, "dose": 2.0} | SETTING,
         {"control": "random", "set_draw": 1, "dose": 4.0} | SETTING,
     ]
-    return SimpleNamespace(search=[row for group in groups for row in group], choice={"controls": {purpose: chosen}})
+    known = Evidence.__new__(Evidence)
+    vars(known).update(search=[row for group in groups for row in group], choice={"controls": {purpose: chosen}})
+    return known
 
 
 OWN = rows("set", 0, [0.0, 0.2, 0.6, 0.6, 0.5])

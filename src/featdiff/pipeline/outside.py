@@ -33,7 +33,7 @@ Digests = dict[str, dict[str, str]]
 def named(study: Study) -> dict[str, dict[str, str]]:
     """By the file under ``.outside`` on which a stage depends: the paths that it reads, by the field of params.yaml that names
     them. What comes from the hub, or from a package, has a path that leads nowhere."""
-    prepare, fits = study.prepare, study.crosscoder.fits | study.crosscoder.wide
+    prepare, fits = study.prepare, {"fits": study.crosscoder.fits, "wide": study.crosscoder.wide}
     tasks = {f"prepare.tasks.{name}.path": task.path for name, task in prepare.tasks.items() if isinstance(task, SuiteTask)}
     texts = {f"prepare.corpus.general.{name}": source.path for name, source in prepare.corpus.sources.items()}
     found = {"prepare.json": {field: suite_file(path, prepare.suites) or path for field, path in (tasks | texts).items()}}
@@ -42,10 +42,14 @@ def named(study: Study) -> dict[str, dict[str, str]]:
         found[f"teachers/{name}.json"] = {f"teachers.{name}.source": teacher.source}
     for name in study.arms:
         numbers = study.numbers(name)
-        brought = [*numbers.checkpoints, str(numbers.source)] if isinstance(numbers, ImportedParams) else []
-        found[f"arms/{name}.json"] = {f"arms.{name}, {i} of {len(brought)}": path for i, path in enumerate(brought, start=1)}
-    for name, fit in fits.items():
-        found[f"crosscoders/{name}.json"] = {f"crosscoder {name}, source": fit.source} if fit.source else {}
+        brought: dict[str, str] = {}
+        if isinstance(numbers, ImportedParams):
+            brought = {f"arms.{name}.checkpoints[{i}]": path for i, path in enumerate(numbers.checkpoints)}
+            brought[f"arms.{name}.source"] = str(numbers.source)
+        found[f"arms/{name}.json"] = brought
+    for section, fit_of in fits.items():
+        for name, fit in fit_of.items():
+            found[f"crosscoders/{name}.json"] = {f"crosscoder.{section}.{name}.source": fit.source} if fit.source else {}
     return found
 
 

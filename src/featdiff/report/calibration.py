@@ -45,7 +45,8 @@ def _controls(evidence: Evidence) -> Iterator[tuple[str, int]]:
 
 
 def as_set(evidence: Evidence, control: str, number: int) -> Evidence:
-    """``evidence`` as if the search had found this control."""
+    """``evidence`` as if the search had found this control. Of answers it has those under the set alone: what was answered
+    without an edit is the same (:meth:`featdiff.report.paired.Outcomes.under`)."""
 
     def moved(rows: list[Row]) -> list[Row]:
         others = [row for row in rows if row["control"] != SET]

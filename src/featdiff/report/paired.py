@@ -31,7 +31,7 @@ class Outcomes:
         self._original, self._tuned = evidence.roles.original, evidence.roles.tuned
 
     def under(self, evidence: Evidence) -> Outcomes:
-        """The same models, where they are edited under what ``evidence`` has of it."""
+        """The same models and their answers without an edit, and those under edits that ``evidence`` has."""
         found = copy(self)
         unedited = {key: shares for key, shares in self._edited.items() if key[1] == "none"}
         found._edited = unedited | _by_edit(evidence)

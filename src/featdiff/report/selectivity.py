@@ -25,8 +25,8 @@ def curves(evidence: Evidence, purpose: str, column: str = "accuracy") -> dict[s
     chosen = choice(evidence, purpose, SET)
     sign = sign_of(purpose) if column == "accuracy" else 1
     means: dict[tuple[str, int], dict[tuple[float, float], list[float]]] = {}
-    for row in (row for (of, _), rows in evidence.tried_with.items() if of == purpose and chosen for row in rows):
-        if row["positions"] == chosen["positions"] and row["edit"] == chosen["edit"]:
+    for row in [row for (of, _), rows in evidence.tried_with.items() if of == purpose for row in rows]:
+        if chosen and row["positions"] == chosen["positions"] and row["edit"] == chosen["edit"]:
             points = means.setdefault((row["control"], row["set_draw"]), {})
             points.setdefault((row["dose"], row["norm"]), []).append(row[column])
     found: dict[str, list[Curve]] = {}

@@ -316,11 +316,11 @@ def _dvc_digest(path: str) -> str:
     lock = Path("dvc.lock").absolute()
     for _ in range(100):
         try:
-            changed = lock.stat().st_mtime
-            known, last = _digests(lock, changed)
+            now = lock.stat()
+            known, last = _digests(lock, (now.st_mtime_ns, now.st_size))
         except FileNotFoundError:
             return ""
-        if time.time() - changed > SETTLED:
+        if time.time() - now.st_mtime > SETTLED:
             return (known | last).get(path, "")
         if path in known:
             return known[path]
@@ -329,7 +329,7 @@ def _dvc_digest(path: str) -> str:
 
 
 @lru_cache(maxsize=1)  # a tenth of a second in a finished study, whose report reads some fifty artifacts
-def _digests(lock: Path, _changed: float) -> tuple[dict[str, str], dict[str, str]]:
+def _digests(lock: Path, _state: tuple[int, int]) -> tuple[dict[str, str], dict[str, str]]:
     """md5 by output: of all stages but the last one in the file, and of that."""
     from featdiff.config.reading import ConfigError, parse_yaml
 
