@@ -142,11 +142,11 @@ def test_a_short_run_learns_repeats_exactly_and_knows_every_character() -> None:
 
 def test_it_takes_the_threads_it_is_given() -> None:
     before, seen = torch.get_num_threads(), set[int]()
-    try:
-        pretrain(corpus(900), params(steps=1, threads=before + 1), 0, lambda *_: seen.add(torch.get_num_threads()), Scratch())
-    finally:
-        torch.set_num_threads(before)
+    pretrain(corpus(900), params(steps=1, threads=before + 1), 0, lambda *_: seen.add(torch.get_num_threads()), Scratch())
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
     assert seen == {before + 1}
+    assert after == before, "what comes after in the process would sum in another order"
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

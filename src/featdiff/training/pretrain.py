@@ -6,7 +6,8 @@ block-diagonal mask. Shapes: R row, T token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -79,8 +80,6 @@ def pretrain(
     Raises ContractError when there are fewer texts than the steps need, FloatingPointError when loss or gradient is not
     finite."""
     accelerator = replicated()
-    if params.threads:
-        torch.set_num_threads(params.threads)
     tokenizer = character_tokenizer([ALPHABET])
     rows = pack(texts, tokenizer, params.row_tokens, params.prompt_weight)
     rows_per_step = params.batch_tokens // params.row_tokens
@@ -109,7 +108,7 @@ def pretrain(
         restore(inner, optimizer, schedule, checkpoint)
     done = checkpoint.step if checkpoint else 0
     bar = tqdm(total=params.steps, initial=done, desc="pretrain base", unit="step", disable=not accelerator.is_main_process)
-    with scratch.loop(), bar:
+    with _threads(params.threads), scratch.loop(), bar:
         for step in range(done + 1, params.steps + 1):
             start = (step - 1) * rows_per_step + accelerator.process_index * share
             ids, positions, weight = (part[start : start + share].to(accelerator.device) for part in rows)
@@ -128,6 +127,17 @@ def pretrain(
             if scratch.due():
                 scratch.save(step, snapshot(inner, optimizer), rates=schedule.get_last_lr())
     return inner.eval(), tokenizer
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of this process compute; none: as many as before. Afterwards it is as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _loss(model: torch.nn.Module, ids_RT: Tensor, positions_RT: Tensor, weight_RT: Tensor) -> Tensor:
